@@ -1,0 +1,27 @@
+# `make run`: environment, then the whole workflow on the miniature world.
+# `make test`: environment, then all tests.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: run test lint
+
+run: $(VENV)/.installed
+	snakemake --cores all
+
+test: $(VENV)/.installed lint
+	python -m pytest
+
+lint: $(VENV)/.installed
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile rules
+
+# Moved into place when whole: an interrupted installation starts again.
+$(VENV)/.installed: requirements.lock
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	pip install -q -r requirements.lock
+	touch $@

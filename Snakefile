@@ -1,0 +1,28 @@
+# LP-OVOD as a workflow. `snakemake -n` explains what would run, `snakemake --cores all` runs it.
+
+import sys
+
+sys.path.insert(0, workflow.basedir)
+
+configfile: "config.yaml"
+
+include: "rules/common.smk"
+include: "rules/dataset.smk"
+include: "rules/text_embeddings.smk"
+include: "rules/proposals.smk"
+include: "rules/region_embeddings.smk"
+include: "rules/region_index.smk"
+include: "rules/base_detector.smk"
+include: "rules/pseudo_labels.smk"
+include: "rules/region_features.smk"
+include: "rules/linear_probe.smk"
+include: "rules/evaluation.smk"
+include: "rules/report.smk"
+include: "rules/small_clip.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        rules.evaluation.output.metrics.format(evaluation="evaluation"),
+        rules.report.output,

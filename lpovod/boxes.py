@@ -1,0 +1,76 @@
+"""Boxes: xyxy in pixels, half-open. Matching, sampling, and the deltas of box regression."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou
+
+DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
+LARGEST_LOG_RATIO = abs(math.log(16 / 1000))
+
+
+def encode(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Deltas (dx, dy, dw, dh) that turn `boxes` into `targets`, both (n, 4), over `DELTA_STDS`."""
+    size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
+    centre, target_centre = boxes[:, :2] + size / 2, targets[:, :2] + target_size / 2
+    deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)
+    return deltas / deltas.new_tensor(DELTA_STDS)
+
+
+def decode(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """The inverse of `encode`; logarithms of size ratios are clamped on both sides."""
+    deltas = deltas * deltas.new_tensor(DELTA_STDS)
+    size = boxes[:, 2:] - boxes[:, :2]
+    centre = boxes[:, :2] + size / 2 + deltas[:, :2] * size
+    size = size * deltas[:, 2:].clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    return torch.cat([centre - size / 2, centre + size / 2], dim=1)
+
+
+def clip(boxes: Tensor, width: float, height: float) -> Tensor:
+    """Boxes cut to the image."""
+    limit = boxes.new_tensor([width, height, width, height])
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def match(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
+    """For every box the largest IoU with an object and that object's row (0, -1 if there is none).
+
+    Args:
+        boxes: (n, 4).
+        objects: (m, 4).
+    """
+    if len(objects) == 0:
+        return boxes.new_zeros(len(boxes)), torch.full((len(boxes),), -1, device=boxes.device)
+    return box_iou(boxes, objects).max(dim=1)
+
+
+def take(candidates: Tensor, count: int) -> Tensor:
+    """At most `count` of the candidates at random, in ascending order."""
+    if len(candidates) <= count:
+        return candidates
+    chosen = torch.randperm(len(candidates), device=candidates.device)[:count]
+    return candidates[chosen.sort().values]
+
+
+def sample(
+    iou: Tensor, count: int, positive_part: float, negatives_per_positive: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of sampled positives (IoU of .5 or more with an object) and negatives.
+
+    Args:
+        iou: (n,) largest IoU of each region with an object.
+        count: how many are sampled together.
+        positive_part: the largest part of `count` that is positive.
+        negatives_per_positive: limits the negatives, one positive being counted at least.
+    """
+    positive = take((iou >= 0.5).nonzero().flatten(), int(count * positive_part))
+    limit = count - len(positive)
+    if negatives_per_positive is not None:
+        limit = min(limit, negatives_per_positive * max(1, len(positive)))
+    return positive, take((iou < 0.5).nonzero().flatten(), limit)
+
+
+def nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float, count: int) -> Tensor:
+    """Rows that survive NMS within their group, best first, at most `count`."""
+    return batched_nms(boxes, scores, groups, iou)[:count]

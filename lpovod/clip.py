@@ -1,0 +1,287 @@
+"""One loader for every CLIP: OpenAI's archive, LAION's checkpoints and the small one shipped here.
+
+All are open_clip's own classes, so an architecture is either a name open_clip knows or a json file
+in its format, and weights are checked key by key against it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zipfile
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Protocol
+
+import open_clip
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from lpovod.artifacts import LpovodError, read_json, sha256
+
+# Crops per forward pass: bounds the memory; larger batches were no faster, on two cores or a GPU.
+BATCH = 256
+
+# What OpenAI's archives hold besides parameters and buffers.
+_ARCHIVE_ATTRIBUTES = ("input_resolution", "context_length", "vocab_size")
+
+
+class ClipSource(Protocol):
+    """Which CLIP: an architecture, its weights and its vocabulary (see `load_clip`)."""
+
+    architecture: str
+    weights: Path
+    vocabulary: Path | None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP ready for inference.
+
+    `model` has its batch norms folded into the convolutions (equal to 1e-5), so it is neither for
+    training nor for saving.
+    """
+
+    model: CLIP | CustomTextCLIP
+    tokenizer: SimpleTokenizer
+    image_size: int  # side of a crop in pixels
+    mean: tuple[float, float, float]  # of RGB in [0, 1]
+    std: tuple[float, float, float]
+    logit_scale: float  # inverse temperature, already exponentiated: 100 in OpenAI's models
+    dimension: int  # of the shared space
+    weights_digest: str  # sha256 of the weights file
+
+    @torch.inference_mode()
+    def encode_crops(self, pixels: Tensor) -> Tensor:
+        """Image features of crops.
+
+        Args:
+            pixels: (N, 3, S, S) uint8 RGB, S = `image_size`, on any device; not normalised.
+
+        Returns:
+            (N, dimension) float32, *not* of unit norm, on the model's device.
+
+        Raises:
+            ValueError: another dtype or shape.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
+            raise ValueError(
+                f"crops are {pixels.dtype} {tuple(pixels.shape)}; this CLIP takes torch.uint8 "
+                f"(N, 3, {self.image_size}, {self.image_size}): resize them to its `image_size`"
+            )
+        device = self.model.logit_scale.device
+        mean = torch.tensor(self.mean, device=device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=device).view(3, 1, 1)
+        features = [torch.empty(0, self.dimension, device=device)]
+        for batch in pixels.split(BATCH) if len(pixels) else ():
+            batch = batch.to(device).contiguous(memory_format=torch.channels_last).float()
+            features.append(self.model.encode_image(batch.div_(255).sub_(mean).div_(std)).float())
+        return torch.cat(features)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Text features, (N, dimension) float32, *not* of unit norm, on the model's device.
+
+        Raises:
+            LpovodError: a text has more tokens than the model reads; CLIP would drop its end.
+        """
+        room = self.tokenizer.context_length - 2  # start and end of text
+        for text in texts:
+            if len(self.tokenizer.encode(text)) > room:
+                raise LpovodError(
+                    f"the text {text!r} has {len(self.tokenizer.encode(text))} tokens and this "
+                    f"CLIP reads {room}: shorten the class name or the prompt template"
+                )
+        device = self.model.logit_scale.device
+        features = [torch.empty(0, self.dimension, device=device)]
+        for start in range(0, len(texts), BATCH):
+            tokens = self.tokenizer(texts[start : start + BATCH]).to(device)
+            features.append(self.model.encode_text(tokens).float())
+        return torch.cat(features)
+
+
+def load_clip(settings: ClipSource, device: str | torch.device = "cpu") -> Clip:
+    """Build the architecture, fill it with the weights and make it ready for inference.
+
+    Args:
+        settings: an object with three attributes. `architecture`: a model name of open_clip
+            ("ViT-B-32-quickgelu" is OpenAI's ViT-B/32), or the path of a json file in its format
+            (`embed_dim`, `vision_cfg`, `text_cfg`; or `model_cfg` with those and
+            `preprocess_cfg` with `mean` and `std`). `weights`: safetensors, a state dict saved by
+            `torch.save`, or OpenAI's TorchScript archive. `vocabulary`: gzipped BPE merges of
+            the tokenizer; None for CLIP's own.
+        device: where the model goes; it computes in float32.
+
+    Raises:
+        LpovodError: a file is missing; an unknown architecture; weights that do not fit it in
+            every key and shape; a vocabulary of another size.
+    """
+    config, preprocess = _read_architecture(settings.architecture)
+    path = Path(settings.weights)
+    if not path.is_file():
+        raise LpovodError(f"CLIP weights {path} do not exist: download them or correct `weights`")
+    model = _build_model(config, settings.architecture)
+    try:
+        state = _read_state_dict(path, config)
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise LpovodError(
+            f"{path} is not a whole file of CLIP weights ({str(error).splitlines()[0]}): "
+            "download it again"
+        ) from None
+    _fill_model(model, state, path, settings.architecture)
+    model.requires_grad_(False).eval()
+    if isinstance(model.visual, ModifiedResNet):
+        _fold_batch_norms(model.visual)
+    size = model.visual.image_size
+    return Clip(
+        model=model.to(device=device, memory_format=torch.channels_last),
+        tokenizer=_load_tokenizer(settings, config, model.vocab_size),
+        image_size=int(size if isinstance(size, int) else size[0]),
+        mean=tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+        std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
+        logit_scale=float(model.logit_scale.exp()),
+        dimension=int(config["embed_dim"]),
+        weights_digest=sha256(path),
+    )
+
+
+def _read_architecture(architecture: str) -> tuple[dict, dict]:
+    """Model config and preprocessing config, from open_clip's list or from a json file."""
+    if not architecture.endswith(".json"):
+        names = open_clip.list_models()
+        if architecture not in names:
+            close = get_close_matches(architecture, names, 3) or ["ViT-B-32-quickgelu"]
+            raise LpovodError(
+                f"open_clip knows no model named {architecture!r}; did you mean "
+                f"{' or '.join(close)}? The path of a json file is the other choice"
+            )
+        return open_clip.get_model_config(architecture), {}
+    path = Path(architecture)
+    document = read_json(path)
+    config = document.get("model_cfg", document)
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise LpovodError(f"{path} lacks {', '.join(missing)}: it is no open_clip model config")
+    return config, document.get("preprocess_cfg", {})
+
+
+def _build_model(config: dict, architecture: str) -> CLIP | CustomTextCLIP:
+    config = json.loads(json.dumps(config))  # a copy to edit
+    # All weights come from the file; these flags would have open_clip download others first.
+    config["vision_cfg"]["timm_model_pretrained"] = False
+    config["text_cfg"]["hf_model_pretrained"] = False
+    if "multimodal_cfg" in config:
+        raise LpovodError(f"{architecture} is a captioning model (CoCa), which is not supported")
+    custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    return (CustomTextCLIP if custom_text else CLIP)(**config)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_state_dict(path: Path, config: dict) -> dict[str, Tensor]:
+    """The tensors of a weights file. No route here runs Python code that a file could bring."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if _is_torchscript(path):
+        # TorchScript's own reader: C++ that parses its typed subset and never Python's pickle.
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+        if not config.get("quick_gelu"):
+            warnings.warn(
+                f"{path} is a TorchScript archive, the form of OpenAI's models, which need "
+                "QuickGELU; without it accuracy drops silently: use the architecture's "
+                "-quickgelu variant",
+                stacklevel=2,
+            )
+        return {key: value for key, value in state.items() if key not in _ARCHIVE_ATTRIBUTES}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise LpovodError(f"{path} holds a {type(state).__name__}, expected a state dict")
+    state = state.get("state_dict", state)
+    prefix = "module."  # left by DistributedDataParallel
+    if state and all(key.startswith(prefix) for key in state):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {key: value for key, value in state.items() if key not in _ARCHIVE_ATTRIBUTES}
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+def _fill_model(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
+    """Load the tensors, refusing a missing key, a key left over or a wrong shape."""
+    expected = model.state_dict()
+    scale = state.get("logit_scale")
+    if scale is not None and scale.numel() == 1:  # () or (1,), depending on the saver's version
+        state = state | {"logit_scale": scale.reshape(expected["logit_scale"].shape)}
+    problems = []
+    if missing := sorted(expected.keys() - state.keys()):
+        problems.append(f"missing: {_some(missing)}")
+    if left_over := sorted(state.keys() - expected.keys()):
+        problems.append(f"not of this architecture: {_some(left_over)}")
+    wrong = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & state.keys())
+        if state[key].shape != expected[key].shape
+    ]
+    if wrong:
+        problems.append(f"of another shape: {_some(wrong)}")
+    if problems:
+        raise LpovodError(
+            f"the CLIP weights {path} do not fit the architecture {architecture}; "
+            + "; ".join(problems)
+            + ". Name the architecture these weights were trained with"
+        )
+    model.load_state_dict(state)
+
+
+def _fold_batch_norms(tower: ModifiedResNet) -> None:
+    """Fold each batch norm into the convolution before it: twice the crops per second on a CPU."""
+    for module in list(tower.modules()):
+        for position in (1, 2, 3):
+            norm = getattr(module, f"bn{position}", None)
+            if isinstance(norm, nn.BatchNorm2d):
+                convolution = getattr(module, f"conv{position}")
+                setattr(module, f"conv{position}", fuse_conv_bn_eval(convolution, norm))
+                setattr(module, f"bn{position}", nn.Identity())
+        shortcut = getattr(module, "downsample", None)
+        if shortcut is not None:  # average pooling, convolution, norm
+            shortcut[1] = fuse_conv_bn_eval(shortcut[1], shortcut[2])
+            shortcut[2] = nn.Identity()
+
+
+def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) -> SimpleTokenizer:
+    text = config["text_cfg"]
+    if text.get("hf_tokenizer_name"):
+        raise LpovodError(
+            f"{settings.architecture} needs the tokenizer {text['hf_tokenizer_name']!r}, which is "
+            "not CLIP's BPE: choose an architecture with CLIP's own tokenizer"
+        )
+    context_length = text.get("context_length", 77)
+    if settings.vocabulary is None:
+        tokenizer = SimpleTokenizer(context_length=context_length)
+    else:
+        path = Path(settings.vocabulary)
+        if not path.is_file():
+            raise LpovodError(f"CLIP vocabulary {path} does not exist: correct `vocabulary`")
+        tokenizer = SimpleTokenizer(bpe_path=str(path), context_length=context_length)
+    if tokenizer.vocab_size != vocabulary_size:
+        raise LpovodError(
+            f"the vocabulary {settings.vocabulary or 'of CLIP'} has {tokenizer.vocab_size} tokens "
+            f"and {settings.architecture} embeds {vocabulary_size}: set `vocabulary` to the merges "
+            "file the weights were trained with"
+        )
+    return tokenizer

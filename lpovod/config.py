@@ -1,0 +1,296 @@
+"""The configuration: every key with its meaning, default and limits, in one typed model.
+
+`config.yaml` and the overlays in `configs/` hold only what differs from the defaults here. A stage
+receives its own block and nothing else, so that a changed key makes exactly its stages stale.
+Imported while the DAG is built: nothing heavy may be imported here.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lpovod import miniature
+from lpovod.artifacts import LpovodError, read_json
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """A block of the configuration: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def key(default: Any, description: str, **limits: Any) -> Any:
+    """A key with its default and its meaning."""
+    return Field(default=default, description=description, **limits)
+
+
+class Miniature(Settings):
+    train_images: PositiveInt = key(900, "drawn images to train on")
+    val_images: PositiveInt = key(500, "drawn images that the metrics are measured on")
+    tune_images: PositiveInt = key(200, "drawn images to choose settings on, never reported")
+
+
+class CocoFiles(Settings):
+    root: Path | None = key(None, "folder that the four paths below are relative to")
+    train_images: Path = key(Path("train2017"), "folder of training images")
+    train_annotations: Path = key(
+        Path("annotations/instances_train2017.json"), "COCO json of the training images"
+    )
+    val_images: Path = key(Path("val2017"), "folder of validation images")
+    val_annotations: Path = key(
+        Path("annotations/instances_val2017.json"), "COCO json of the validation images"
+    )
+
+    def path(self, name: str) -> Path:
+        """One of the four paths, below the root."""
+        return (self.root or Path()) / getattr(self, name)
+
+
+class Dataset(Settings):
+    source: Literal["miniature", "coco"] = key(
+        "miniature", "drawn images, or images and annotations in COCO's format on disk"
+    )
+    miniature: Miniature = key(Miniature(), "the drawn world (source: miniature)")
+    coco: CocoFiles = key(CocoFiles(), "where the files are (source: coco)")
+
+
+class Classes(Settings):
+    base: list[str] = key([], "annotated classes: the detector trains on them", min_length=1)
+    novel: list[str] = key([], "classes that are known by name alone", min_length=1)
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self):
+        slugs: dict[str, str] = {}
+        for name in [*self.base, *self.novel]:
+            if name == "" or slug(name) == "":
+                raise ValueError(f"class name {name!r} has no letter or digit")
+            if slug(name) in slugs:
+                raise ValueError(f"class {name!r} is listed twice (as {slugs[slug(name)]!r})")
+            slugs[slug(name)] = name
+        return self
+
+
+class Clip(Settings):
+    architecture: str = key(
+        "resources/small_clip/architecture.json",
+        "name of an open_clip model (ViT-B-32-quickgelu for OpenAI's weights) or a json file",
+    )
+    weights: Path = key(Path("resources/small_clip/weights.safetensors"), "the model's weights")
+    vocabulary: Path | None = key(
+        Path("resources/small_clip/vocabulary.txt.gz"),
+        "byte-pair merges of the tokenizer; null for CLIP's own",
+    )
+
+    def files(self) -> list[Path]:
+        """The files the model is read from."""
+        named = [Path(self.architecture)] if self.architecture.endswith(".json") else []
+        return [*named, self.weights, *([self.vocabulary] if self.vocabulary else [])]
+
+
+class TextEmbeddings(Settings):
+    templates: list[str] = key(
+        ["{}"], "prompts, {} being the class name; several are averaged", min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _templates_hold_the_name(self):
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} must contain {{}} once")
+        return self
+
+
+class Backbone(Settings):
+    architecture: Literal["small", "resnet50"] = key(
+        "small", "ResNet-50 in the caffe style, or a thin net of nine convolutions"
+    )
+    channels: PositiveInt = key(64, "channels of the feature pyramid")
+    short_side: PositiveInt = key(160, "pixels of the resized image's shorter side in inference")
+    long_side: PositiveInt = key(160, "pixels that its longer side may have at most")
+
+
+class Training(Settings):
+    """A training schedule: warm-up, then a constant rate, divided by ten after each drop."""
+
+    optimiser: Literal["sgd", "adamw"] = key("sgd", "adamw where a short run starts from nothing")
+    epochs: PositiveInt = key(8, "passes over the training images")
+    images_per_step: PositiveInt = key(8, "images of one optimisation step")
+    learning_rate: Positive = key(0.02, "learning rate after the warm-up")
+    momentum: Fraction = key(0.9, "momentum (sgd)")
+    weight_decay: float = key(1e-4, "weight decay, on everything", ge=0)
+    warmup_steps: int = key(50, "steps of the linear warm-up", ge=0)
+    warmup_ratio: Positive = key(0.001, "where the warm-up starts, as a part of the rate", le=1)
+    drops: list[PositiveInt] = key([6, 7], "epochs after which the rate is divided by ten")
+    gradient_norm: Positive = key(15.0, "gradients are clipped to this norm")
+    short_sides: list[PositiveInt] = key(
+        [160], "shorter sides of the resized image, one drawn for each image", min_length=1
+    )
+    flip: Fraction = key(0.5, "probability of a horizontal flip")
+    workers: int = key(0, "processes that load images; 0 loads in the training process", ge=0)
+
+
+class Proposals(Settings):
+    training: Training = key(Training(), "schedule of the proposal network")
+    anchor_scale: Positive = key(8.0, "side of the one square anchor, in strides")
+    box_iou: Fraction = key(0.7, "IoU with an object from which an anchor learns its box")
+    samples: PositiveInt = key(256, "sampled anchors per image and output")
+    per_level: PositiveInt = key(2000, "best boxes of each pyramid level that enter the NMS")
+    nms: Fraction = key(0.7, "IoU of the class-agnostic NMS")
+    per_image: PositiveInt = key(60, "proposals kept per image")
+
+
+class RegionEmbeddings(Settings):
+    scales: list[Positive] = key(
+        [1.0, 1.5], "crops of a region, relative to its box; features are summed", min_length=1
+    )
+    batch_size: PositiveInt = key(256, "crops encoded at once, across images")
+    shards: PositiveInt = key(2, "files the images are divided over, one job each")
+
+
+class RegionIndex(Settings):
+    factory: str = key("SQfp16", "FAISS index factory; Flat and SQfp16 are exact")
+    block_rows: PositiveInt = key(65536, "vectors read and added at once")
+
+
+class BaseDetector(Settings):
+    training: Training = key(Training(), "schedule of the detector")
+    samples: PositiveInt = key(512, "regions sampled per image for classification and boxes")
+    positives: Fraction = key(0.25, "largest part of them with an IoU of .5 with an object")
+    branch_convolutions: int = key(4, "convolutions of each head before its linear layer", ge=0)
+    dimension: PositiveInt = key(1024, "length of a region feature")
+    finest_scale: Positive = key(
+        56.0, "side in pixels of the regions that are pooled from the finest level"
+    )
+    sampling_ratio: int = key(0, "samples per bin and axis of RoIAlign; 0 is adaptive", ge=0)
+    distillation_weight: float = key(256.0, "weight of the distillation loss", ge=0)
+    distillation_regions: PositiveInt = key(1000, "proposals per image that are distilled")
+
+
+class PseudoLabels(Settings):
+    k: PositiveInt = key(100, "regions retrieved per novel class")
+    objectness: Fraction = key(0.6, "floor of a retrieved region's objectness")
+
+
+class RegionFeatures(Settings):
+    batch_size: PositiveInt = key(4, "images per pass of the backbone")
+
+
+class LinearProbe(Settings):
+    epochs: PositiveInt = key(12, "passes over the retrieved images")
+    images_per_step: PositiveInt = key(2, "images of one step")
+    learning_rate: Positive = key(0.001, "learning rate after the warm-up")
+    momentum: Fraction = key(0.9, "momentum")
+    weight_decay: float = key(2.5e-5, "weight decay", ge=0)
+    warmup_steps: int = key(20, "steps of the linear warm-up", ge=0)
+    warmup_ratio: Positive = key(0.1, "where the warm-up starts, as a part of the rate", le=1)
+    drops: list[PositiveInt] = key([8, 11], "epochs after which the rate is divided by ten")
+    samples: PositiveInt = key(512, "regions sampled per image")
+    positives: Fraction = key(0.25, "largest part of them with an IoU of .5 with a pseudo-label")
+    negatives_per_positive: PositiveInt = key(10, "largest number of negatives per positive")
+
+
+class Evaluation(Settings):
+    temperature: Positive | None = key(
+        None, "of the CLIP head's softmax; null takes the CLIP model's own logit scale"
+    )
+    alpha: Fraction = key(0.0, "weight of the CLIP head in base scores (geometric mean)")
+    beta: Fraction = key(0.8, "weight of the probe in novel scores (geometric mean)")
+    score_threshold: Fraction = key(0.05, "lowest score of a detection")
+    nms: Fraction = key(0.5, "IoU of the NMS within a class")
+    per_image: PositiveInt = key(100, "detections kept per image")
+
+
+class Report(Settings):
+    crops_per_class: PositiveInt = key(24, "retrieved regions shown per novel class")
+    images: PositiveInt = key(12, "validation images shown with their detections")
+
+
+class Config(Settings):
+    """The whole configuration."""
+
+    name: str = key("mini", "folder below results/", pattern=r"^[A-Za-z0-9_.-]+$")
+    seed: int = key(0, "seed of everything that is drawn at random", ge=0)
+    gpu: bool = key(False, "whether the stages that can use a GPU ask for one and use it")
+    dataset: Dataset = key(Dataset(), "images and annotations")
+    classes: Classes = Field(description="the split")
+    clip: Clip = key(Clip(), "the vision-language model")
+    backbone: Backbone = key(Backbone(), "of the proposal network and of the detector")
+    text_embeddings: TextEmbeddings = key(TextEmbeddings(), "class names to vectors")
+    proposals: Proposals = key(Proposals(), "class-agnostic boxes")
+    region_embeddings: RegionEmbeddings = key(RegionEmbeddings(), "CLIP on every proposal")
+    region_index: RegionIndex = key(RegionIndex(), "nearest neighbours of text in regions")
+    base_detector: BaseDetector = key(BaseDetector(), "trained on base classes")
+    pseudo_labels: PseudoLabels = key(PseudoLabels(), "retrieval")
+    region_features: RegionFeatures = key(RegionFeatures(), "the frozen detector on regions")
+    linear_probe: LinearProbe = key(LinearProbe(), "the novel classes' weights")
+    evaluation: Evaluation = key(Evaluation(), "detections and AP50")
+    report: Report = key(Report(), "one page")
+
+
+def slug(name: str) -> str:
+    """A class name as part of a file name: ``traffic light`` is ``traffic_light``."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def load_config(content: dict[str, Any]) -> Config:
+    """Validate a configuration.
+
+    Args:
+        content: what was read from the yaml files, merged.
+
+    Raises:
+        LpovodError: naming every wrong key, its value and what is allowed.
+    """
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise LpovodError("The configuration is wrong:\n  " + "\n  ".join(lines)) from None
+    for path in config.clip.files():
+        if not path.is_file():
+            raise LpovodError(f"clip: {path}: no such file")
+    _check_classes(config)
+    return config
+
+
+def _check_classes(config: Config) -> None:
+    """Every class must be annotated in the validation images, or its AP would be undefined."""
+    if config.dataset.source == "miniature":
+        where, known = "the miniature world", list(miniature.CLASSES)
+    else:
+        where = config.dataset.coco.path("val_annotations")
+        known = [category["name"] for category in read_json(where).get("categories", [])]
+    for key_, names in (("base", config.classes.base), ("novel", config.classes.novel)):
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+                raise LpovodError(f"classes.{key_}: {where} has no class {name!r}; {hint}")
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        block = _block(problem["loc"][:-1])
+        allowed = list(block.model_fields) if block else []
+        near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
+        return f"{where}: unknown key; {hint}"
+    return f"{where or 'config'} = {problem['input']!r}: {problem['msg']}"
+
+
+def _block(path: tuple[Any, ...]) -> type[Settings] | None:
+    block: Any = Config
+    for part in path:
+        field = block.model_fields.get(part)
+        block = field.annotation if field else None
+        if not (isinstance(block, type) and issubclass(block, Settings)):
+            return None
+    return block

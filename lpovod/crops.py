@@ -1,0 +1,137 @@
+"""Crops of regions as CLIP sees them: PIL's antialiased bicubic resize as two matrix products.
+
+PIL's resize is separable and linear in each pass, so "crop, resize the shorter side to S, cut the
+S x S centre" is ``A_y · image · A_xᵀ`` with weight matrices computed from the box. Only the rows
+and columns that reach the centre are computed, so a sliver costs no more than a square.
+
+The passes run horizontally first with rounding between them, which is what PIL does. (Pillow from
+version 13 on runs the vertical pass first where the height shrinks much more than the width; every
+earlier version, and with it all published CLIP features, does not.)
+"""
+
+import numpy as np
+import torch
+
+from lpovod.artifacts import LpovodError
+
+FRACTION_BITS = 22  # of PIL's fixed-point weights for 8-bit images
+CROPS_AT_ONCE = 64  # whose weights are computed together; bounds memory at the paper's scale
+
+
+def crop_boxes(box: np.ndarray, scale: float, width: int, height: int) -> np.ndarray:
+    """The integer boxes that the original crops: scaled about their centre, rounded outwards.
+
+    Args:
+        box: (n, 4) float32 xyxy in pixels.
+        scale: of both sides; the original takes 1 and 1.5.
+        width, height: of the image, to which the result is clipped.
+
+    Returns:
+        (n, 4) int64 xyxy, half-open, not empty.
+
+    Raises:
+        LpovodError: naming the first box that is not finite, has no area, or lies outside.
+
+    Source: prepare/extract_coco_embeddings_clip.py, in float64 (as under the numpy of its time).
+    """
+    box = np.asarray(box, np.float64).reshape(-1, 4)
+    near, far = (1 + scale) / 2, (1 - scale) / 2
+    low = near * box[:, :2] + far * box[:, 2:]
+    high = near * box[:, 2:] + far * box[:, :2]
+    bounds = np.array([width, height])
+    low, high = np.floor(low - 0.001).clip(0, bounds), np.ceil(high + 0.001).clip(0, bounds)
+    good = np.isfinite(box).all(axis=1)
+    good &= ((high > low) & (box[:, 2:] > box[:, :2])).all(axis=1)
+    if not good.all():
+        number = int(np.flatnonzero(~good)[0])
+        raise LpovodError(
+            f"box {number} {box[number].tolist()} has no area inside the image of "
+            f"{width} x {height} pixels. Expected: x1 < x2 and y1 < y2, absolute pixels"
+        )
+    return np.concatenate([low, high], axis=1).astype(np.int64)
+
+
+@torch.inference_mode()
+def crop_and_resize(image: np.ndarray, boxes: np.ndarray, size: int) -> torch.Tensor:
+    """Crop boxes, resize the shorter side to `size` and cut the centre, as CLIP's preprocessing.
+
+    Args:
+        image: (height, width, 3) uint8.
+        boxes: (n, 4) int64 xyxy, half-open, inside the image and not empty (see `crop_boxes`).
+        size: side of the result.
+
+    Returns:
+        (n, 3, size, size) uint8: PIL's, a grey level apart on a few of 100,000 pixels (float32).
+    """
+    extent = boxes[:, 2:] - boxes[:, :2]
+    short = extent.min(axis=1, keepdims=True)
+    resized = size * extent // short  # torchvision's rule: int(size * long / short)
+    offset = np.rint((resized - size) / 2).astype(np.int64)  # to even, as Python's round
+    # Rows with their channels: the pixels of a crop are then one matrix, no copy needed.
+    rows = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 2, 1))).float()
+    result = torch.empty((len(boxes), 3, size, size), dtype=torch.uint8)
+    order = np.argsort(short[:, 0], kind="stable")  # similar numbers of weights together
+    for start in range(0, len(order), CROPS_AT_ONCE):
+        part = order[start : start + CROPS_AT_ONCE]
+        x, y = (
+            _Weights(boxes[part, a], extent[part, a], resized[part, a], offset[part, a], size)
+            for a in (0, 1)
+        )
+        pixels = torch.empty((len(part), size, 3 * size))
+        for k in range(len(part)):
+            _resize(rows, x, y, k, pixels[k])
+        pixels = pixels.add_(0.5).clamp_(0, 255).to(torch.uint8).view(-1, size, 3, size)
+        result[torch.from_numpy(part)] = pixels.transpose(1, 2)
+    return result
+
+
+def _resize(rows: torch.Tensor, x: "_Weights", y: "_Weights", k: int, out: torch.Tensor) -> None:
+    line = rows.shape[2]
+    height, width = y.width[k], x.width[k]
+    # Views by stride: slicing costs more than a small product.
+    crop = rows.as_strided((3 * height, width), (line, 1), 3 * line * y.start[k] + x.start[k])
+    across = torch.mm(crop, x.matrix(k).t())
+    across = across.add_(0.5).floor_().clamp_(0, 255).view(height, -1)
+    torch.mm(y.matrix(k), across, out=out)
+
+
+class _Weights:
+    """Weight matrices (size, width) of many crops along one axis, over the pixels from `start`."""
+
+    def __init__(self, first_pixel, length, resized, offset, size: int):
+        first, last, weight = _bicubic(length, resized, offset, size)
+        self._size, taps = size, weight.shape[-1]
+        width = last[:, -1] - first[:, 0]
+        self.start = (first_pixel + first[:, 0]).tolist()
+        self.width = width.tolist()
+        pitch = width + taps  # room for the weights beyond the last pixel, all of them zero
+        begin = np.concatenate([[0], np.cumsum(size * pitch)])
+        row = begin[:-1, None] + pitch[:, None] * np.arange(size) + first - first[:, :1]
+        flat = np.zeros(begin[-1], np.float32)
+        flat[row[:, :, None] + np.arange(taps)] = weight
+        self._flat = torch.from_numpy(flat)
+        self._begin, self._pitch = begin.tolist(), pitch.tolist()
+
+    def matrix(self, k: int) -> torch.Tensor:
+        return self._flat.as_strided(
+            (self._size, self.width[k]), (self._pitch[k], 1), self._begin[k]
+        )
+
+
+def _bicubic(length, resized, offset, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """PIL's weights: of n crops of `length` pixels, for `size` of the `resized` pixels.
+
+    Returns the first and past-the-last source pixel (n, size), and weights (n, size, taps), of
+    which those past the last pixel are zero.
+    """
+    scale = (length / resized)[:, None]
+    stretch = np.maximum(scale, 1)
+    centre = (offset[:, None] + np.arange(size) + 0.5) * scale
+    first = np.maximum(np.floor(centre - 2 * stretch + 0.5), 0).astype(np.int64)
+    last = np.minimum(np.floor(centre + 2 * stretch + 0.5).astype(np.int64), length[:, None])
+    pixel = np.arange((last - first).max())
+    x = np.abs(pixel + (first - centre + 0.5)[:, :, None]) / stretch[:, :, None]
+    weight = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    weight[(x >= 2) | (pixel >= (last - first)[:, :, None])] = 0
+    weight /= weight.sum(axis=-1, keepdims=True)
+    return first, last, np.rint(weight * 2**FRACTION_BITS) / 2**FRACTION_BITS

@@ -1,0 +1,90 @@
+"""What kind of mistake a detector makes: well placed, badly placed (and how), or misnamed."""
+
+import numpy as np
+
+from lpovod.average_precision import Detections
+from lpovod.dataset import CocoDataset
+
+KINDS = (
+    "correct",
+    "duplicate",
+    "too tight",
+    "too loose",
+    "group",
+    "shifted",
+    "other class",
+    "background",
+)
+
+
+def count_errors(
+    data: CocoDataset, detections: Detections, category_ids: list[int]
+) -> dict[str, float]:
+    """Percent of each kind among the best-scored detections of the given classes.
+
+    For each class as many detections are looked at as it has objects: those that decide AP.
+
+    Args:
+        data: the annotations.
+        detections: all detections.
+        category_ids: the classes to look at.
+
+    Returns:
+        percent by kind, over all classes together.
+    """
+    counts = dict.fromkeys(KINDS, 0)
+    for category in category_ids:
+        objects = {i: _split(data, i, category) for i in data.images}
+        total = sum(len(own) for own, _ in objects.values())
+        ranked = sorted(
+            (
+                (-float(score), image_id, tuple(map(float, box)))
+                for image_id, (boxes, scores, named) in detections.items()
+                for box, score, c in zip(boxes, scores, named, strict=True)
+                if c == category
+            )
+        )[:total]
+        taken: set[tuple[int, int]] = set()
+        for _, image_id, box in ranked:
+            counts[_kind(np.array(box), image_id, *objects[image_id], taken)] += 1
+    looked_at = max(1, sum(counts.values()))
+    return {kind: round(100 * n / looked_at, 2) for kind, n in counts.items()}
+
+
+def _split(data: CocoDataset, image_id: int, category: int) -> tuple[np.ndarray, np.ndarray]:
+    boxes, categories = data.boxes(image_id)
+    return boxes[categories == category], boxes[categories != category]
+
+
+def _kind(
+    box: np.ndarray,
+    image_id: int,
+    own: np.ndarray,
+    others: np.ndarray,
+    taken: set[tuple[int, int]],
+) -> str:
+    iou, inside, covered = _overlaps(box, own)
+    if len(own) and iou.max() >= 0.5:
+        free = [k for k in np.argsort(-iou) if iou[k] >= 0.5 and (image_id, int(k)) not in taken]
+        if not free:
+            return "duplicate"
+        taken.add((image_id, int(free[0])))
+        return "correct"
+    if (covered >= 0.7).sum() >= 2:
+        return "group"
+    if (inside >= 0.9).any():
+        return "too tight"
+    if (covered >= 0.9).any():
+        return "too loose"
+    if (iou >= 0.1).any():
+        return "shifted"
+    return "other class" if (_overlaps(box, others)[0] >= 0.5).any() else "background"
+
+
+def _overlaps(box: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """IoU with each object, the part of the box inside it, and the part of it that is covered."""
+    corner = np.minimum(box[2:], objects[:, 2:]) - np.maximum(box[:2], objects[:, :2])
+    shared = corner.clip(min=0).prod(axis=1)
+    area = max(float((box[2:] - box[:2]).prod()), 1e-9)
+    areas = (objects[:, 2:] - objects[:, :2]).prod(axis=1).clip(min=1e-9)
+    return shared / (area + areas - shared), shared / area, shared / areas

@@ -1,0 +1,152 @@
+"""Images on their way into a network: resized, flipped, normalised, batched.
+
+Random choices are made by the sampler alone (`training_views`), so that the same seed gives the
+same views for any number of loading processes.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from lpovod.config import Training
+from lpovod.dataset import CocoDataset
+
+MEAN = (122.770935, 116.74601, 104.093735)
+STD = (68.500534, 66.63216, 70.323166)
+PAD_TO = 32
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image is shown to a network."""
+
+    image_id: int
+    short_side: int
+    long_side: int
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedView:
+    """An image as it is shown, and how boxes get there.
+
+    Attributes:
+        view: the view.
+        pixels: (3, h, w) uint8 RGB, resized and flipped.
+        scale: (2,) float32, resized width and height over the original's.
+        extra: whatever `load_views` was told to load with it.
+    """
+
+    view: View
+    pixels: Tensor
+    scale: Tensor
+    extra: Any = None
+
+    def to_view(self, boxes: np.ndarray | Tensor) -> Tensor:
+        """Boxes of the original image, (n, 4), as boxes of the view."""
+        boxes = torch.as_tensor(boxes) * self.scale.repeat(2)
+        if self.view.flip:
+            width = self.pixels.shape[2]
+            boxes = torch.stack(
+                [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1
+            )
+        return boxes
+
+
+def show(pixels: np.ndarray, view: View) -> LoadedView:
+    """Resize the shorter side to the view's, unless the longer one would exceed its limit.
+
+    Bilinear without antialias, rounded to whole grey levels, as OpenCV does it.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+    """
+    height, width = pixels.shape[:2]
+    factor = min(view.long_side / max(height, width), view.short_side / min(height, width))
+    size = (int(height * factor + 0.5), int(width * factor + 0.5))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    if size != (height, width):
+        resized = functional.interpolate(image[None].float(), size=size, mode="bilinear")
+        image = resized[0].round().clamp(0, 255).byte()
+    if view.flip:
+        image = image.flip(2)
+    scale = torch.tensor([size[1] / width, size[0] / height], dtype=torch.float32)
+    return LoadedView(view, image.contiguous(), scale)
+
+
+def batch(views: list[LoadedView], device: str) -> Tensor:
+    """Normalised images, (n, 3, H, W) float32, padded right and below to a common multiple of 32."""
+    height = max(v.pixels.shape[1] for v in views)
+    width = max(v.pixels.shape[2] for v in views)
+    shape = (len(views), 3, -(-height // PAD_TO) * PAD_TO, -(-width // PAD_TO) * PAD_TO)
+    images = torch.zeros(shape, dtype=torch.uint8)
+    for image, view in zip(images, views, strict=True):
+        image[:, : view.pixels.shape[1], : view.pixels.shape[2]] = view.pixels
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+    return (images.to(device).float() - mean) / std
+
+
+def training_views(
+    image_ids: list[int], settings: Training, long_side: int, seed: int, epoch: int
+) -> list[View]:
+    """The views of one epoch: every image once, in random order, size and direction."""
+    draw = np.random.default_rng([seed, epoch])
+    order = draw.permutation(len(image_ids))
+    sides = draw.choice(settings.short_sides, len(image_ids))
+    flips = draw.random(len(image_ids)) < settings.flip
+    return [
+        View(image_ids[i], int(side), long_side, bool(flip))
+        for i, side, flip in zip(order, sides, flips, strict=True)
+    ]
+
+
+class _Loading(torch.utils.data.Dataset):
+    def __init__(self, dataset: CocoDataset, views: list[View], extra: Any):
+        self.dataset, self.views, self.extra = dataset, views, extra
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, number: int) -> LoadedView:
+        view = self.views[number]
+        shown = show(self.dataset.load(view.image_id), view)
+        loaded = self.extra(shown) if self.extra else None
+        return LoadedView(shown.view, shown.pixels, shown.scale, loaded)
+
+
+def load_views(
+    dataset: CocoDataset,
+    views: list[View],
+    per_batch: int,
+    workers: int = 0,
+    extra: Any = None,
+) -> Iterable[list[LoadedView]]:
+    """Load views in order, in lists of `per_batch`.
+
+    Args:
+        dataset: where the images are.
+        views: what to load.
+        per_batch: images per list; the last one may be shorter.
+        workers: loading processes; 0 loads in this one.
+        extra: called with each loaded view (in the worker); its result is attached.
+    """
+    return DataLoader(
+        _Loading(dataset, views, extra),
+        batch_size=per_batch,
+        num_workers=workers,
+        collate_fn=list,
+    )
+
+
+def inference_views(
+    dataset: CocoDataset, image_ids: list[int], short_side: int, long_side: int, per_batch: int
+) -> Iterator[list[LoadedView]]:
+    """Load images unflipped, at one size, in lists of `per_batch`."""
+    views = [View(i, short_side, long_side) for i in image_ids]
+    yield from load_views(dataset, views, per_batch)

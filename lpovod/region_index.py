@@ -1,0 +1,252 @@
+"""Stage `region_index`: FAISS indices over the region embeddings of all shards, in one file.
+
+The ids in the index are region keys (`region_key`), so a hit names its image and region. At the
+paper's scale the vectors are 40 GB, so the file is a row of small FAISS indices, each of one block
+of regions, made one after another and searched in place (memory-mapped)::
+
+    <FAISS index> ... <FAISS index> <json> <length of the json: 8 bytes> <MAGIC: 8 bytes>
+
+The json holds the identity, number and length of the vectors, and where each index ends. Index and
+identity can thus be neither separated nor mixed, and half a file is recognised.
+Imported for retrieval, which needs no torch: nothing here imports it.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from lpovod import config
+from lpovod.artifacts import Identity, LpovodError, atomic, fingerprint, identity
+from lpovod.progress import progress, say
+from lpovod.store import RegionStore
+
+STAGE = "region_index"
+MAGIC = b"LPOVODIX"
+INDEX_BITS = 20  # of a region's place in its image; the image id has the other 43
+TRAINING_ROWS = 1 << 18  # sample for the factories that need training
+PROBED_PART = 8  # one in so many lists of an inverted file is searched
+
+
+def region_key(image_id: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """A region's key in the index, int64: image_id * 2**20 + its place in the image.
+
+    Raises:
+        LpovodError: naming the first image id or place that does not fit.
+    """
+    image_id, index = np.broadcast_arrays(np.asarray(image_id), np.asarray(index))
+    for what, values, bits in (("image id", image_id, 43), ("region", index, INDEX_BITS)):
+        outside = (values < 0) | (values >= 1 << bits)
+        if outside.any():
+            first = np.atleast_1d(values)[np.atleast_1d(outside)][0]
+            raise LpovodError(f"{what} {first} is not in 0 ... 2**{bits} - 1")
+    return (image_id.astype(np.int64) << INDEX_BITS) | index.astype(np.int64)
+
+
+def split_key(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Image ids and places of region keys, both int64."""
+    key = np.asarray(key, np.int64)
+    return key >> INDEX_BITS, key & ((1 << INDEX_BITS) - 1)
+
+
+def open_shards(paths: Iterable[Path]) -> RegionStore:
+    """All shards of the region embeddings as one store, in one order whatever order is given.
+
+    Raises:
+        LpovodError: if a shard is missing or damaged, or they are not shards of one division of
+            the same proposals.
+    """
+    paths = sorted(Path(p) for p in paths)
+    if not paths:
+        raise LpovodError("no shard of region embeddings was given")
+    store = RegionStore(paths, "region_embeddings")
+    for path, ident in zip(paths, store.identities, strict=True):
+        for name, digest in ident["inputs"].items():
+            if digest != store.identity["inputs"][name]:
+                raise LpovodError(
+                    f"{path} and {paths[0]} were made from different {name}. Make them again: "
+                    "snakemake --forcerun region_embeddings"
+                )
+    expected = store.identity["settings"]["shards"]
+    if len(paths) != expected:
+        raise LpovodError(f"{len(paths)} shards were given, {paths[0]} is one of {expected}")
+    return store
+
+
+def digest_of_shards(store: RegionStore) -> str:
+    """One digest of what the shards were made from and which regions they hold.
+
+    The vectors themselves are not read: at the paper's scale they are 40 GB.
+    """
+    counts = [[image_id, store.count(image_id)] for image_id in store.image_ids]
+    return fingerprint({"identity": store.identity, "counts": counts})
+
+
+def build_region_index(shards: list[Path], settings: config.RegionIndex, output: Path) -> None:
+    """Index all region embeddings for search by inner product; the vectors stream through.
+
+    Args:
+        shards: all files of stage `region_embeddings`.
+        settings: factory string and block size.
+        output: the index with its footer.
+
+    Raises:
+        LpovodError: if shards are missing or do not belong together, hold no region, or FAISS
+            knows no such factory.
+    """
+    store = open_shards(shards)
+    if len(store) == 0:
+        raise LpovodError(f"{store.paths[0].parent}: the shards hold no region")
+    dimension = next(store.blocks(1, ["embedding"]))["embedding"].shape[1]
+    index = _make_index(settings.factory, dimension)
+    if not index.is_trained:
+        sample = _sample(store, settings.block_rows)
+        say(f"training {settings.factory} on {len(sample)} regions")
+        index.train(sample)
+    ident = identity(STAGE, settings, region_embeddings=digest_of_shards(store))
+    header = {"identity": ident, "rows": len(store), "dimension": dimension, "ends": []}
+    with (
+        atomic(output) as partial,
+        open(partial, "wb") as file,
+        progress(None, "region index", " regions", len(store)) as bar,
+    ):
+        for block in store.blocks(settings.block_rows, ["embedding"]):
+            index.reset()
+            keys = region_key(block.image_id, block.index)
+            index.add_with_ids(block["embedding"].astype(np.float32), keys)
+            file.write(faiss.serialize_index(index).data)
+            header["ends"].append(file.tell())
+            bar.update(len(block))
+        footer = json.dumps(header, sort_keys=True).encode()
+        file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
+
+
+def _make_index(factory: str, dimension: int) -> faiss.Index:
+    try:
+        index = faiss.index_factory(dimension, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, AssertionError) as error:
+        raise LpovodError(f"region_index.factory = {factory!r}: {error}") from None
+    searchable = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexIVF)
+    if not isinstance(faiss.downcast_index(index.index), searchable):
+        raise LpovodError(
+            f"region_index.factory = {factory!r}: retrieval searches Flat, SQ... and IVF... "
+            "indices alone"
+        )
+    return index
+
+
+def _sample(store: RegionStore, rows: int) -> np.ndarray:
+    step = -(-len(store) // TRAINING_ROWS)
+    seen, parts = 0, []
+    for block in store.blocks(rows, ["embedding"]):
+        parts.append(block["embedding"][-seen % step :: step].astype(np.float32))
+        seen += len(block)
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class RegionIndex:
+    """An open index: of the vectors, only what a search touches is read.
+
+    Attributes:
+        path: the file.
+        identity: what it was made from.
+        dimension: of the vectors.
+        keys: (rows,) int64, the region key of each row.
+        parts: FAISS's indices, over consecutive rows.
+    """
+
+    path: Path
+    identity: Identity
+    dimension: int
+    keys: np.ndarray
+    parts: list[faiss.Index]
+
+    def search(self, vector: np.ndarray, k: int, allowed: np.ndarray) -> tuple:
+        """The k rows of largest inner product among the allowed ones.
+
+        Args:
+            vector: (D,) float32.
+            k: how many at most.
+            allowed: (rows,) bool.
+
+        Returns:
+            Inner products (n,) float32, descending, and region keys (n,) int64; n <= k.
+        """
+        query = np.ascontiguousarray(vector, np.float32)[None]
+        scores, keys, start = [], [], 0
+        for part in self.parts:
+            stop = start + part.ntotal
+            if allowed[start:stop].any():
+                inner = faiss.downcast_index(part.index)
+                parameters = _parameters(inner, allowed[start:stop])
+                found = inner.search(query, min(k, part.ntotal), params=parameters)
+                real = found[1][0] >= 0
+                scores.append(found[0][0][real])
+                keys.append(self.keys[start:stop][found[1][0][real]])
+            start = stop
+        if not scores:
+            return np.empty(0, np.float32), np.empty(0, np.int64)
+        merged = np.concatenate(scores)
+        best = np.argsort(-merged, kind="stable")[:k]
+        return merged[best], np.concatenate(keys)[best]
+
+
+def _parameters(inner: faiss.Index, allowed: np.ndarray) -> faiss.SearchParameters:
+    selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+    if isinstance(inner, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=-(-inner.nlist // PROBED_PART))
+    return faiss.SearchParameters(sel=selector)
+
+
+def open_index(path: Path) -> RegionIndex:
+    """Open a file of `build_region_index`.
+
+    Raises:
+        LpovodError: if it is missing, damaged, or another program's.
+    """
+    path = Path(path)
+    header = _read_footer(path)
+    content = np.memmap(path, np.uint8, "r")
+    parts = [
+        _open_part(path, content[start:end])
+        for start, end in zip([0, *header["ends"]], header["ends"], strict=False)
+    ]
+    keys = np.concatenate([faiss.vector_to_array(part.id_map) for part in parts])
+    if len(keys) != header["rows"]:
+        raise LpovodError(
+            f"{path} holds {len(keys)} vectors, its footer states {header['rows']}. Make it "
+            f"again: snakemake --forcerun {STAGE}"
+        )
+    return RegionIndex(path, header["identity"], header["dimension"], keys, parts)
+
+
+def _open_part(path: Path, content: np.ndarray) -> faiss.Index:
+    try:
+        reader = faiss.ZeroCopyIOReader(faiss.swig_ptr(content), content.nbytes)
+        part = faiss.read_index(reader)
+    except RuntimeError as error:
+        raise LpovodError(f"{path} cannot be read by FAISS: {error}") from None
+    part.content = content  # the index points into it
+    return part
+
+
+def _read_footer(path: Path) -> dict:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 16, 0))
+            length, magic = int.from_bytes(file.read(8), "little"), file.read(8)
+            if magic != MAGIC or length > size - 16:
+                raise LpovodError(
+                    f"{path} is not a whole index of this project. Make it again: "
+                    f"snakemake --forcerun {STAGE}"
+                )
+            file.seek(size - 16 - length)
+            return json.loads(file.read(length))
+    except FileNotFoundError:
+        raise LpovodError(f"{path}: no such file") from None

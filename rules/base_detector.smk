@@ -1,0 +1,40 @@
+# Stage base_detector
+# IN   train.json, region embeddings of its images, the proposal network (backbone and pyramid)
+# OUT  detector.safetensors, history.jsonl
+# COST COCO: 20 epochs of 16 images per step, about 8 GPUs for 20 hours
+
+
+rule base_detector:
+    message:
+        "Training the detector on base classes, with distillation"
+    input:
+        script="workflow_scripts/base_detector.py",
+        code=code("base_detector", "detector", "backbone", "boxes", "images", "training"),
+        dataset=f"{RESULTS}/dataset/train.json",
+        images=rules.dataset.output.images,
+        shards=shards("train"),
+        network=rules.proposal_network.output.network,
+    output:
+        detector=f"{RESULTS}/base_detector/detector.safetensors",
+        history=f"{RESULTS}/base_detector/history.jsonl",
+    params:
+        backbone=block("backbone"),
+        settings=block("base_detector"),
+        state=subpath(output.detector, with_suffix=".resume"),
+    log:
+        f"{RESULTS}/logs/base_detector.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/base_detector.tsv"
+    threads: 8
+    resources:
+        mem_mb=grows(4000),
+        runtime=grows(2880),
+        gpu=int(CONFIG.gpu),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.base_detector --dataset {input.dataset}"
+        " --region-embeddings {input.shards} --network {input.network}"
+        " --backbone {params.backbone:q} --settings {params.settings:q} --seed {CONFIG.seed}"
+        " --state {params.state} --code {input.script} {input.code} --detector {output.detector}"
+        " --history {output.history} --device {DEVICE} 2>&1 | tee {log}"

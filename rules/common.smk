@@ -1,0 +1,46 @@
+# What all rules share: the validated configuration, paths and a few short helpers.
+
+from lpovod.artifacts import LpovodError, sha256
+from lpovod.config import load_config, slug
+
+try:
+    CONFIG = load_config(config)
+except LpovodError as error:
+    raise WorkflowError(str(error))
+
+RESULTS = f"results/{CONFIG.name}"
+DEVICE = "cuda" if CONFIG.gpu else "cpu"
+ENVIRONMENT = "../envs/gpu.yaml" if CONFIG.gpu else "../envs/torch.yaml"
+NOVEL = {slug(name): name for name in CONFIG.classes.novel}
+SPLITS = ["train", "val"] + (["tune"] if CONFIG.dataset.source == "miniature" else [])
+# The model's files may be large, where Snakemake compares modification times: their digests, as
+# params, make their readers stale when the content changes and only then.
+CLIP_FILES = CONFIG.clip.files()
+CLIP_DIGESTS = [sha256(path) for path in CLIP_FILES]
+
+
+wildcard_constraints:
+    split="train|val|tune",
+    shard=r"\d+",
+    novel="|".join(NOVEL),
+
+
+def block(name):
+    """A block of the configuration as json: what a rule passes on, and what makes it stale."""
+    return getattr(CONFIG, name).model_dump_json()
+
+
+def code(*modules):
+    """Sources that shape a stage's result; Snakemake compares them by content."""
+    return [f"lpovod/{module}.py" for module in modules]
+
+
+def grows(amount):
+    """A resource that grows with every attempt at the same job."""
+    return lambda wildcards, attempt: amount * attempt
+
+
+def shards(split):
+    """The shards of the region embeddings of a split."""
+    path = f"{RESULTS}/region_embeddings/{split}/{{shard}}.h5"
+    return expand(path, shard=range(CONFIG.region_embeddings.shards))

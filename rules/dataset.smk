@@ -1,0 +1,35 @@
+# Stage dataset
+# IN   nothing (miniature), or COCO json and images on disk (coco)
+# OUT  train.json: base annotations alone; val.json and, miniature only, tune.json: all classes;
+#      train_all_classes.json: for marking retrieved regions in the report, never learned from;
+#      images/: a folder, or a link to one, per split
+# COST seconds; nothing is copied from disk
+
+
+rule dataset:
+    message:
+        "Images and annotations of every split ({CONFIG.dataset.source})"
+    input:
+        script="workflow_scripts/dataset.py",
+        code=code("dataset", "miniature"),
+    output:
+        splits=expand(f"{RESULTS}/dataset/{{split}}.json", split=SPLITS),
+        truth=f"{RESULTS}/dataset/train_all_classes.json",
+        images=directory(f"{RESULTS}/dataset/images"),
+    params:
+        settings=block("dataset"),
+        base=CONFIG.classes.base,
+        folder=f"{RESULTS}/dataset",
+    log:
+        f"{RESULTS}/logs/dataset.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/dataset.tsv"
+    threads: 1
+    resources:
+        mem_mb=grows(2000),
+        runtime=grows(30),
+    conda:
+        "../envs/light.yaml"
+    shell:
+        "python -m workflow_scripts.dataset --output {params.folder} --seed {CONFIG.seed}"
+        " --settings {params.settings:q} --base {params.base:q} 2>&1 | tee {log}"

@@ -1,0 +1,53 @@
+# Stage evaluation
+# IN   region features of the split, base prototypes, novel weights, text embeddings; CLIP's own
+#      embeddings of the same regions, for comparison
+# OUT  metrics.json: AP50 in percent, with ablations; detections.json: COCO results;
+#      below evaluation/ on the val images, below evaluation_tune/ on the tune images
+# COST a minute
+
+
+def evaluated(pattern):
+    """An input path on the split that the output's folder stands for."""
+    splits = {"evaluation": "val", "evaluation_tune": "tune"}
+    return lambda wildcards: expand(pattern, split=splits[wildcards.evaluation])
+
+
+rule evaluation:
+    message:
+        "AP50 of the method and of its ablations ({wildcards.evaluation})"
+    input:
+        script="workflow_scripts/evaluation.py",
+        code=code("evaluation", "average_precision", "errors", "boxes"),
+        dataset=evaluated(f"{RESULTS}/dataset/{{split}}.json"),
+        features=evaluated(f"{RESULTS}/region_features/{{split}}.h5"),
+        recall=evaluated(f"{RESULTS}/proposals/{{split}}.recall.json"),
+        embeddings=lambda wildcards: shards(evaluated("{split}")(wildcards)[0]),
+        detector=rules.base_detector.output.detector,
+        probe=rules.linear_probe.output,
+        text=[
+            f"{RESULTS}/text_embeddings/base.safetensors",
+            *expand(f"{RESULTS}/text_embeddings/novel/{{novel}}.safetensors", novel=NOVEL),
+        ],
+    output:
+        metrics=f"{RESULTS}/{{evaluation}}/metrics.json",
+        detections=f"{RESULTS}/{{evaluation}}/detections.json",
+    wildcard_constraints:
+        evaluation="evaluation|evaluation_tune",
+    params:
+        settings=block("evaluation"),
+    log:
+        f"{RESULTS}/logs/{{evaluation}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{evaluation}}.tsv"
+    threads: 2
+    resources:
+        mem_mb=grows(4000),
+        runtime=grows(60),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.evaluation --dataset {input.dataset}"
+        " --region-features {input.features} --detector {input.detector}"
+        " --linear-probe {input.probe} --text-embeddings {input.text} --recall {input.recall}"
+        " --region-embeddings {input.embeddings} --settings {params.settings:q}"
+        " --metrics {output.metrics} --detections {output.detections} 2>&1 | tee {log}"

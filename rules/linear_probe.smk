@@ -1,0 +1,32 @@
+# Stage linear_probe
+# IN   pseudo-labels of every novel class and the features of the regions of their images
+# OUT  weights.safetensors: (dimension,) float32 per novel class, keyed by name
+# COST seconds
+
+
+rule linear_probe:
+    message:
+        "Training the novel classes' weights on frozen features"
+    input:
+        script="workflow_scripts/linear_probe.py",
+        code=code("linear_probe", "boxes"),
+        pseudo_labels=expand(rules.pseudo_labels.output, novel=NOVEL),
+        features=expand(rules.retrieved_region_features.output, novel=NOVEL),
+    output:
+        f"{RESULTS}/linear_probe/weights.safetensors",
+    params:
+        settings=block("linear_probe"),
+    log:
+        f"{RESULTS}/logs/linear_probe.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/linear_probe.tsv"
+    threads: 1
+    resources:
+        mem_mb=grows(4000),
+        runtime=grows(60),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.linear_probe --pseudo-labels {input.pseudo_labels}"
+        " --region-features {input.features} --settings {params.settings:q} --seed {CONFIG.seed}"
+        " --output {output} 2>&1 | tee {log}"

@@ -1,0 +1,70 @@
+# Stage proposals
+# IN   dataset
+# OUT  network.safetensors, history.jsonl: the proposal network, learned from base annotations;
+#      {split}.h5: region store of box and objectness, best first; {split}.recall.json
+# COST COCO: 8 epochs of 118k images, about 20 GPU hours; 3 GB for 1,500 boxes per image
+
+
+rule proposal_network:
+    message:
+        "Training the proposal network on base annotations"
+    input:
+        script="workflow_scripts/proposals.py",
+        code=code("proposals", "backbone", "boxes", "images", "training"),
+        dataset=f"{RESULTS}/dataset/train.json",
+        images=rules.dataset.output.images,
+    output:
+        network=f"{RESULTS}/proposals/network.safetensors",
+        history=f"{RESULTS}/proposals/history.jsonl",
+    params:
+        backbone=block("backbone"),
+        settings=block("proposals"),
+        state=subpath(output.network, with_suffix=".resume"),
+    log:
+        f"{RESULTS}/logs/proposal_network.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/proposal_network.tsv"
+    threads: 8
+    resources:
+        mem_mb=grows(4000),
+        runtime=grows(1440),
+        gpu=int(CONFIG.gpu),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.proposals train_proposals --dataset {input.dataset}"
+        " --backbone {params.backbone:q} --settings {params.settings:q} --seed {CONFIG.seed}"
+        " --state {params.state} --code {input.script} {input.code} --network {output.network}"
+        " --history {output.history} --device {DEVICE} 2>&1 | tee {log}"
+
+
+rule proposals:
+    message:
+        "Proposals of the {wildcards.split} images"
+    input:
+        script="workflow_scripts/proposals.py",
+        code=code("proposals", "backbone", "boxes", "images"),
+        dataset=f"{RESULTS}/dataset/{{split}}.json",
+        images=rules.dataset.output.images,
+        network=rules.proposal_network.output.network,
+    output:
+        proposals=f"{RESULTS}/proposals/{{split}}.h5",
+        recall=f"{RESULTS}/proposals/{{split}}.recall.json",
+    params:
+        backbone=block("backbone"),
+        settings=block("proposals"),
+    log:
+        f"{RESULTS}/logs/proposals/{{split}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/proposals/{{split}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=grows(3000),
+        runtime=grows(480),
+        gpu=int(CONFIG.gpu),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.proposals propose --dataset {input.dataset}"
+        " --network {input.network} --backbone {params.backbone:q} --settings {params.settings:q}"
+        " --output {output.proposals} --recall {output.recall} --device {DEVICE} 2>&1 | tee {log}"

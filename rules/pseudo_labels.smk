@@ -1,0 +1,36 @@
+# Stage pseudo_labels
+# IN   text embedding of one novel class, index and shards of the training regions
+# OUT  {novel}.json: COCO json, annotations with score (objectness) and cosine
+# COST one pass over the index; COCO: a minute per class
+
+
+rule pseudo_labels:
+    message:
+        "Retrieving regions of {wildcards.novel}"
+    input:
+        script="workflow_scripts/pseudo_labels.py",
+        code=code("pseudo_labels"),
+        text_embedding=f"{RESULTS}/text_embeddings/novel/{{novel}}.safetensors",
+        index=rules.region_index.output,
+        shards=shards("train"),
+        dataset=f"{RESULTS}/dataset/train.json",
+    output:
+        f"{RESULTS}/pseudo_labels/{{novel}}.json",
+    params:
+        name=lambda wildcards: NOVEL[wildcards.novel],
+        settings=block("pseudo_labels"),
+    log:
+        f"{RESULTS}/logs/pseudo_labels/{{novel}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/pseudo_labels/{{novel}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=grows(2000),
+        runtime=grows(60),
+    conda:
+        "../envs/light.yaml"
+    shell:
+        "python -m workflow_scripts.pseudo_labels --name {params.name:q}"
+        " --text-embeddings {input.text_embedding} --index {input.index} --shards {input.shards}"
+        " --dataset {input.dataset} --settings {params.settings:q} --output {output}"
+        " 2>&1 | tee {log}"

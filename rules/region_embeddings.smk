@@ -1,0 +1,38 @@
+# Stage region_embeddings
+# IN   dataset, proposals, CLIP
+# OUT  {split}/{shard}.h5: region store with the column embedding (n, D) float16, unit rows
+# COST 1 KB per region at D = 512; COCO train with 300 regions per image: 36 GB
+
+
+rule region_embeddings:
+    message:
+        "CLIP on the {wildcards.split} proposals, shard {wildcards.shard}"
+    input:
+        script="workflow_scripts/region_embeddings.py",
+        code=code("region_embeddings", "crops", "clip"),
+        clip=ancient(CLIP_FILES),
+        dataset=f"{RESULTS}/dataset/{{split}}.json",
+        images=rules.dataset.output.images,
+        proposals=rules.proposals.output.proposals,
+    output:
+        f"{RESULTS}/region_embeddings/{{split}}/{{shard}}.h5",
+    params:
+        clip=block("clip"),
+        clip_files=CLIP_DIGESTS,
+        settings=block("region_embeddings"),
+    log:
+        f"{RESULTS}/logs/region_embeddings/{{split}}/{{shard}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/region_embeddings/{{split}}/{{shard}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=grows(3000),
+        runtime=grows(720),
+        gpu=int(CONFIG.gpu),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.region_embeddings --dataset {input.dataset}"
+        " --proposals {input.proposals} --clip {params.clip:q} --settings {params.settings:q}"
+        " --shard {wildcards.shard} --output {output} --device {DEVICE} --threads {threads}"
+        " 2>&1 | tee {log}"

@@ -1,0 +1,76 @@
+# Stage region_features
+# IN   the trained detector, images, proposals (and, for training regions, pseudo-labels)
+# OUT  {split}.h5: all proposals of a split; retrieved/{novel}.h5: the regions of the images that
+#      one novel class retrieved. Region stores with the columns feature (float16), embedding
+#      (float16, unit rows) and refined (float32 xyxy)
+# COST COCO: one pass over 5,000 images, 3 KB per region; at most K images per novel class
+
+
+rule region_features:
+    message:
+        "The frozen detector on the {wildcards.split} proposals"
+    input:
+        script="workflow_scripts/region_features.py",
+        code=code("region_features", "detector", "backbone", "boxes", "images"),
+        dataset=f"{RESULTS}/dataset/{{split}}.json",
+        images=rules.dataset.output.images,
+        proposals=rules.proposals.output.proposals,
+        detector=rules.base_detector.output.detector,
+    output:
+        f"{RESULTS}/region_features/{{split}}.h5",
+    params:
+        backbone=block("backbone"),
+        base_detector=block("base_detector"),
+        settings=block("region_features"),
+    log:
+        f"{RESULTS}/logs/region_features/{{split}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/region_features/{{split}}.tsv"
+    threads: 2
+    resources:
+        mem_mb=grows(3000),
+        runtime=grows(240),
+        gpu=int(CONFIG.gpu),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.region_features describe_split --dataset {input.dataset}"
+        " --proposals {input.proposals} --detector {input.detector}"
+        " --backbone {params.backbone:q} --base-detector {params.base_detector:q}"
+        " --settings {params.settings:q} --output {output} --device {DEVICE} 2>&1 | tee {log}"
+
+
+rule retrieved_region_features:
+    message:
+        "The frozen detector on the images that {wildcards.novel} retrieved"
+    input:
+        script="workflow_scripts/region_features.py",
+        code=code("region_features", "detector", "backbone", "boxes", "images"),
+        dataset=f"{RESULTS}/dataset/train.json",
+        images=rules.dataset.output.images,
+        proposals=f"{RESULTS}/proposals/train.h5",
+        pseudo_labels=f"{RESULTS}/pseudo_labels/{{novel}}.json",
+        detector=rules.base_detector.output.detector,
+    output:
+        f"{RESULTS}/region_features/retrieved/{{novel}}.h5",
+    params:
+        backbone=block("backbone"),
+        base_detector=block("base_detector"),
+        settings=block("region_features"),
+    log:
+        f"{RESULTS}/logs/region_features/retrieved/{{novel}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/region_features/retrieved/{{novel}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=grows(3000),
+        runtime=grows(60),
+        gpu=int(CONFIG.gpu),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.region_features describe_retrieved --dataset {input.dataset}"
+        " --proposals {input.proposals} --pseudo-labels {input.pseudo_labels}"
+        " --detector {input.detector} --backbone {params.backbone:q}"
+        " --base-detector {params.base_detector:q} --settings {params.settings:q}"
+        " --output {output} --device {DEVICE} 2>&1 | tee {log}"

@@ -1,0 +1,30 @@
+# Stage region_index
+# IN   region embeddings of the training images, all shards
+# OUT  train.index: FAISS index, inner product; its ids are region keys (image id, place)
+# COST as large as the region embeddings; minutes
+
+
+rule region_index:
+    message:
+        "FAISS index of the training regions"
+    input:
+        script="workflow_scripts/region_index.py",
+        code=code("region_index"),
+        shards=shards("train"),
+    output:
+        f"{RESULTS}/region_index/train.index",
+    params:
+        settings=block("region_index"),
+    log:
+        f"{RESULTS}/logs/region_index.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/region_index.tsv"
+    threads: 2
+    resources:
+        mem_mb=grows(2000),
+        runtime=grows(120),
+    conda:
+        "../envs/light.yaml"
+    shell:
+        "python -m workflow_scripts.region_index --shards {input.shards}"
+        " --settings {params.settings:q} --output {output} 2>&1 | tee {log}"

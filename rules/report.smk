@@ -1,0 +1,40 @@
+# Stage report
+# IN   metrics, detections, histories, pseudo-labels, annotations, stage times
+# OUT  report.html: one file that opens offline
+# COST seconds
+
+
+rule report:
+    message:
+        "The report"
+    input:
+        script="workflow_scripts/report.py",
+        code=code("report"),
+        metrics=f"{RESULTS}/evaluation/metrics.json",
+        detections=f"{RESULTS}/evaluation/detections.json",
+        val=f"{RESULTS}/dataset/val.json",
+        train=f"{RESULTS}/dataset/train.json",
+        truth=rules.dataset.output.truth,
+        pseudo_labels=expand(rules.pseudo_labels.output, novel=NOVEL),
+        proposals=rules.proposal_network.output.history,
+        base_detector=rules.base_detector.output.history,
+    output:
+        f"{RESULTS}/report/report.html",
+    params:
+        settings=block("report"),
+        benchmarks=f"{RESULTS}/benchmarks",
+    log:
+        f"{RESULTS}/logs/report.log",
+    threads: 1
+    resources:
+        mem_mb=grows(2000),
+        runtime=grows(30),
+    conda:
+        "../envs/light.yaml"
+    shell:
+        "python -m workflow_scripts.report --metrics {input.metrics}"
+        " --detections {input.detections} --val {input.val} --train {input.train}"
+        " --truth {input.truth} --pseudo-labels {input.pseudo_labels}"
+        " --proposals-history {input.proposals} --detector-history {input.base_detector}"
+        " --benchmarks {params.benchmarks} --settings {params.settings:q} --output {output}"
+        " 2>&1 | tee {log}"

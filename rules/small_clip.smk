@@ -1,0 +1,36 @@
+# The miniature world's CLIP, as it is shipped in resources/small_clip; no part of the default run.
+# IN   nothing: crops are drawn
+# OUT  architecture.json, weights.safetensors, vocabulary.txt.gz, record.json
+# COST ten minutes on two cores
+
+
+rule small_clip:
+    message:
+        "Training the small CLIP on drawn crops and captions"
+    input:
+        script="workflow_scripts/small_clip.py",
+        code=code("small_clip", "miniature", "clip", "crops"),
+    output:
+        multiext(
+            "results/small_clip/",
+            "architecture.json",
+            "weights.safetensors",
+            "vocabulary.txt.gz",
+            "record.json",
+        ),
+    params:
+        settings="{}",
+        folder="results/small_clip",
+    log:
+        "results/small_clip/train.log",
+    benchmark:
+        "results/small_clip/benchmark.tsv"
+    threads: 8
+    resources:
+        mem_mb=grows(4000),
+        runtime=grows(120),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.small_clip --output-dir {params.folder}"
+        " --settings {params.settings:q} 2>&1 | tee {log}"

@@ -1,0 +1,40 @@
+# Stage text_embeddings
+# IN   class names, CLIP
+# OUT  safetensors: a unit vector (D,) float32 per class, keyed by name;
+#      one file for the base classes, one per novel class
+# COST seconds
+
+
+def names_of(wildcards):
+    return CONFIG.classes.base if wildcards.classes == "base" else [NOVEL[wildcards.classes[6:]]]
+
+
+rule text_embeddings:
+    message:
+        "Text embeddings of {wildcards.classes}"
+    input:
+        script="workflow_scripts/text_embeddings.py",
+        code=code("text_embeddings", "clip"),
+        clip=ancient(CLIP_FILES),
+    output:
+        f"{RESULTS}/text_embeddings/{{classes}}.safetensors",
+    wildcard_constraints:
+        classes="base|novel/[a-z0-9_]+",
+    params:
+        names=names_of,
+        clip=block("clip"),
+        clip_files=CLIP_DIGESTS,
+        settings=block("text_embeddings"),
+    log:
+        f"{RESULTS}/logs/text_embeddings/{{classes}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/text_embeddings/{{classes}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=grows(3000),
+        runtime=grows(30),
+    conda:
+        ENVIRONMENT
+    shell:
+        "python -m workflow_scripts.text_embeddings --names {params.names:q}"
+        " --clip {params.clip:q} --settings {params.settings:q} --output {output} 2>&1 | tee {log}"

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+from conftest import make_clip, make_world, write_proposals
+from PIL import Image
+
+from lpovod import config
+from lpovod.artifacts import LpovodError, check_made_from, sha256
+from lpovod.clip import load_clip
+from lpovod.crops import crop_boxes
+from lpovod.region_embeddings import divide_images, embed_regions
+from lpovod.store import RegionStore
+
+SETTINGS = config.RegionEmbeddings(shards=1, batch_size=7)
+
+
+def embed(world, clip, output, settings=SETTINGS, shard=0):
+    embed_regions(world.dataset, world.proposals, clip, settings, shard, output)
+    return RegionStore(output, "region_embeddings")
+
+
+def reference(world, clip, image_id, scales):
+    """The definition, one crop after the other, through PIL."""
+    model = load_clip(clip)
+    height, width = world.images[image_id].shape[:2]
+    picture, size = Image.fromarray(world.images[image_id]), model.image_size
+    rows = []
+    for box in world.boxes[image_id]:
+        feature = 0
+        for scale in scales:
+            crop = picture.crop(crop_boxes(box[None], scale, width, height)[0].tolist())
+            short = min(crop.size)
+            wide, high = (size * side // short for side in crop.size)
+            crop = crop.resize((wide, crop.height), 3).resize((wide, high), 3)
+            left, top = round((wide - size) / 2), round((high - size) / 2)
+            pixels = np.asarray(crop.crop((left, top, left + size, top + size)))
+            pixels = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+            feature = feature + model.encode_crops(pixels)[0].numpy()
+        rows.append(feature / np.linalg.norm(feature))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("scales", [[1.0, 1.5], [1.0]])
+def test_every_region_has_the_vector_of_its_own_crops(world, tiny_clip, tmp_path, scales):
+    settings = config.RegionEmbeddings(shards=1, batch_size=7, scales=scales)
+    store = embed(world, tiny_clip, tmp_path / "s.h5", settings)
+    assert store.image_ids == sorted(world.images)
+    for image_id, boxes in world.boxes.items():
+        regions = store.read(image_id)
+        np.testing.assert_array_equal(regions.box, boxes)
+        np.testing.assert_array_equal(regions.objectness, world.objectness[image_id])
+        assert regions["embedding"].dtype == np.float16
+        assert regions["embedding"].shape == (len(boxes), 16)
+        if len(boxes):
+            expected = reference(world, tiny_clip, image_id, scales)
+            np.testing.assert_allclose(regions["embedding"], expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 1000])
+def test_the_batch_size_changes_no_vector(world, tiny_clip, tmp_path, batch_size):
+    ours = embed(world, tiny_clip, tmp_path / "a.h5")
+    settings = config.RegionEmbeddings(shards=1, batch_size=batch_size)
+    other = embed(world, tiny_clip, tmp_path / "b.h5", settings)
+    for image_id in world.images:
+        one, two = ours.read(image_id)["embedding"], other.read(image_id)["embedding"]
+        np.testing.assert_allclose(one, two, atol=1e-3)
+
+
+def test_the_same_run_gives_the_same_bytes(world, tiny_clip, tmp_path):
+    for name in ("a.h5", "b.h5"):
+        embed(world, tiny_clip, tmp_path / name)
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_shards_together_hold_what_one_holds(world, tiny_clip, tmp_path):
+    whole = embed(world, tiny_clip, tmp_path / "whole.h5")
+    settings = config.RegionEmbeddings(shards=3, batch_size=7)
+    paths = [tmp_path / f"{n}.h5" for n in range(3)]
+    for shard, path in enumerate(paths):
+        embed(world, tiny_clip, path, settings, shard)
+    divided = RegionStore(paths, "region_embeddings")
+    assert divided.image_ids == whole.image_ids
+    for image_id in world.images:
+        one, two = whole.read(image_id)["embedding"], divided.read(image_id)["embedding"]
+        np.testing.assert_allclose(one, two, atol=1e-3)
+    with pytest.raises(LpovodError, match="shard 3 is not one of 0 ... 2"):
+        embed(world, tiny_clip, paths[0], settings, 3)
+
+
+def test_a_shard_of_images_without_proposals_is_written(tiny_clip, tmp_path):
+    world = make_world(tmp_path, {1: 0, 2: 0})
+    store = embed(world, tiny_clip, tmp_path / "s.h5")
+    assert (store.image_ids, len(store)) == ([1, 2], 0)
+
+
+def test_the_shard_says_what_it_was_made_from(world, tiny_clip, tmp_path):
+    path = tmp_path / "s.h5"
+    ident = embed(world, tiny_clip, path).identity
+    check_made_from(path, ident, "dataset", world.dataset)
+    check_made_from(path, ident, "proposals", world.proposals)
+    check_made_from(path, ident, "clip_weights", sha256(tiny_clip.weights))
+    assert ident["settings"] == {"scales": [1.0, 1.5], "shards": 1}
+
+
+def test_images_are_divided_by_their_regions():
+    counts = {9: 10, 1: 10, 5: 0, 3: 20, 7: 40}
+    assert divide_images(counts, 1) == [[1, 3, 5, 7, 9]]
+    assert divide_images(counts, 2) == [[1, 3, 5], [7, 9]]
+    assert divide_images(dict(sorted(counts.items())), 2) == divide_images(counts, 2)
+    random = np.random.default_rng(0)
+    counts = {int(i): int(c) for i, c in enumerate(random.integers(0, 60, 1000))}
+    divided = divide_images(counts, 7)
+    assert sum(divided, []) == sorted(counts)
+    sums = [sum(counts[i] for i in part) for part in divided]
+    assert max(sums) - min(sums) <= 120
+    assert divide_images({4: 0, 2: 0}, 3) == [[2, 4], [], []]
+    assert [len(part) for part in divide_images({1: 5}, 3)] == [0, 1, 0]
+
+
+def fails_before_clip_is_loaded(world, tmp_path, message, **changed):
+    """No CLIP is there to be loaded, no image to be decoded."""
+    for path in (tmp_path / "images" / "train").iterdir():
+        path.unlink()
+    nowhere = config.Clip.model_construct(architecture="none.json", weights=tmp_path / "none")
+    files = {"dataset": world.dataset, "proposals": world.proposals} | changed
+    with pytest.raises(LpovodError, match=message):
+        embed_regions(**files, clip=nowhere, settings=SETTINGS, shard=0, output=tmp_path / "s.h5")
+    assert not (tmp_path / "s.h5").exists()
+
+
+def test_proposals_of_another_dataset_are_refused(world, tmp_path):
+    (tmp_path / "more").mkdir()
+    other = make_world(tmp_path / "more", {1: 2})
+    fails_before_clip_is_loaded(world, tmp_path, "other images", proposals=other.proposals)
+
+
+def test_an_image_without_an_entry_is_named(world, tmp_path):
+    fewer = {i: b for i, b in world.boxes.items() if i != 41}
+    write_proposals(world.proposals, world.dataset, fewer, world.objectness)
+    fails_before_clip_is_loaded(world, tmp_path, "image 41 is in .*train.json but not in")
+
+
+@pytest.mark.parametrize("box", [[500, 5, 520, 20], [5, 5, 300, 20], [20, 5, 20, 30]])
+def test_a_box_outside_its_image_is_named(world, tmp_path, box):
+    boxes = {i: b.copy() for i, b in world.boxes.items()}
+    boxes[20][3] = box
+    write_proposals(world.proposals, world.dataset, boxes, world.objectness)
+    message = rf"proposals.h5, image 20 \(000020.png\): .*\[{box[0]}.0, 5.0"
+    fails_before_clip_is_loaded(world, tmp_path, message)
+
+
+def test_an_unreadable_image_ends_the_run_and_leaves_no_shard(world, tiny_clip, tmp_path):
+    (tmp_path / "images" / "train" / "000041.png").write_bytes(b"no image")
+    with pytest.raises(LpovodError, match="image 41"):
+        embed(world, tiny_clip, tmp_path / "s.h5")
+    assert not (tmp_path / "s.h5").exists()
+
+
+def test_other_weights_give_another_identity(world, tiny_clip, tmp_path):
+    (tmp_path / "other").mkdir()
+    one = embed(world, tiny_clip, tmp_path / "a.h5").identity
+    two = embed(world, make_clip(tmp_path / "other", seed=1), tmp_path / "b.h5").identity
+    assert one["inputs"]["clip_weights"] != two["inputs"]["clip_weights"]

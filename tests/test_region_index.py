@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+from conftest import write_shards
+
+from lpovod import config
+from lpovod.artifacts import LpovodError
+from lpovod.region_index import (
+    INDEX_BITS,
+    build_region_index,
+    open_index,
+    open_shards,
+    region_key,
+    split_key,
+)
+
+SETTINGS = config.RegionIndex(block_rows=50)
+
+
+def random_shards(folder, images=20, dimension=24, seed=0, **more):
+    """Shards of random unit vectors, and all of them with their keys, in the dense form."""
+    random = np.random.default_rng(seed)
+    vectors, boxes, objectness = {}, {}, {}
+    for image_id in random.choice(500_000, images, replace=False).tolist():
+        count = int(random.integers(0, 15))
+        rows = random.standard_normal((count, dimension))
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        vectors[image_id] = rows.astype(np.float16)
+        boxes[image_id] = np.tile([0, 0, 5, 5], (count, 1)).astype(np.float32)
+        objectness[image_id] = random.uniform(0, 1, count).astype(np.float32)
+    dataset = folder / "train.json"
+    dataset.write_text("{}")
+    paths = write_shards(folder, dataset, vectors, boxes, objectness, **more)
+    keys = np.concatenate([region_key(i, np.arange(len(v))) for i, v in vectors.items()])
+    return paths, keys, np.concatenate(list(vectors.values())).astype(np.float32)
+
+
+def everything(rows):
+    return np.ones(rows, bool)
+
+
+def test_keys_are_unique_and_reversible():
+    image_id = np.array([0, 1, 1, 581929, 2**43 - 1])
+    index = np.array([5, 0, 2**INDEX_BITS - 1, 999, 2**INDEX_BITS - 1])
+    keys = region_key(image_id, index)
+    assert keys.dtype == np.int64
+    assert keys.tolist() == [5, 2**20, 2**21 - 1, 581929 * 2**20 + 999, 2**63 - 1]
+    for given, found in zip((image_id, index), split_key(keys), strict=True):
+        np.testing.assert_array_equal(given, found)
+
+
+@pytest.mark.parametrize(
+    ("image_id", "index", "message"),
+    [(2**43, 0, "image id 8796093022208"), (-1, 0, "image id -1"), (1, 2**20, "region 1048576")],
+)
+def test_a_key_out_of_range_is_refused(image_id, index, message):
+    with pytest.raises(LpovodError, match=message):
+        region_key(np.array([3, image_id]), np.array([0, index]))
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16", "IVF1,Flat"])
+def test_search_equals_the_dense_product(tmp_path, factory):
+    shards, keys, vectors = random_shards(tmp_path)
+    settings = config.RegionIndex(factory=factory, block_rows=50)
+    build_region_index(shards, settings, tmp_path / "i")
+    index = open_index(tmp_path / "i")
+    assert sorted(index.keys) == sorted(keys)
+    query = np.random.default_rng(1).standard_normal(24).astype(np.float32)
+    scores, found = index.search(query, 10, everything(len(keys)))
+    best = np.argsort(-(vectors @ query))[:10]
+    assert found.tolist() == keys[best].tolist()
+    np.testing.assert_allclose(scores, (vectors @ query)[best], atol=1e-5)
+
+
+def test_search_returns_allowed_rows_alone(tmp_path):
+    shards, keys, vectors = random_shards(tmp_path)
+    build_region_index(shards, SETTINGS, tmp_path / "i")
+    index = open_index(tmp_path / "i")
+    allowed = np.random.default_rng(2).uniform(size=len(keys)) < 0.1
+    scores, found = index.search(vectors[0], 50, allowed)
+    assert sorted(found) == sorted(index.keys[allowed])
+    assert (np.diff(scores) <= 0).all()
+
+
+@pytest.mark.parametrize("factory", ["IVF4,SQfp16", "IVF2,PQ4x4"])
+def test_trained_factories_find_most_of_what_is_near(tmp_path, factory):
+    shards, keys, vectors = random_shards(tmp_path, images=80)
+    settings = config.RegionIndex(factory=factory, block_rows=50)
+    build_region_index(shards, settings, tmp_path / "i")
+    index = open_index(tmp_path / "i")
+    key_of = keys.tolist()
+    hits = [key_of[n] in index.search(vectors[n], 20, everything(len(keys)))[1] for n in range(50)]
+    assert np.mean(hits) > 0.8
+
+
+def test_the_same_shards_give_the_same_bytes_in_any_order_and_block_size(tmp_path):
+    shards, _, _ = random_shards(tmp_path)
+    build_region_index(shards, SETTINGS, tmp_path / "a")
+    build_region_index(shards[::-1], SETTINGS, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    build_region_index(shards, config.RegionIndex(block_rows=7), tmp_path / "c")
+    one, two = open_index(tmp_path / "a"), open_index(tmp_path / "c")
+    assert (len(one.parts), len(two.parts)) != (1, 1)
+    np.testing.assert_array_equal(one.keys, two.keys)
+
+
+def test_a_damaged_or_foreign_index_is_refused(tmp_path):
+    shards, _, _ = random_shards(tmp_path)
+    build_region_index(shards, SETTINGS, tmp_path / "i")
+    whole = (tmp_path / "i").read_bytes()
+    for part in (whole[:-1], whole[: len(whole) // 2], b"", whole + b"x"):
+        (tmp_path / "i").write_bytes(part)
+        with pytest.raises(LpovodError, match="not a whole index"):
+            open_index(tmp_path / "i")
+    (tmp_path / "i").write_bytes(whole[: len(whole) // 3] + whole[-500:])
+    with pytest.raises(LpovodError, match="cannot be read"):
+        open_index(tmp_path / "i")
+    with pytest.raises(LpovodError, match="no such file"):
+        open_index(tmp_path / "j")
+
+
+def test_a_factory_that_cannot_be_searched_is_refused(tmp_path):
+    shards, _, _ = random_shards(tmp_path)
+    for factory in ("Flatt", "HNSW32", "PQ4x4"):
+        settings = config.RegionIndex(factory=factory)
+        with pytest.raises(LpovodError, match=f"region_index.factory = '{factory}'"):
+            build_region_index(shards, settings, tmp_path / "i")
+    assert not (tmp_path / "i").exists()
+
+
+def test_shards_that_do_not_belong_together_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    ours, _, _ = random_shards(tmp_path / "a")
+    other, _, _ = random_shards(tmp_path / "b", seed=1, proposals="q" * 64)
+    with pytest.raises(LpovodError, match="different proposals"):
+        open_shards([ours[0], other[1]])
+    with pytest.raises(LpovodError, match="1 shards were given, .* one of 2"):
+        open_shards(ours[:1])
+    with pytest.raises(LpovodError, match="no shard"):
+        open_shards([])
+
+
+def test_shards_without_regions_are_refused(tmp_path):
+    (tmp_path / "train.json").write_text("{}")
+    nothing = {1: np.empty((0, 4), np.float16), 2: np.empty((0, 4), np.float16)}
+    boxes, objectness = dict.fromkeys((1, 2), np.empty((0, 4))), dict.fromkeys((1, 2), np.empty(0))
+    shards = write_shards(tmp_path, tmp_path / "train.json", nothing, boxes, objectness)
+    with pytest.raises(LpovodError, match="no region"):
+        build_region_index(shards, SETTINGS, tmp_path / "i")

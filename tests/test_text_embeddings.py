@@ -1,0 +1,99 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import make_clip
+
+from lpovod import config
+from lpovod.artifacts import LpovodError, identity, read_identity, sha256, write_tensors
+from lpovod.clip import load_clip
+from lpovod.text_embeddings import embed_classes, read_text_embeddings
+
+BARE = config.TextEmbeddings()
+ENSEMBLE = config.TextEmbeddings(templates=["{}", "a photo of a {}", "many {}s"])
+
+
+def test_a_bare_name_is_its_unit_vector(tiny_clip, tmp_path):
+    names = ["traffic light", "dog"]
+    embed_classes(names, tiny_clip, BARE, tmp_path / "t")
+    read = read_text_embeddings(tmp_path / "t")
+    model = load_clip(tiny_clip)
+    assert sorted(read.names) == ["dog", "traffic light"]
+    assert read.vectors.dtype == np.float32
+    assert read.logit_scale == pytest.approx(model.logit_scale)
+    assert read.clip_weights == sha256(tiny_clip.weights)
+    for name, vector in zip(read.names, read.vectors, strict=True):
+        raw = model.encode_texts([name]).numpy()[0]
+        np.testing.assert_allclose(vector, raw / np.linalg.norm(raw), atol=1e-5)
+
+
+def test_templates_are_averaged_as_unit_vectors(tiny_clip, tmp_path):
+    embed_classes(["dog", "cat"], tiny_clip, ENSEMBLE, tmp_path / "t")
+    read = read_text_embeddings([tmp_path / "t"])
+    raw = load_clip(tiny_clip).encode_texts(["dog", "a photo of a dog", "many dogs"]).numpy()
+    mean = (raw / np.linalg.norm(raw, axis=1, keepdims=True)).mean(axis=0)
+    expected = mean / np.linalg.norm(mean)
+    np.testing.assert_allclose(read.vectors[read.names.index("dog")], expected, atol=1e-5)
+    assert np.linalg.norm(read.vectors, axis=1) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_file_says_what_it_was_made_from(tiny_clip, tmp_path):
+    embed_classes(["dog"], tiny_clip, ENSEMBLE, tmp_path / "t")
+    ident = read_identity(tmp_path / "t")
+    assert ident["settings"] == {"templates": ENSEMBLE.templates}
+    assert ident["inputs"] == {
+        "clip_weights": sha256(tiny_clip.weights),
+        "clip_architecture": sha256(tmp_path / tiny_clip.architecture),
+    }
+    assert ident["logit_scale"] == pytest.approx(load_clip(tiny_clip).logit_scale)
+
+
+def test_a_class_made_alone_equals_the_class_among_others(tiny_clip, tmp_path):
+    embed_classes(["dog", "cat", "bus"], tiny_clip, ENSEMBLE, tmp_path / "all")
+    embed_classes(["cat"], tiny_clip, ENSEMBLE, tmp_path / "one")
+    together, alone = read_text_embeddings(tmp_path / "all"), read_text_embeddings(tmp_path / "one")
+    row = together.vectors[together.names.index("cat")]
+    np.testing.assert_allclose(alone.vectors[0], row, atol=1e-6)
+
+
+def test_files_are_merged(tiny_clip, tmp_path):
+    embed_classes(["dog"], tiny_clip, BARE, tmp_path / "a")
+    embed_classes(["cat", "bus"], tiny_clip, BARE, tmp_path / "b")
+    merged = read_text_embeddings([tmp_path / "a", tmp_path / "b"])
+    assert merged.names == ["dog", "bus", "cat"]
+    alone = read_text_embeddings(tmp_path / "b")
+    np.testing.assert_array_equal(merged.vectors[1:], alone.vectors)
+
+
+def test_files_that_do_not_belong_together_are_refused(tiny_clip, tmp_path):
+    embed_classes(["dog"], tiny_clip, BARE, tmp_path / "a")
+    embed_classes(["dog", "cat"], tiny_clip, BARE, tmp_path / "b")
+    with pytest.raises(LpovodError, match="class 'dog' is both in .*a and in .*b"):
+        read_text_embeddings([tmp_path / "a", tmp_path / "b"])
+    embed_classes(["bus"], tiny_clip, ENSEMBLE, tmp_path / "c")
+    with pytest.raises(LpovodError, match="c and .*a were made with different templates"):
+        read_text_embeddings([tmp_path / "a", tmp_path / "c"])
+    (tmp_path / "other").mkdir()
+    embed_classes(["bus"], make_clip(tmp_path / "other", seed=1), BARE, tmp_path / "d")
+    with pytest.raises(LpovodError, match="d and .*a were made with different clip_weights"):
+        read_text_embeddings([tmp_path / "a", tmp_path / "d"])
+    with pytest.raises(LpovodError, match="no file"):
+        read_text_embeddings([])
+
+
+@pytest.mark.parametrize("vector", [[3.0, 4.0], [np.nan, 0.0], [[0.6, 0.8]]])
+def test_a_vector_that_is_not_of_unit_length_is_refused(tmp_path, vector):
+    ident = identity("text_embeddings", clip_weights="w", clip_architecture="a")
+    tensors = {"cat": np.array([0.6, 0.8], np.float32), "dog": np.array(vector, np.float32)}
+    write_tensors(tmp_path / "t", tensors, ident | {"logit_scale": 100.0})
+    with pytest.raises(LpovodError, match="embedding of 'dog'"):
+        read_text_embeddings(tmp_path / "t")
+
+
+def test_reading_and_retrieval_load_no_torch():
+    code = (
+        "import sys, lpovod.text_embeddings, lpovod.region_index, lpovod.pseudo_labels;"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

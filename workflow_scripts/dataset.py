@@ -1,0 +1,7 @@
+"""Command line of stage `dataset`."""
+
+from lpovod.dataset import make_dataset
+from workflow_scripts import run
+
+if __name__ == "__main__":
+    run(make_dataset)

@@ -1,0 +1,7 @@
+"""Command line of stage `evaluation`."""
+
+from lpovod.evaluation import evaluate
+from workflow_scripts import run
+
+if __name__ == "__main__":
+    run(evaluate)

@@ -1,0 +1,7 @@
+"""Command line of stage `pseudo_labels`."""
+
+from lpovod.pseudo_labels import retrieve
+from workflow_scripts import run
+
+if __name__ == "__main__":
+    run(retrieve)

@@ -1,0 +1,7 @@
+"""Command line of stage `region_embeddings`."""
+
+from lpovod.region_embeddings import embed_regions
+from workflow_scripts import run
+
+if __name__ == "__main__":
+    run(embed_regions)

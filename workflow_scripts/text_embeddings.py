@@ -1,0 +1,7 @@
+"""Command line of stage `text_embeddings`."""
+
+from lpovod.text_embeddings import embed_classes
+from workflow_scripts import run
+
+if __name__ == "__main__":
+    run(embed_classes)
