@@ -1,10 +1,13 @@
 # LP-OVOD as a workflow. `snakemake -n` explains what would run, `snakemake --cores all` runs it.
 
 import sys
+from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 
+
 configfile: "config.yaml"
+
 
 include: "rules/common.smk"
 include: "rules/dataset.smk"
@@ -26,3 +29,7 @@ rule all:
     input:
         rules.evaluation.output.metrics.format(evaluation="evaluation"),
         rules.report.output,
+
+
+onsuccess:
+    print_summary(Path(RESULTS, "evaluation/metrics.json"), Path(RESULTS, "report/report.html"))

@@ -143,7 +143,7 @@ def read_tensors(path: Path, stage: str) -> tuple[dict[str, np.ndarray], Identit
     file, ident = _open_tensors(path)
     if ident["stage"] != stage:
         raise LpovodError(f"{path} was written by stage {ident['stage']}, expected {stage}")
-    return {name: file.get_tensor(name) for name in file.keys()}, ident
+    return {name: file.get_tensor(name) for name in file.keys()}, ident  # noqa: SIM118
 
 
 def _open_tensors(path: Path) -> tuple[Any, Identity]:

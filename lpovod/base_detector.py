@@ -29,7 +29,7 @@ from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.detector import Detector
 from lpovod.images import LoadedView, batch, load_views, training_views
 from lpovod.progress import say
-from lpovod.store import RegionStore
+from lpovod.region_index import open_shards
 from lpovod.training import train, write_history
 
 
@@ -157,16 +157,14 @@ def train_base_detector(
         LpovodError: if inputs do not belong together, or a loss is not finite.
     """
     data = read_dataset(dataset)
-    store = RegionStore(region_embeddings, "region_embeddings")
+    store = open_shards(region_embeddings)
     check_made_from(store.paths[0], store.identity, "dataset", dataset)
     image_ids = [i for i in data.images if len(data.boxes(i)[0])]
     if not image_ids:
         raise LpovodError(f"{dataset}: no image has an annotation to learn from")
     classes = {category: row for row, category in enumerate(sorted(data.categories))}
     shards = {f"region_embeddings_{n}": sha256(p) for n, p in enumerate(store.paths)}
-    made_from = identity(
-        "base_detector", settings, dataset=dataset, network=network, **shards
-    ) | {
+    made_from = identity("base_detector", settings, dataset=dataset, network=network, **shards) | {
         "backbone": backbone.model_dump(),
         "seed": seed,
         "classes": [data.categories[c]["name"] for c in classes],
@@ -203,9 +201,7 @@ def train_base_detector(
 def _start_from(model: Detector, network: Path) -> None:
     tensors, _ = read_tensors(network, "proposals")
     kept = {
-        k: torch.from_numpy(v)
-        for k, v in tensors.items()
-        if k.startswith(("backbone.", "neck."))
+        k: torch.from_numpy(v) for k, v in tensors.items() if k.startswith(("backbone.", "neck."))
     }
     missing = model.load_state_dict(kept, strict=False).missing_keys
     untold = [k for k in missing if k.startswith(("backbone.", "neck."))]
@@ -230,9 +226,7 @@ def _losses(
         given = view.to_view(regions.box)
         one = sample_regions(view.to_view(boxes), labels, given, len(classes), settings)
         sampled.append(one)
-        some = np.sort(
-            torch.randperm(len(given))[: settings.distillation_regions].numpy()
-        )
+        some = np.sort(torch.randperm(len(given))[: settings.distillation_regions].numpy())
         proposals.append(given[some])
         if len(some):
             embeddings.append(torch.from_numpy(regions["embedding"][some]).float())

@@ -6,6 +6,7 @@ Imported while the DAG is built: nothing heavy may be imported here.
 """
 
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,8 +63,8 @@ class Dataset(Settings):
 
 
 class Classes(Settings):
-    base: list[str] = key([], "annotated classes: the detector trains on them", min_length=1)
-    novel: list[str] = key([], "classes that are known by name alone", min_length=1)
+    base: list[str] = Field(description="annotated: the detector trains on them", min_length=1)
+    novel: list[str] = Field(description="known by name alone", min_length=1)
 
     @model_validator(mode="after")
     def _names_are_distinct(self):
@@ -294,3 +295,30 @@ def _block(path: tuple[Any, ...]) -> type[Settings] | None:
         if not (isinstance(block, type) and issubclass(block, Settings)):
             return None
     return block
+
+
+def documentation() -> str:
+    """All keys as markdown: `python -m lpovod.config > docs/configuration.md`."""
+    lines = ["# Configuration", "", "Made from `lpovod/config.py` by `python -m lpovod.config`."]
+    return "\n".join([*lines, *_document(Config, "")]) + "\n"
+
+
+def _document(block: type[Settings], path: str) -> list[str]:
+    rows, inner = ["", "| key | default | meaning |", "|---|---|---|"], []
+    for name, field in block.model_fields.items():
+        where = f"{path}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            inner += ["", f"## `{where}`: {field.description}"]
+            inner += _document(field.annotation, f"{where}.")
+        else:
+            default = "required" if field.is_required() else json.dumps(_plain(field.default))
+            rows.append(f"| `{where}` | `{default}` | {field.description} |")
+    return (rows if len(rows) > 3 else []) + inner
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+if __name__ == "__main__":
+    print(documentation(), end="")

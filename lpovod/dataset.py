@@ -66,9 +66,16 @@ class CocoDataset:
             )
         return pixels
 
-    def boxes(self, image_id: int, crowds: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Annotated boxes of an image: (n, 4) float32 xyxy and (n,) int64 category ids."""
-        kept = [a for a in self.annotations[image_id] if crowds or not a.get("iscrowd", 0)]
+    def boxes(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Annotated boxes of an image: (n, 4) float32 xyxy and (n,) int64 category ids.
+
+        Crowds, and boxes thinner than a pixel, are left out, as in the original's loader.
+        """
+        kept = [
+            a
+            for a in self.annotations[image_id]
+            if not a.get("iscrowd", 0) and min(a["bbox"][2:]) >= 1
+        ]
         xywh = np.array([a["bbox"] for a in kept], np.float64).reshape(-1, 4)
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         return xyxy.astype(np.float32), np.array([a["category_id"] for a in kept], np.int64)

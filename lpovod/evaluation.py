@@ -26,10 +26,12 @@ from lpovod.artifacts import (
 from lpovod.average_precision import Detections, ap50, ap50_by_class, coco_results, ground_truth
 from lpovod.boxes import nms
 from lpovod.config import Evaluation
-from lpovod.dataset import CocoDataset, read_dataset
+from lpovod.dataset import read_dataset
 from lpovod.errors import count_errors
 from lpovod.progress import progress, say
+from lpovod.region_index import open_shards
 from lpovod.store import RegionStore
+from lpovod.summary import table
 from lpovod.text_embeddings import read_text_embeddings
 
 TEMPERATURES = (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
@@ -242,7 +244,7 @@ def evaluate(
     features = RegionStore(region_features, "region_features")
     check_made_from(region_features, features.identity, "dataset", dataset)
     check_made_from(region_features, features.identity, "detector", detector)
-    embeddings = RegionStore(region_embeddings, "region_embeddings") if region_embeddings else None
+    embeddings = open_shards(region_embeddings) if region_embeddings else None
     classes = read_class_weights(detector, linear_probe, text_embeddings, settings)
     category_ids = data.category_ids(classes.names)
     truth = ground_truth(data, classes.names)
@@ -283,19 +285,3 @@ def evaluate(
 def _best_temperature(rows: dict[float, dict[str, float | None]]) -> dict[str, float | None]:
     best = max(rows, key=lambda t: (rows[t]["novel"] or 0.0, -t))
     return rows[best] | {"temperature": best}
-
-
-def table(metrics: dict) -> str:
-    """The AP50 table, as text."""
-    rows = {"full method": metrics["AP50"]} | {
-        name.replace("_", " "): row
-        for name, row in metrics.items()
-        if isinstance(row, dict) and set(row) >= {"novel", "base", "all"} and name != "AP50"
-    }
-    lines = [f"{'AP50':36}{'novel':>8}{'base':>8}{'all':>8}"]
-    for name, row in rows.items():
-        numbers = (row[key] for key in ("novel", "base", "all"))
-        lines.append(
-            f"{name:36}" + "".join(f"{'-' if n is None else format(n, '.1f'):>8}" for n in numbers)
-        )
-    return "\n".join(lines)

@@ -81,7 +81,7 @@ def show(pixels: np.ndarray, view: View) -> LoadedView:
 
 
 def batch(views: list[LoadedView], device: str) -> Tensor:
-    """Normalised images, (n, 3, H, W) float32, padded right and below to a common multiple of 32."""
+    """Normalised images, (n, 3, H, W) float32, padded right and below to a multiple of 32."""
     height = max(v.pixels.shape[1] for v in views)
     width = max(v.pixels.shape[2] for v in views)
     shape = (len(views), 3, -(-height // PAD_TO) * PAD_TO, -(-width // PAD_TO) * PAD_TO)

@@ -38,4 +38,3 @@ class _Lines:
 def say(message: str) -> None:
     """One line of a stage's log."""
     print(message, file=sys.stderr, flush=True)
-

@@ -146,9 +146,7 @@ def _write_batch(
     for view, box in zip(views, boxes, strict=True):
         image_id, rows = view.view.image_id, slice(start, start + len(box))
         size = data.images[image_id]
-        refined = refine(
-            box, outputs.deltas[rows], view.scale, (size["width"], size["height"])
-        )
+        refined = refine(box, outputs.deltas[rows], view.scale, (size["width"], size["height"]))
         given, objectness = regions[image_id]
         writer.add(
             image_id,

@@ -158,6 +158,7 @@ class RegionIndex:
         dimension: of the vectors.
         keys: (rows,) int64, the region key of each row.
         parts: FAISS's indices, over consecutive rows.
+        content: the mapped file, which the parts point into.
     """
 
     path: Path
@@ -165,6 +166,7 @@ class RegionIndex:
     dimension: int
     keys: np.ndarray
     parts: list[faiss.Index]
+    content: np.memmap
 
     def search(self, vector: np.ndarray, k: int, allowed: np.ndarray) -> tuple:
         """The k rows of largest inner product among the allowed ones.
@@ -222,17 +224,14 @@ def open_index(path: Path) -> RegionIndex:
             f"{path} holds {len(keys)} vectors, its footer states {header['rows']}. Make it "
             f"again: snakemake --forcerun {STAGE}"
         )
-    return RegionIndex(path, header["identity"], header["dimension"], keys, parts)
+    return RegionIndex(path, header["identity"], header["dimension"], keys, parts, content)
 
 
 def _open_part(path: Path, content: np.ndarray) -> faiss.Index:
     try:
-        reader = faiss.ZeroCopyIOReader(faiss.swig_ptr(content), content.nbytes)
-        part = faiss.read_index(reader)
+        return faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(content), content.nbytes))
     except RuntimeError as error:
         raise LpovodError(f"{path} cannot be read by FAISS: {error}") from None
-    part.content = content  # the index points into it
-    return part
 
 
 def _read_footer(path: Path) -> dict:
@@ -241,12 +240,15 @@ def _read_footer(path: Path) -> dict:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - 16, 0))
             length, magic = int.from_bytes(file.read(8), "little"), file.read(8)
-            if magic != MAGIC or length > size - 16:
-                raise LpovodError(
-                    f"{path} is not a whole index of this project. Make it again: "
-                    f"snakemake --forcerun {STAGE}"
-                )
-            file.seek(size - 16 - length)
-            return json.loads(file.read(length))
+            start = size - 16 - length
+            if magic == MAGIC and start >= 0:
+                file.seek(start)
+                header = json.loads(file.read(length))
+                if header["ends"][-1] == start:
+                    return header
+        raise LpovodError(
+            f"{path} is not a whole index of this project. Make it again: "
+            f"snakemake --forcerun {STAGE}"
+        )
     except FileNotFoundError:
         raise LpovodError(f"{path}: no such file") from None

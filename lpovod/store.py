@@ -109,20 +109,19 @@ class RegionWriter:
 @contextmanager
 def write_regions(path: Path, ident: Identity) -> Iterator[RegionWriter]:
     """Write a store; it gets its name when the block ends without an error."""
-    with atomic(path) as partial:
-        with h5py.File(partial, "w") as file:
-            file.attrs["identity"] = json.dumps(ident, sort_keys=True)
-            file.attrs["format"] = FORMAT
-            for name, shape, dtype in (
-                ("box", (4,), "f4"),
-                ("objectness", (), "f4"),
-                ("image_id", (), "i8"),
-                ("start", (), "i8"),
-                ("count", (), "i8"),
-            ):
-                chunk = (CHUNK_ROWS * (8 if shape == () else 1), *shape)
-                file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunk)
-            yield RegionWriter(file)
+    with atomic(path) as partial, h5py.File(partial, "w") as file:
+        file.attrs["identity"] = json.dumps(ident, sort_keys=True)
+        file.attrs["format"] = FORMAT
+        for name, shape, dtype in (
+            ("box", (4,), "f4"),
+            ("objectness", (), "f4"),
+            ("image_id", (), "i8"),
+            ("start", (), "i8"),
+            ("count", (), "i8"),
+        ):
+            chunk = (CHUNK_ROWS * (8 if shape == () else 1), *shape)
+            file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunk)
+        yield RegionWriter(file)
 
 
 class RegionStore:

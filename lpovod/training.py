@@ -73,7 +73,7 @@ def train(
             named = losses(batch)
             total = sum(named.values())
             if not torch.isfinite(total):
-                found = {k: float(v) for k, v in named.items()}
+                found = {k: float(v.detach()) for k, v in named.items()}
                 raise LpovodError(f"step {step}: a loss is not finite: {found}. Lower the rate.")
             optimiser.zero_grad()
             total.backward()
@@ -84,7 +84,9 @@ def train(
         means = {key: value / steps_per_epoch for key, value in sums.items()}
         history.append({"epoch": epoch + 1, **means})
         seconds = time.perf_counter() - started
-        say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) + f", {seconds:.0f} s")
+        say(
+            f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) + f", {seconds:.0f} s"
+        )
         _save(model, optimiser, history, state, fingerprint)
     return history
 

@@ -5,8 +5,6 @@
 
 
 rule base_detector:
-    message:
-        "Training the detector on base classes, with distillation"
     input:
         script="workflow_scripts/base_detector.py",
         code=code("base_detector", "detector", "backbone", "boxes", "images", "training"),
@@ -17,21 +15,23 @@ rule base_detector:
     output:
         detector=f"{RESULTS}/base_detector/detector.safetensors",
         history=f"{RESULTS}/base_detector/history.jsonl",
-    params:
-        backbone=block("backbone"),
-        settings=block("base_detector"),
-        state=subpath(output.detector, with_suffix=".resume"),
     log:
         f"{RESULTS}/logs/base_detector.log",
     benchmark:
         f"{RESULTS}/benchmarks/base_detector.tsv"
+    conda:
+        ENVIRONMENT
     threads: 8
     resources:
         mem_mb=grows(4000),
         runtime=grows(2880),
         gpu=int(CONFIG.gpu),
-    conda:
-        ENVIRONMENT
+    params:
+        backbone=block("backbone"),
+        settings=block("base_detector"),
+        state=subpath(output.detector, with_suffix=".resume"),
+    message:
+        "Training the detector on base classes, with distillation"
     shell:
         "python -m workflow_scripts.base_detector --dataset {input.dataset}"
         " --region-embeddings {input.shards} --network {input.network}"

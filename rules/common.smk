@@ -2,6 +2,7 @@
 
 from lpovod.artifacts import LpovodError, sha256
 from lpovod.config import load_config, slug
+from lpovod.summary import print_summary
 
 try:
     CONFIG = load_config(config)

@@ -7,8 +7,6 @@
 
 
 rule dataset:
-    message:
-        "Images and annotations of every split ({CONFIG.dataset.source})"
     input:
         script="workflow_scripts/dataset.py",
         code=code("dataset", "miniature"),
@@ -16,20 +14,22 @@ rule dataset:
         splits=expand(f"{RESULTS}/dataset/{{split}}.json", split=SPLITS),
         truth=f"{RESULTS}/dataset/train_all_classes.json",
         images=directory(f"{RESULTS}/dataset/images"),
-    params:
-        settings=block("dataset"),
-        base=CONFIG.classes.base,
-        folder=f"{RESULTS}/dataset",
     log:
         f"{RESULTS}/logs/dataset.log",
     benchmark:
         f"{RESULTS}/benchmarks/dataset.tsv"
+    conda:
+        "../envs/light.yaml"
     threads: 1
     resources:
         mem_mb=grows(2000),
         runtime=grows(30),
-    conda:
-        "../envs/light.yaml"
+    params:
+        settings=block("dataset"),
+        base=CONFIG.classes.base,
+        folder=f"{RESULTS}/dataset",
+    message:
+        "Images and annotations of every split ({CONFIG.dataset.source})"
     shell:
         "python -m workflow_scripts.dataset --output {params.folder} --seed {CONFIG.seed}"
         " --settings {params.settings:q} --base {params.base:q} 2>&1 | tee {log}"

@@ -13,8 +13,6 @@ def evaluated(pattern):
 
 
 rule evaluation:
-    message:
-        "AP50 of the method and of its ablations ({wildcards.evaluation})"
     input:
         script="workflow_scripts/evaluation.py",
         code=code("evaluation", "average_precision", "errors", "boxes"),
@@ -31,20 +29,22 @@ rule evaluation:
     output:
         metrics=f"{RESULTS}/{{evaluation}}/metrics.json",
         detections=f"{RESULTS}/{{evaluation}}/detections.json",
-    wildcard_constraints:
-        evaluation="evaluation|evaluation_tune",
-    params:
-        settings=block("evaluation"),
     log:
         f"{RESULTS}/logs/{{evaluation}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/{{evaluation}}.tsv"
+    wildcard_constraints:
+        evaluation="evaluation|evaluation_tune",
+    conda:
+        ENVIRONMENT
     threads: 2
     resources:
         mem_mb=grows(4000),
         runtime=grows(60),
-    conda:
-        ENVIRONMENT
+    params:
+        settings=block("evaluation"),
+    message:
+        "AP50 of the method and of its ablations ({wildcards.evaluation})"
     shell:
         "python -m workflow_scripts.evaluation --dataset {input.dataset}"
         " --region-features {input.features} --detector {input.detector}"

@@ -5,8 +5,6 @@
 
 
 rule linear_probe:
-    message:
-        "Training the novel classes' weights on frozen features"
     input:
         script="workflow_scripts/linear_probe.py",
         code=code("linear_probe", "boxes"),
@@ -14,18 +12,20 @@ rule linear_probe:
         features=expand(rules.retrieved_region_features.output, novel=NOVEL),
     output:
         f"{RESULTS}/linear_probe/weights.safetensors",
-    params:
-        settings=block("linear_probe"),
     log:
         f"{RESULTS}/logs/linear_probe.log",
     benchmark:
         f"{RESULTS}/benchmarks/linear_probe.tsv"
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=grows(4000),
         runtime=grows(60),
-    conda:
-        ENVIRONMENT
+    params:
+        settings=block("linear_probe"),
+    message:
+        "Training the novel classes' weights on frozen features"
     shell:
         "python -m workflow_scripts.linear_probe --pseudo-labels {input.pseudo_labels}"
         " --region-features {input.features} --settings {params.settings:q} --seed {CONFIG.seed}"

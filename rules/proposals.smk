@@ -6,8 +6,6 @@
 
 
 rule proposal_network:
-    message:
-        "Training the proposal network on base annotations"
     input:
         script="workflow_scripts/proposals.py",
         code=code("proposals", "backbone", "boxes", "images", "training"),
@@ -16,21 +14,23 @@ rule proposal_network:
     output:
         network=f"{RESULTS}/proposals/network.safetensors",
         history=f"{RESULTS}/proposals/history.jsonl",
-    params:
-        backbone=block("backbone"),
-        settings=block("proposals"),
-        state=subpath(output.network, with_suffix=".resume"),
     log:
         f"{RESULTS}/logs/proposal_network.log",
     benchmark:
         f"{RESULTS}/benchmarks/proposal_network.tsv"
+    conda:
+        ENVIRONMENT
     threads: 8
     resources:
         mem_mb=grows(4000),
         runtime=grows(1440),
         gpu=int(CONFIG.gpu),
-    conda:
-        ENVIRONMENT
+    params:
+        backbone=block("backbone"),
+        settings=block("proposals"),
+        state=subpath(output.network, with_suffix=".resume"),
+    message:
+        "Training the proposal network on base annotations"
     shell:
         "python -m workflow_scripts.proposals train_proposals --dataset {input.dataset}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {CONFIG.seed}"
@@ -39,8 +39,6 @@ rule proposal_network:
 
 
 rule proposals:
-    message:
-        "Proposals of the {wildcards.split} images"
     input:
         script="workflow_scripts/proposals.py",
         code=code("proposals", "backbone", "boxes", "images"),
@@ -50,20 +48,22 @@ rule proposals:
     output:
         proposals=f"{RESULTS}/proposals/{{split}}.h5",
         recall=f"{RESULTS}/proposals/{{split}}.recall.json",
-    params:
-        backbone=block("backbone"),
-        settings=block("proposals"),
     log:
         f"{RESULTS}/logs/proposals/{{split}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/proposals/{{split}}.tsv"
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=grows(3000),
         runtime=grows(480),
         gpu=int(CONFIG.gpu),
-    conda:
-        ENVIRONMENT
+    params:
+        backbone=block("backbone"),
+        settings=block("proposals"),
+    message:
+        "Proposals of the {wildcards.split} images"
     shell:
         "python -m workflow_scripts.proposals propose --dataset {input.dataset}"
         " --network {input.network} --backbone {params.backbone:q} --settings {params.settings:q}"

@@ -5,8 +5,6 @@
 
 
 rule pseudo_labels:
-    message:
-        "Retrieving regions of {wildcards.novel}"
     input:
         script="workflow_scripts/pseudo_labels.py",
         code=code("pseudo_labels"),
@@ -16,19 +14,21 @@ rule pseudo_labels:
         dataset=f"{RESULTS}/dataset/train.json",
     output:
         f"{RESULTS}/pseudo_labels/{{novel}}.json",
-    params:
-        name=lambda wildcards: NOVEL[wildcards.novel],
-        settings=block("pseudo_labels"),
     log:
         f"{RESULTS}/logs/pseudo_labels/{{novel}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/pseudo_labels/{{novel}}.tsv"
+    conda:
+        "../envs/light.yaml"
     threads: 1
     resources:
         mem_mb=grows(2000),
         runtime=grows(60),
-    conda:
-        "../envs/light.yaml"
+    params:
+        name=lambda wildcards: NOVEL[wildcards.novel],
+        settings=block("pseudo_labels"),
+    message:
+        "Retrieving regions of {wildcards.novel}"
     shell:
         "python -m workflow_scripts.pseudo_labels --name {params.name:q}"
         " --text-embeddings {input.text_embedding} --index {input.index} --shards {input.shards}"

@@ -5,8 +5,6 @@
 
 
 rule region_embeddings:
-    message:
-        "CLIP on the {wildcards.split} proposals, shard {wildcards.shard}"
     input:
         script="workflow_scripts/region_embeddings.py",
         code=code("region_embeddings", "crops", "clip"),
@@ -16,21 +14,23 @@ rule region_embeddings:
         proposals=rules.proposals.output.proposals,
     output:
         f"{RESULTS}/region_embeddings/{{split}}/{{shard}}.h5",
-    params:
-        clip=block("clip"),
-        clip_files=CLIP_DIGESTS,
-        settings=block("region_embeddings"),
     log:
         f"{RESULTS}/logs/region_embeddings/{{split}}/{{shard}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/region_embeddings/{{split}}/{{shard}}.tsv"
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=grows(3000),
         runtime=grows(720),
         gpu=int(CONFIG.gpu),
-    conda:
-        ENVIRONMENT
+    params:
+        clip=block("clip"),
+        clip_files=CLIP_DIGESTS,
+        settings=block("region_embeddings"),
+    message:
+        "CLIP on the {wildcards.split} proposals, shard {wildcards.shard}"
     shell:
         "python -m workflow_scripts.region_embeddings --dataset {input.dataset}"
         " --proposals {input.proposals} --clip {params.clip:q} --settings {params.settings:q}"

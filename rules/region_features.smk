@@ -7,8 +7,6 @@
 
 
 rule region_features:
-    message:
-        "The frozen detector on the {wildcards.split} proposals"
     input:
         script="workflow_scripts/region_features.py",
         code=code("region_features", "detector", "backbone", "boxes", "images"),
@@ -18,21 +16,23 @@ rule region_features:
         detector=rules.base_detector.output.detector,
     output:
         f"{RESULTS}/region_features/{{split}}.h5",
-    params:
-        backbone=block("backbone"),
-        base_detector=block("base_detector"),
-        settings=block("region_features"),
     log:
         f"{RESULTS}/logs/region_features/{{split}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/region_features/{{split}}.tsv"
+    conda:
+        ENVIRONMENT
     threads: 2
     resources:
         mem_mb=grows(3000),
         runtime=grows(240),
         gpu=int(CONFIG.gpu),
-    conda:
-        ENVIRONMENT
+    params:
+        backbone=block("backbone"),
+        base_detector=block("base_detector"),
+        settings=block("region_features"),
+    message:
+        "The frozen detector on the {wildcards.split} proposals"
     shell:
         "python -m workflow_scripts.region_features describe_split --dataset {input.dataset}"
         " --proposals {input.proposals} --detector {input.detector}"
@@ -41,8 +41,6 @@ rule region_features:
 
 
 rule retrieved_region_features:
-    message:
-        "The frozen detector on the images that {wildcards.novel} retrieved"
     input:
         script="workflow_scripts/region_features.py",
         code=code("region_features", "detector", "backbone", "boxes", "images"),
@@ -53,21 +51,23 @@ rule retrieved_region_features:
         detector=rules.base_detector.output.detector,
     output:
         f"{RESULTS}/region_features/retrieved/{{novel}}.h5",
-    params:
-        backbone=block("backbone"),
-        base_detector=block("base_detector"),
-        settings=block("region_features"),
     log:
         f"{RESULTS}/logs/region_features/retrieved/{{novel}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/region_features/retrieved/{{novel}}.tsv"
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=grows(3000),
         runtime=grows(60),
         gpu=int(CONFIG.gpu),
-    conda:
-        ENVIRONMENT
+    params:
+        backbone=block("backbone"),
+        base_detector=block("base_detector"),
+        settings=block("region_features"),
+    message:
+        "The frozen detector on the images that {wildcards.novel} retrieved"
     shell:
         "python -m workflow_scripts.region_features describe_retrieved --dataset {input.dataset}"
         " --proposals {input.proposals} --pseudo-labels {input.pseudo_labels}"

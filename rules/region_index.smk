@@ -5,26 +5,26 @@
 
 
 rule region_index:
-    message:
-        "FAISS index of the training regions"
     input:
         script="workflow_scripts/region_index.py",
         code=code("region_index"),
         shards=shards("train"),
     output:
         f"{RESULTS}/region_index/train.index",
-    params:
-        settings=block("region_index"),
     log:
         f"{RESULTS}/logs/region_index.log",
     benchmark:
         f"{RESULTS}/benchmarks/region_index.tsv"
+    conda:
+        "../envs/light.yaml"
     threads: 2
     resources:
         mem_mb=grows(2000),
         runtime=grows(120),
-    conda:
-        "../envs/light.yaml"
+    params:
+        settings=block("region_index"),
+    message:
+        "FAISS index of the training regions"
     shell:
         "python -m workflow_scripts.region_index --shards {input.shards}"
         " --settings {params.settings:q} --output {output} 2>&1 | tee {log}"

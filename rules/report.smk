@@ -5,8 +5,6 @@
 
 
 rule report:
-    message:
-        "The report"
     input:
         script="workflow_scripts/report.py",
         code=code("report"),
@@ -20,17 +18,19 @@ rule report:
         base_detector=rules.base_detector.output.history,
     output:
         f"{RESULTS}/report/report.html",
-    params:
-        settings=block("report"),
-        benchmarks=f"{RESULTS}/benchmarks",
     log:
         f"{RESULTS}/logs/report.log",
+    conda:
+        "../envs/light.yaml"
     threads: 1
     resources:
         mem_mb=grows(2000),
         runtime=grows(30),
-    conda:
-        "../envs/light.yaml"
+    params:
+        settings=block("report"),
+        benchmarks=f"{RESULTS}/benchmarks",
+    message:
+        "The report"
     shell:
         "python -m workflow_scripts.report --metrics {input.metrics}"
         " --detections {input.detections} --val {input.val} --train {input.train}"

@@ -5,8 +5,6 @@
 
 
 rule small_clip:
-    message:
-        "Training the small CLIP on drawn crops and captions"
     input:
         script="workflow_scripts/small_clip.py",
         code=code("small_clip", "miniature", "clip", "crops"),
@@ -18,19 +16,21 @@ rule small_clip:
             "vocabulary.txt.gz",
             "record.json",
         ),
-    params:
-        settings="{}",
-        folder="results/small_clip",
     log:
         "results/small_clip/train.log",
     benchmark:
         "results/small_clip/benchmark.tsv"
+    conda:
+        ENVIRONMENT
     threads: 8
     resources:
         mem_mb=grows(4000),
         runtime=grows(120),
-    conda:
-        ENVIRONMENT
+    params:
+        settings="{}",
+        folder="results/small_clip",
+    message:
+        "Training the small CLIP on drawn crops and captions"
     shell:
         "python -m workflow_scripts.small_clip --output-dir {params.folder}"
         " --settings {params.settings:q} 2>&1 | tee {log}"

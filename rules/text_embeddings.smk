@@ -10,31 +10,31 @@ def names_of(wildcards):
 
 
 rule text_embeddings:
-    message:
-        "Text embeddings of {wildcards.classes}"
     input:
         script="workflow_scripts/text_embeddings.py",
         code=code("text_embeddings", "clip"),
         clip=ancient(CLIP_FILES),
     output:
         f"{RESULTS}/text_embeddings/{{classes}}.safetensors",
+    log:
+        f"{RESULTS}/logs/text_embeddings/{{classes}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/text_embeddings/{{classes}}.tsv"
     wildcard_constraints:
         classes="base|novel/[a-z0-9_]+",
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=grows(3000),
+        runtime=grows(30),
     params:
         names=names_of,
         clip=block("clip"),
         clip_files=CLIP_DIGESTS,
         settings=block("text_embeddings"),
-    log:
-        f"{RESULTS}/logs/text_embeddings/{{classes}}.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/text_embeddings/{{classes}}.tsv"
-    threads: 1
-    resources:
-        mem_mb=grows(3000),
-        runtime=grows(30),
-    conda:
-        ENVIRONMENT
+    message:
+        "Text embeddings of {wildcards.classes}"
     shell:
         "python -m workflow_scripts.text_embeddings --names {params.names:q}"
         " --clip {params.clip:q} --settings {params.settings:q} --output {output} 2>&1 | tee {log}"

@@ -127,7 +127,7 @@ def test_json_is_sorted_and_damage_is_named(tmp_path):
     assert path.read_text() == '{"a":[1.5,null],"b":1}\n'
     assert read_json(path) == {"a": [1.5, None], "b": 1}
     path.write_text('{"a": ')
-    with pytest.raises(LpovodError, match="x.json is not valid json"):
+    with pytest.raises(LpovodError, match=r"x.json is not valid json"):
         read_json(path)
     with pytest.raises(LpovodError, match="no such file"):
         read_json(tmp_path / "y.json")

@@ -121,8 +121,14 @@ ONE = np.zeros(2, np.float32)
         ({"image_id": 1, "box": BOX, "objectness": ONE, "v": np.ones((2, 3))}, "image 1 .* twice"),
         ({"image_id": 2, "box": BOX, "objectness": ONE[:1], "v": np.ones((2, 3))}, "1 rows of obj"),
         ({"image_id": 2, "box": BOX, "objectness": ONE, "v": np.ones((3, 3))}, "3 rows of v for 2"),
-        ({"image_id": 2, "box": BOX, "objectness": ONE, "v": np.full((2, 3), np.nan)}, "v holds NaN"),
-        ({"image_id": 2, "box": BOX + np.inf, "objectness": ONE, "v": np.ones((2, 3))}, "box holds"),
+        (
+            {"image_id": 2, "box": BOX, "objectness": ONE, "v": np.full((2, 3), np.nan)},
+            "v holds NaN",
+        ),
+        (
+            {"image_id": 2, "box": BOX + np.inf, "objectness": ONE, "v": np.ones((2, 3))},
+            "box holds",
+        ),
         ({"image_id": 2, "box": BOX, "objectness": ONE}, "image 2 has columns"),
         ({"image_id": 2, "box": BOX, "objectness": ONE, "v": np.ones((2, 1))}, "image 2 has col"),
         ({"image_id": 2, "box": BOX, "objectness": ONE, "w": np.ones((2, 3))}, "image 2 has col"),
@@ -139,7 +145,7 @@ def test_rows_that_would_shift_are_refused(tmp_path, second, message):
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path):
     one = write(tmp_path / "a.h5", {5: 2})
-    with pytest.raises(LpovodError, match="image 5 is both in .*a.h5 and in .*b.h5"):
+    with pytest.raises(LpovodError, match=r"image 5 is both in .*a.h5 and in .*b.h5"):
         RegionStore([one, write(tmp_path / "b.h5", {6: 1, 5: 2})], "region_embeddings")
     other = identity("region_embeddings", {"scales": [1.0, 1.5]}, proposals="p")
     with pytest.raises(LpovodError, match="different settings"):
@@ -150,9 +156,9 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
 
 def test_a_missing_image_or_file_is_named(tmp_path):
     path = write(tmp_path / "a.h5", {5: 2})
-    with pytest.raises(LpovodError, match="image 6 is not in .*a.h5"):
+    with pytest.raises(LpovodError, match=r"image 6 is not in .*a.h5"):
         RegionStore(path, "region_embeddings").read(6)
-    with pytest.raises(LpovodError, match="b.h5: no such file"):
+    with pytest.raises(LpovodError, match=r"b.h5: no such file"):
         RegionStore(tmp_path / "b.h5", "region_embeddings")
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(LpovodError, match="not a whole HDF5 file"):

@@ -69,14 +69,14 @@ def test_files_are_merged(tiny_clip, tmp_path):
 def test_files_that_do_not_belong_together_are_refused(tiny_clip, tmp_path):
     embed_classes(["dog"], tiny_clip, BARE, tmp_path / "a")
     embed_classes(["dog", "cat"], tiny_clip, BARE, tmp_path / "b")
-    with pytest.raises(LpovodError, match="class 'dog' is both in .*a and in .*b"):
+    with pytest.raises(LpovodError, match=r"class 'dog' is both in .*a and in .*b"):
         read_text_embeddings([tmp_path / "a", tmp_path / "b"])
     embed_classes(["bus"], tiny_clip, ENSEMBLE, tmp_path / "c")
-    with pytest.raises(LpovodError, match="c and .*a were made with different templates"):
+    with pytest.raises(LpovodError, match=r"c and .*a were made with different templates"):
         read_text_embeddings([tmp_path / "a", tmp_path / "c"])
     (tmp_path / "other").mkdir()
     embed_classes(["bus"], make_clip(tmp_path / "other", seed=1), BARE, tmp_path / "d")
-    with pytest.raises(LpovodError, match="d and .*a were made with different clip_weights"):
+    with pytest.raises(LpovodError, match=r"d and .*a were made with different clip_weights"):
         read_text_embeddings([tmp_path / "a", tmp_path / "d"])
     with pytest.raises(LpovodError, match="no file"):
         read_text_embeddings([])

@@ -1,0 +1,127 @@
+"""AP50 against pycocotools."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from lpovod.average_precision import ap50, ap50_by_class, coco_results, ground_truth
+from lpovod.dataset import read_dataset
+
+ORACLE = Path("../shared/data/coco_eval_oracle")
+
+
+def reference(truth: Path, results: list[dict], images: list[int] | None = None) -> dict:
+    """AP50 by class name, in percent, by pycocotools."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(truth))
+        evaluator = COCOeval(coco, coco.loadRes(results), "bbox")
+        if images is not None:
+            evaluator.params.imgIds = images
+        evaluator.evaluate()
+        evaluator.accumulate()
+    precision = evaluator.eval["precision"][0, :, :, 0, 2]
+    names = [coco.cats[c]["name"] for c in evaluator.params.catIds]
+    return {
+        name: 100 * precision[:, k].mean()
+        for k, name in enumerate(names)
+        if precision[0, k] > -1
+    }
+
+
+@pytest.fixture()
+def made_up(tmp_path):
+    """Annotations with crowds, ties, an empty class and empty images; noisy detections."""
+    draw = np.random.default_rng(0)
+    names = ["cat", "dog", "cow", "nothing"]
+    annotations, results = [], []
+    for image_id in range(1, 31):
+        for _ in range(int(draw.integers(0, 6))):
+            xy, wh = draw.uniform(0, 60, 2), draw.uniform(10, 40, 2)
+            category = int(draw.integers(1, 4))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": [*map(float, xy), *map(float, wh)],
+                    "area": float(wh.prod()),
+                    "iscrowd": int(draw.random() < 0.1),
+                }
+            )
+            for _ in range(int(draw.integers(0, 4))):
+                box = np.concatenate([xy, wh]) + draw.normal(0, 4, 4)
+                results.append(
+                    {
+                        "image_id": image_id,
+                        "category_id": category if draw.random() < 0.8 else 4,
+                        "bbox": [*map(float, box[:2]), *map(float, abs(box[2:]))],
+                        "score": float(draw.integers(1, 10) / 10),
+                    }
+                )
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "width": 100, "height": 100} for i in range(1, 31)
+        ],
+        "annotations": annotations,
+        "categories": [
+            {"id": i, "name": name, "split": "novel" if i == 3 else "base"}
+            for i, name in enumerate(names, 1)
+        ],
+    }
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(content))
+    return path, results, names
+
+
+def test_equals_pycocotools(made_up):
+    path, results, names = made_up
+    found = ap50_by_class(ground_truth(read_dataset(path), names), results)
+    expected = reference(path, results)
+    assert set(found) == set(expected) == {"cat", "dog", "cow"}
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_classes_that_are_not_evaluated_leave_no_trace(made_up):
+    path, results, _ = made_up
+    content = json.loads(path.read_text())
+    kept = [a for a in content["annotations"] if a["category_id"] == 1]
+    images = sorted({a["image_id"] for a in kept})
+    found = ap50_by_class(ground_truth(read_dataset(path), ["cat"]), results)
+    expected = reference(path, results, images)["cat"]
+    assert found == {"cat": pytest.approx(expected, abs=1e-6)}
+
+
+@pytest.mark.skipif(not ORACLE.exists(), reason="needs the evaluator's reference files")
+def test_the_hundred_images_of_the_reference():
+    truth = ORACLE / "instances_val2014_100.json"
+    results = json.loads((ORACLE / "instances_val2014_fakebbox100_results.json").read_text())
+    data = read_dataset(truth)
+    names = [c["name"] for c in data.categories.values()]
+    found = ap50_by_class(ground_truth(data, names), results)
+    assert np.mean(list(found.values())) == pytest.approx(69.7, abs=0.05)
+    assert found == pytest.approx(reference(truth, results), abs=1e-6)
+
+
+def test_no_detections_at_all(made_up):
+    path, _, names = made_up
+    found = ap50_by_class(ground_truth(read_dataset(path), names), [])
+    assert found == {"cat": 0, "dog": 0, "cow": 0}
+
+
+def test_means_over_the_split():
+    by_class = {"cat": 10.0, "dog": 20.0, "cow": 60.0}
+    assert ap50(by_class, ["cat", "dog"], ["cow"]) == {"novel": 60, "base": 15, "all": 30}
+    assert ap50(by_class, ["cat"], ["nothing"])["novel"] is None
+
+
+def test_results_are_xywh():
+    boxes = np.array([[1, 2, 4, 8]], np.float32)
+    (found,) = coco_results({7: (boxes, np.array([0.5]), np.array([3]))})
+    assert found == {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 6], "score": 0.5}

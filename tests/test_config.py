@@ -1,0 +1,91 @@
+"""The configuration: what is wrong is named before anything runs."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lpovod.artifacts import LpovodError
+from lpovod.config import Config, Settings, documentation, load_config, slug
+
+DEFAULT = yaml.safe_load(Path("config.yaml").read_text())
+
+
+def changed(path: str, value) -> dict:
+    content = copy.deepcopy(DEFAULT)
+    *blocks, last = path.split(".")
+    place = content
+    for block in blocks:
+        place = place.setdefault(block, {})
+    place[last] = value
+    return content
+
+
+def test_the_default_is_valid():
+    assert load_config(DEFAULT).name == "mini"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("pseudo_lables.k", 10, "pseudo_lables: unknown key; did you mean pseudo_labels?"),
+        ("pseudo_labels.kk", 10, "pseudo_labels.kk: unknown key; did you mean k?"),
+        ("proposals.training.epoch", 1, "proposals.training.epoch: unknown key; did you mean epo"),
+        ("pseudo_labels.k", 0, "pseudo_labels.k = 0: .*greater than or equal to 1"),
+        ("pseudo_labels.k", "many", "pseudo_labels.k = 'many': .*integer"),
+        ("region_embeddings.scales", [0], "region_embeddings.scales.0 = 0: .*greater than 0"),
+        ("evaluation.beta", 1.5, "evaluation.beta = 1.5: .*less than or equal to 1"),
+        ("classes.novel", ["unicorn"], "classes.novel: the miniature world has no class 'unicorn'"),
+        ("classes.novel", ["stars"], "did you mean star?"),
+        ("classes.novel", ["star", "Star"], "'Star' is listed twice"),
+        ("classes.novel", ["square"], "'square' is listed twice"),
+        ("classes.novel", [], "classes.novel = .*at least 1 item"),
+        ("text_embeddings.templates", ["a photo"], "must contain {} once"),
+        ("clip.weights", "nowhere.pt", "nowhere.pt: no such file"),
+        ("dataset.source", "voc", "dataset.source = 'voc': .*'miniature' or 'coco'"),
+        ("seed", -1, "seed = -1"),
+    ],
+)
+def test_what_is_wrong_is_named(path, value, message):
+    with pytest.raises(LpovodError, match=message):
+        load_config(changed(path, value))
+
+
+def test_a_novel_class_must_be_annotated_in_the_validation_images(tmp_path):
+    (tmp_path / "val.json").write_text('{"categories": [{"id": 1, "name": "dog"}]}')
+    content = changed("dataset", {"source": "coco", "coco": {"val_annotations": "val.json"}})
+    content["dataset"]["coco"]["root"] = str(tmp_path)
+    content["classes"] = {"base": ["dog"], "novel": ["dig"]}
+    with pytest.raises(LpovodError, match=r"val.json has no class 'dig'; did you mean dog\?"):
+        load_config(content)
+
+
+def blocks(model: type[Settings], prefix: str = ""):
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from blocks(field.annotation, f"{prefix}{name}.")
+
+
+def test_every_key_is_described():
+    missing = [name for name, field in blocks(Config) if not field.description]
+    assert not missing
+
+
+def test_slugs():
+    assert slug("traffic light") == "traffic_light"
+    assert slug("T-Shirt (red)") == "t_shirt_red"
+
+
+def test_no_heavy_import_while_the_graph_is_built():
+    """torch takes seconds to import, and the graph is built on every call of snakemake."""
+    program = "import sys, lpovod.config, lpovod.summary; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_the_documentation_is_current():
+    assert Path("docs/configuration.md").read_text() == documentation()

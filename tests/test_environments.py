@@ -1,0 +1,31 @@
+"""envs/ and the lock file must tell of the same versions."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+LINES = Path("requirements.lock").read_text().splitlines()
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.lower())
+
+
+LOCKED = {normal(n): v for n, _, v in (line.partition("==") for line in LINES) if v}
+
+
+@pytest.mark.parametrize("path", sorted(Path("envs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_versions_are_those_of_the_lock_file(path):
+    pip = yaml.safe_load(path.read_text())["dependencies"][-1]["pip"]
+    pinned = dict(requirement.split("==") for requirement in pip)
+    # FAISS for GPUs is a package of its own, with its own releases.
+    assert (pinned.pop("faiss-gpu-cu12", None) is not None) == (path.stem == "gpu")
+    assert pinned == {name: LOCKED[normal(name)] for name in pinned}
+
+
+def test_every_rule_names_an_environment_that_exists():
+    for path in Path("rules").glob("*.smk"):
+        for named in re.findall(r"envs/(\w+)\.yaml", path.read_text()):
+            assert Path(f"envs/{named}.yaml").is_file(), path

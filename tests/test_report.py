@@ -1,0 +1,468 @@
+"""The page says what the files say, marks crops rightly, and loads nothing."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lpovod import config, miniature
+from lpovod.artifacts import LpovodError, sha256
+from lpovod.dataset import read_dataset
+from lpovod.report import (
+    choose_images,
+    duration,
+    place_labels,
+    signed,
+    stage_times,
+    write_report,
+)
+
+BASE, NOVEL = ["square", "disk"], ["star", "fish"]
+HEADER = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load\tcpu_time\n"
+
+
+class Page(HTMLParser):
+    """Texts by section, table rows as lists of cells, and every attribute of the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.section, self.cell = "header", None
+        self.texts: dict[str, str] = {}
+        self.rows: dict[str, list[list[str]]] = {}
+        self.tags: list[tuple[str, str, dict[str, str]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.section = dict(attrs).get("id", self.section) if tag == "section" else self.section
+        self.tags.append((self.section, tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.setdefault(self.section, []).append([])
+        if tag in ("td", "th"):
+            self.rows[self.section][-1].append("")
+            self.cell = self.rows[self.section][-1]
+        if tag in ("small", "br"):
+            self.handle_data(" | ")
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.cell[-1] = self.cell[-1].strip()
+            self.cell = None
+
+    def handle_data(self, data):
+        words = re.sub(r"\s+", " ", data)
+        self.texts[self.section] = self.texts.get(self.section, "") + words
+        if self.cell is not None:
+            self.cell[-1] += words
+
+    def table(self, section: str) -> dict[str, list[str]]:
+        """Cells by the first one, without its explanation."""
+        return {row[0].split(" | ")[0]: row[1:] for row in self.rows[section]}
+
+    def crops(self, name: str) -> list[tuple[str, str]]:
+        """Class of the figure and its alternative text, of the crops of a novel class."""
+        figures = [a.get("class") for s, t, a in self.tags if (s, t) == ("retrieved", "figure")]
+        drawn = [a["aria-label"] for s, t, a in self.tags if (s, t) == ("retrieved", "svg")]
+        pairs = zip(figures, drawn, strict=True)
+        return [pair for pair in pairs if pair[1].startswith(f"Region retrieved for {name} ")]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    """A folder like a run's: eight training and six validation images of the miniature world."""
+    run = tmp_path_factory.mktemp("runs") / "tiny-run"
+    folder = run / "dataset"
+    for split, count in (("train", 8), ("val", 6)):
+        content = miniature.draw_split(folder / "images" / split, count, 3, split)
+        for category in content["categories"]:
+            category["split"] = "novel" if category["name"] in NOVEL else "base"
+        # What is drawn stays; what is annotated is known exactly.
+        content["annotations"] = _annotations(content)
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    shutil.copy(folder / "train.json", folder / "train_all_classes.json")
+    return run
+
+
+def _annotations(content: dict) -> list[dict]:
+    """In every image a square, a star and, in the first three, a fish."""
+    ids = {c["name"]: c["id"] for c in content["categories"]}
+    objects = {"square": [10, 10, 40, 40], "star": [60, 60, 40, 40], "fish": [110, 20, 40, 20]}
+    return [
+        {
+            "id": 10 * number + place,
+            "image_id": image["id"],
+            "category_id": ids[name],
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": 0,
+        }
+        for number, image in enumerate(content["images"])
+        for place, (name, box) in enumerate(objects.items())
+        if name != "fish" or number < 3
+    ]
+
+
+STARS = [
+    ([60, 60, 40, 40], "right", "IoU 1.00"),
+    ([62, 60, 40, 40], "right", "IoU 0.90"),
+    ([70, 70, 15, 15], "badly placed", "too tight"),
+    ([40, 40, 80, 80], "badly placed", "too loose"),
+    ([85, 85, 40, 40], "badly placed", "shifted"),
+    ([10, 10, 40, 40], "wrong", "square"),
+    ([0, 120, 30, 30], "wrong", "background"),
+    ([60, 60, 40, 40], "right", "IoU 1.00"),
+]
+
+
+def make_run(drawn: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Arguments of `write_report` for a run of known content; `changes` replace arguments."""
+    run = folder / "tiny-run"
+    shutil.copytree(drawn, run)
+    dataset = run / "dataset"
+    files = {
+        "metrics": run / "evaluation" / "metrics.json",
+        "detections": run / "evaluation" / "detections.json",
+        "val": dataset / "val.json",
+        "train": dataset / "train.json",
+        "truth": dataset / "train_all_classes.json",
+        "proposals_history": run / "proposals.jsonl",
+        "detector_history": run / "detector.jsonl",
+        "benchmarks": run / "benchmarks",
+        "output": run / "report" / "report.html",
+    }
+    files["metrics"].parent.mkdir()
+    files["metrics"].write_text(json.dumps(metrics(files["val"])))
+    files["detections"].write_text(json.dumps(detections(files["val"])))
+    files["proposals_history"].write_text(
+        '{"epoch": 1, "box": 3.0, "objectness": 1.0}\n'
+        '{"epoch": 2, "box": 1.5, "objectness": 0.25}\n'
+    )
+    files["detector_history"].write_text('{"epoch": 1, "distillation": 0.75}\n')
+    write_benchmarks(files["benchmarks"])
+    labels = pseudo_labels(run / "star.json", "star", STARS, dataset)
+    arguments = files | {"pseudo_labels": [labels], "settings": config.Report(images=4)}
+    return arguments | changes
+
+
+def metrics(val: Path) -> dict:
+    def row(novel: float) -> dict:
+        return {"novel": novel, "base": 80.0, "all": 77.5}
+
+    return {
+        "AP50": row(70.04),
+        "without_probe": row(58.0),
+        "without_probe_best_temperature": row(66.0) | {"temperature": 0.05},
+        "without_clip_head": row(70.04),
+        "something_new": row(71.0),
+        "per_class": {"star": 90.25, "fish": 49.83, "disk": 61.0},
+        "temperature": 0.012345,
+        "classes": {"base": BASE, "novel": NOVEL},
+        "proposal_recall": {
+            "base": {"10": 71.25, "50": 90.0, "100": 95.0},
+            "novel": {"10": 61.0, "50": 80.0, "100": 85.0},
+        },
+        "novel_errors": {
+            "full": {"correct": 75.0, "too tight": 25.0},
+            "without_probe": {"correct": 50.0, "group": 50.0},
+        },
+        "made_from": {"dataset": sha256(val)},
+    }
+
+
+def detections(val: Path) -> list[dict]:
+    """In every image a star, and eight squares of falling score."""
+    content = json.loads(val.read_text())
+    ids = {c["name"]: c["id"] for c in content["categories"]}
+    star = {"category_id": ids["star"], "bbox": [60, 60, 40, 40], "score": 0.875}
+    squares = [
+        {"category_id": ids["square"], "bbox": [10 + n, 10, 40, 40], "score": 0.9 - 0.1 * n}
+        for n in range(8)
+    ]
+    return [{"image_id": i["id"]} | r for i in content["images"] for r in [*squares, star]]
+
+
+def pseudo_labels(path: Path, name: str, regions: list, dataset: Path) -> Path:
+    images = json.loads((dataset / "train.json").read_text())["images"]
+    annotations = [
+        {
+            "id": place + 1,
+            "image_id": images[place % len(images)]["id"],
+            "category_id": 1,
+            "bbox": box,
+            "score": 0.8,
+            "cosine": 0.9 - 0.01 * place,
+        }
+        for place, (box, *_) in enumerate(regions)
+    ]
+    inputs = {"dataset": sha256(dataset / "train.json")}
+    content = {
+        "images": images,
+        "annotations": annotations[::-1],  # their order in the file says nothing
+        "categories": [{"id": 1, "name": name}],
+        "info": {"identity": {"stage": "pseudo_labels", "inputs": inputs}},
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_benchmarks(folder: Path) -> None:
+    for name, seconds, peak in (
+        ("dataset", "1.5", "NA"),
+        ("proposals/train", "60", "512.4"),
+        ("proposals/val", "30.5", "600.6"),
+        ("region_features/retrieved/star", "-", "-"),
+    ):
+        path = folder / f"{name}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(HEADER + "\t".join([seconds, "0:00:00", peak, *"-------"]) + "\n")
+
+
+@pytest.fixture
+def run(drawn, tmp_path) -> dict[str, Any]:
+    return make_run(drawn, tmp_path)
+
+
+@pytest.fixture
+def page(run) -> Page:
+    return written(run)
+
+
+def written(arguments: dict[str, Any], **changes: Any) -> Page:
+    write_report(**arguments | changes)
+    return Page(arguments["output"].read_text())
+
+
+def test_the_headline_states_run_and_ap(page):
+    header = page.texts["header"]
+    for stated in ("tiny-run", "70.0", "80.0", "77.5", "0.01234", "6 images", "+12.0", "+4.0"):
+        assert stated in header, stated
+
+
+def test_ablations_stand_in_order_with_their_difference(page):
+    assert page.table("ablations") == {
+        "Scores and boxes": ["Novel", "Base", "All", "Difference"],
+        "Full method": ["70.0", "80.0", "77.5", ""],
+        "CLIP head alone": ["58.0", "80.0", "77.5", "−12.0"],
+        "CLIP head alone, tuned": ["66.0", "80.0", "77.5", "−4.0"],
+        "Probe alone": ["70.0", "80.0", "77.5", "0.0"],
+        "Something new": ["71.0", "80.0", "77.5", "+1.0"],
+    }
+    assert list(page.table("ablations"))[-1] == "Something new"
+    assert "temperature 0.05" in page.texts["ablations"]
+
+
+def test_classes_are_listed_best_first_and_one_without_objects_has_a_dash(page):
+    names = [row[0] for row in page.rows["classes"] if row[0] != "Class"]
+    assert names == ["star", "fish", "disk", "square"]
+    assert page.table("classes")["star"][-1] == "90.2"
+    assert page.table("classes")["square"][-1] == "–"
+
+
+def test_recall_mistakes_and_losses(page):
+    assert page.table("proposals")["novel"] == ["61.0", "80.0", "85.0"]
+    assert page.rows["proposals"][0][1:] == ["n = 10", "n = 50", "n = 100"]
+    assert page.table("mistakes")["Detection"] == ["Full method", "CLIP head alone"]
+    assert page.table("mistakes")["too tight"] == ["25.0", "0.0"]
+    drawn = [a["aria-label"] for s, t, a in page.tags if (s, t) == ("training", "svg")]
+    assert "Proposal network, sum: 4.000 in epoch 1, 1.750 in epoch 2" in drawn
+    assert "Detector, distillation: 0.750 in epoch 1, 0.750 in epoch 1" in drawn
+    assert len(drawn) == 4  # a single loss needs no sum
+
+
+def test_crops_are_marked_best_cosine_first(page):
+    crops = page.crops("star")
+    assert len(crops) == len(STARS)
+    for (figure, alternative), (_, mark, why) in zip(crops, STARS, strict=True):
+        assert figure == mark.split()[0]
+        assert alternative.endswith(f": {mark}, {why}")
+    for words in ("✓ right", "◐ badly placed", "✗ wrong", "cos 0.900"):
+        assert words in page.texts["retrieved"]
+
+
+def test_purity_counts_all_regions_not_only_those_shown(run):
+    page = written(run, settings=config.Report(crops_per_class=2))
+    assert len(page.crops("star")) == 2
+    assert "38 % pure" in page.texts["retrieved"]
+    assert "8 regions: 3 right, 3 badly placed, 2 wrong" in page.texts["retrieved"]
+    assert "No region was retrieved for this class" in page.texts["retrieved"]  # fish
+
+
+def test_without_annotations_of_a_class_nothing_is_marked(run):
+    truth = json.loads(run["truth"].read_text())
+    star = next(c["id"] for c in truth["categories"] if c["name"] == "star")
+    truth["annotations"] = [a for a in truth["annotations"] if a["category_id"] != star]
+    run["truth"].write_text(json.dumps(truth))
+    page = written(run)
+    assert {figure for figure, _ in page.crops("star")} == {"unknown"}
+    assert "nothing tells right from wrong" in page.texts["retrieved"]
+    assert "% pure" not in page.texts["retrieved"]
+
+
+def test_the_best_detections_are_drawn_two_more_than_objects(page):
+    scenes = [a["aria-label"] for s, t, a in page.tags if s == "detections" and "aria-label" in a]
+    assert len(scenes) == 4
+    # Three objects in the first images: five detections.
+    assert "square 0.90, star 0.88, square 0.80, square 0.70, square 0.60" in scenes[0]
+    assert "square 0.50" not in scenes[0]
+    lines = [a["class"] for s, t, a in page.tags if (s, t) == ("detections", "rect")]
+    assert {"novel", "base", "object"} <= set(lines)
+
+
+def test_stage_times_are_summed_by_rule(page):
+    assert page.table("times") == {
+        "Rule": ["Bar", "Jobs", "Time", "Peak memory, MiB"],
+        "proposals": ["", "2", "1 min 30 s", "601"],
+        "dataset": ["", "1", "1.5 s", "–"],
+        "region_features": ["", "1", "0.0 s", "–"],
+        "Sum": ["", "4", "1 min 32 s", ""],
+    }
+
+
+def test_the_page_refers_to_nothing_outside(page, run):
+    text = run["output"].read_text()
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    assert not {"script", "link", "iframe", "object", "embed"} & {tag for _, tag, _ in page.tags}
+    for _, tag, attributes in page.tags:
+        assert "src" not in attributes and "srcset" not in attributes
+        for name in ("href", "xlink:href"):
+            target = attributes.get(name, "#")
+            assert target.startswith("data:image/jpeg;base64," if tag == "image" else "#")
+        if tag == "svg":
+            assert attributes.get("aria-label") or attributes.get("aria-hidden") == "true"
+    sections = {a["id"] for _, tag, a in page.tags if tag == "section"}
+    links = {a["href"][1:] for _, tag, a in page.tags if tag == "a"}
+    assert links == sections
+    captions = sum(tag == "caption" for _, tag, _ in page.tags)
+    assert captions == sum(tag == "table" for _, tag, _ in page.tags)
+
+
+def test_same_inputs_same_bytes(run):
+    write_report(**run)
+    first = run["output"].read_bytes()
+    write_report(**run)
+    assert run["output"].read_bytes() == first
+
+
+def test_names_are_escaped(run):
+    content = json.loads(run["metrics"].read_text())
+    content["a<b>&c"] = {"novel": None, "base": 1.0, "all": 1.0}
+    run["metrics"].write_text(json.dumps(content))
+    assert written(run).table("ablations")["A<b>&c"] == ["–", "1.0", "1.0", "–"]
+
+
+def test_what_is_missing_is_said(run, tmp_path):
+    for name, content in (("metrics", {}), ("detections", [])):
+        if name == "metrics":
+            nothing = {"novel": None, "base": None, "all": None}
+            content = {"AP50": nothing, "classes": {"base": BASE, "novel": ["ring"]}}
+        run[name].write_text(json.dumps(content))
+    run["proposals_history"].write_text("")
+    page = written(run, pseudo_labels=[], benchmarks=tmp_path / "nowhere")
+    assert "no AP50 by class" in page.texts["classes"]
+    assert "no recall" in page.texts["proposals"]
+    assert "No detection of a novel class" in page.texts["mistakes"]
+    assert "Its history is empty" in page.texts["training"]
+    assert "No region was retrieved" in page.texts["retrieved"]
+    assert "Nothing was detected" in page.texts["detections"]
+    assert "No image has an object of a novel class" in page.texts["detections"]
+    assert "no benchmark files" in page.texts["times"]
+    assert page.table("ablations")["Full method"] == ["–", "–", "–", ""]
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content) or content))
+
+
+def keep_images(content: dict, count: int) -> dict:
+    images = content["images"][:count]
+    kept = {image["id"] for image in images}
+    annotations = [a for a in content["annotations"] if a["image_id"] in kept]
+    return content | {"images": images, "annotations": annotations}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("metrics", lambda c: c.pop("AP50") and None, ["metrics.json", "'AP50'", "--forcerun"]),
+        ("metrics", lambda c: c["made_from"].update(dataset="0" * 64), ["val.json", "--forcerun"]),
+        ("detections", lambda c: c[3].update(image_id=5), ["detection 3", "image_id 5"]),
+        ("detections", lambda c: c[2].pop("bbox") and None, ["detection 2", "bbox"]),
+        ("star", lambda c: c["annotations"][0].pop("cosine") and None, ["star.json", "no cosine"]),
+        ("star", lambda c: c["info"]["identity"]["inputs"].clear(), ["star.json", "--forcerun"]),
+        ("truth", lambda c: keep_images(c, 1), ["train_all_classes.json has no image"]),
+        ("train", lambda c: keep_images(c, 1), ["train.json", "--forcerun pseudo_labels"]),
+    ],
+)
+def test_contradictions_are_named(run, name, damage, words):
+    path = run["pseudo_labels"][0] if name == "star" else run[name]
+    edit(path, damage)
+    if name == "truth":  # the annotation that tells is of an image that a region is not of
+        one = json.loads(run["train"].read_text())
+        edit(
+            path, lambda c: c | {"images": one["images"][:1], "annotations": one["annotations"][:3]}
+        )
+    with pytest.raises(LpovodError) as error:
+        write_report(**run)
+    for word in words:
+        assert word in str(error.value)
+    assert not run["output"].exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{broken", "line 2 is no history"), ('{"epoch": 2, "box": 1}', "line 2 has other entries")],
+)
+def test_a_broken_history_is_named(run, line, words):
+    with run["proposals_history"].open("w") as file:
+        file.write('{"epoch": 1, "box": 3.0, "objectness": 1.0}\n' + line)
+    with pytest.raises(LpovodError, match=f"proposals.jsonl: {words}"):
+        write_report(**run)
+
+
+@pytest.mark.parametrize("text", ["a\tb\n1\t2\n", HEADER + "1\t2\n", "s\tmax_rss\nsoon\t1\n"])
+def test_a_file_that_is_no_benchmark_is_named(tmp_path, text):
+    (tmp_path / "odd.tsv").write_text(text)
+    with pytest.raises(LpovodError, match=r"odd\.tsv is no benchmark"):
+        stage_times(tmp_path)
+
+
+def test_chosen_images_spread_over_the_classes(drawn):
+    data = read_dataset(drawn / "dataset" / "val.json")
+    chosen = choose_images(data, BASE, NOVEL, 4)
+    first = list(data.images)
+    assert chosen == first[:4]  # three with star and fish, then one with a star
+    assert choose_images(data, BASE, ["fish"], 9) == first[:3]
+    assert choose_images(data, BASE, ["ring"], 9) == []
+
+
+def test_labels_avoid_one_another_and_stay_inside():
+    boxes = [[0, 0, 60, 60], [0, 0, 60, 60], [350, 290, 60, 30], [345, 280, 60, 30]]
+    labels = place_labels(boxes, ["star 0.90"] * 4, 400, 300)
+    rectangles = np.array([[p["x"], p["y"], p["x"] + p["width"], p["y"] + 15] for p in labels])
+    assert (rectangles[:, :2] >= 0).all() and (rectangles[:, 2:] <= [400, 300]).all()
+    for number, a in enumerate(rectangles):
+        for b in rectangles[:number]:
+            assert (np.minimum(a[2:], b[2:]) <= np.maximum(a[:2], b[:2])).any()
+
+
+def test_numbers_read_well():
+    assert [signed(v) for v in (2.04, -2.06, -0.04, None)] == ["+2.0", "−2.1", "0.0", "–"]
+    assert [duration(v) for v in (0.04, 9.96, 59.7, 192, 7500)] == [
+        "0.0 s",
+        "10 s",
+        "1 min 00 s",
+        "3 min 12 s",
+        "2 h 05 min",
+    ]
+
+
+def test_torch_is_not_imported():
+    code = "import sys, lpovod.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

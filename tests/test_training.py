@@ -1,0 +1,95 @@
+"""The training loop: the original's schedule, and going on after a kill."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lpovod.artifacts import LpovodError
+from lpovod.config import LinearProbe, Training
+from lpovod.training import rate_at, train
+
+RECORDED = Path("../shared/data/goldens/golden_lr.npz")
+
+# Some of the original's recorded rates, 60 steps per epoch: warm-up, plateau, both drops.
+BASE = Training(
+    learning_rate=0.02, epochs=20, drops=[16, 19], warmup_steps=500, warmup_ratio=0.001
+)
+STEPS = {0: 2e-5, 250: 0.01001, 499: 0.01996004, 500: 0.02, 959: 0.02, 960: 0.002, 1140: 0.0002}
+
+
+@pytest.mark.parametrize(("step", "rate"), STEPS.items())
+def test_rates_are_the_original_s(step, rate):
+    assert math.isclose(rate_at(step, 60, BASE), rate, rel_tol=1e-6)
+
+
+@pytest.mark.skipif(not RECORDED.exists(), reason="needs the recorded values")
+def test_every_recorded_rate():
+    recorded = np.load(RECORDED)
+    base = [rate_at(i, 60, BASE) for i in range(1200)]
+    assert np.allclose(base, recorded["base_ipe60"], rtol=1e-6)
+    probe = LinearProbe(learning_rate=0.001, drops=[8, 11], warmup_steps=20, warmup_ratio=0.1)
+    found = [rate_at(i, 7, probe) for i in range(84)]
+    assert np.allclose(found, recorded["ft_ipe7"], rtol=1e-6)
+
+
+def fit(state: Path, stop_at: int | None = None, fingerprint: str = "a", optimiser: str = "sgd"):
+    """Fit a small random regression; optionally end abruptly in an epoch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    started = []
+
+    def batches(epoch):
+        started.append(epoch)
+        if epoch == stop_at:
+            raise KeyboardInterrupt
+        return torch.randn(5, 16, 3, generator=torch.Generator().manual_seed(epoch))
+
+    def losses(batch):
+        noise = torch.randn(16, 1)  # of the epoch's seed
+        return {"square": (model(batch) - batch.sum(1, keepdim=True) - noise).square().mean()}
+
+    schedule = Training(
+        epochs=4, learning_rate=0.05, drops=[3], warmup_steps=3, optimiser=optimiser
+    )
+    history = train(model, losses, batches, 5, schedule, 7, state, fingerprint)
+    return model.state_dict(), history, started
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_killed_training_goes_on_to_the_same_result(tmp_path, optimiser):
+    whole, history, _ = fit(tmp_path / "whole", optimiser=optimiser)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "killed", stop_at=2, optimiser=optimiser)
+    resumed, resumed_history, started = fit(tmp_path / "killed", optimiser=optimiser)
+    assert started == [2, 3]
+    assert resumed_history == history
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+@pytest.mark.parametrize("spoil", ["fingerprint", "damage"])
+def test_a_foreign_or_damaged_state_is_not_gone_on_from(tmp_path, spoil):
+    state = tmp_path / "state"
+    fit(state)
+    if spoil == "damage":
+        state.write_bytes(state.read_bytes()[:100])
+    _, _, started = fit(state, fingerprint="b" if spoil == "fingerprint" else "a")
+    assert started == [0, 1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
+    model = nn.Linear(1, 1)
+    with pytest.raises(LpovodError, match="step 0: a loss is not finite"):
+        train(
+            model,
+            lambda batch: {"bad": model(batch).sum() / 0},
+            lambda epoch: torch.ones(1, 1, 1),
+            1,
+            Training(),
+            0,
+            tmp_path / "state",
+            "a",
+        )

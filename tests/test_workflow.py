@@ -1,0 +1,246 @@
+"""The real DAG at its smallest: it runs, and after an edit exactly the stale stages run again.
+
+What is stale is asked of Snakemake itself, by dry-runs in a copy of the project.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lpovod.artifacts import sha256
+
+PARTS = ("Snakefile", "config.yaml", "configs", "envs", "lpovod", "profiles", "resources")
+PARTS += ("rules", "workflow_scripts")
+
+# One class fewer than the miniature world has, so that the sixth can be added.
+NOVEL = ["star", "ring", "bolt", "house", "fish"]
+RUN = {"classes": {"novel": NOVEL}}
+
+EVERYTHING = {
+    "dataset": 1,
+    "text_embeddings": 6,
+    "proposal_network": 1,
+    "proposals": 2,
+    "region_embeddings": 4,
+    "region_index": 1,
+    "base_detector": 1,
+    "pseudo_labels": 5,
+    "region_features": 1,
+    "retrieved_region_features": 5,
+    "linear_probe": 1,
+    "evaluation": 1,
+    "report": 1,
+}
+
+
+def stages(*names: str, **counts: int) -> dict[str, int]:
+    return {name: EVERYTHING[name] for name in names} | counts
+
+
+SCORED = stages("linear_probe", "evaluation", "report")
+RETRIEVED = stages("pseudo_labels", "retrieved_region_features") | SCORED
+DETECTED = stages("base_detector", "region_features", "retrieved_region_features") | SCORED
+EMBEDDED = stages("region_embeddings", "region_index") | DETECTED | RETRIEVED
+PROPOSED = stages("proposals") | EMBEDDED
+TRAINED = stages("proposal_network") | PROPOSED
+
+
+def copy_project(folder: Path) -> Path:
+    folder.mkdir()
+    for part in PARTS:
+        (shutil.copytree if Path(part).is_dir() else shutil.copy2)(part, folder / part)
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str, **overlay) -> str:
+    """Run snakemake in a copy of the project; return what it printed."""
+    overlay_file = folder / "overlay.yaml"
+    overlay_file.write_text(yaml.safe_dump(RUN | overlay))
+    done = subprocess.run(
+        ["snakemake", "--configfile", "configs/smallest.yaml", overlay_file.name, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout + done.stderr
+
+
+def stale(folder: Path, **overlay) -> dict[str, int]:
+    """How many jobs of each rule a dry-run announces."""
+    printed = snakemake(folder, "-n", **overlay)
+    table = printed.partition("Job stats:")[2].partition("total")[0]
+    rows = re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)
+    return {rule: int(count) for rule, count in rows if rule != "all"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = copy_project(tmp_path_factory.mktemp("workflow") / "project")
+    assert stale(folder) == EVERYTHING
+    snakemake(folder, "--cores", "2")
+    return folder
+
+
+@pytest.fixture()
+def edited(project):
+    """Edit files of the project for one test; they are restored afterwards."""
+    saved: dict[Path, bytes] = {}
+
+    def edit(path: str, change=lambda content: content + b"\n# edited\n") -> None:
+        file = project / path
+        saved.setdefault(file, file.read_bytes())
+        file.write_bytes(change(saved[file]))
+
+    yield edit
+    for file, content in saved.items():
+        file.write_bytes(content)
+
+
+def test_nothing_is_stale_after_a_run(project):
+    assert stale(project) == {}
+
+
+def test_the_metrics_have_their_layout(project):
+    metrics = json.loads((project / "results/smallest/evaluation/metrics.json").read_text())
+    means = {"novel", "base", "all"}
+    for row in ("AP50", "without_probe", "without_clip_head", "without_objectness"):
+        assert set(metrics[row]) == means
+    assert set(metrics["without_probe_best_temperature"]) == means | {"temperature"}
+    assert len(metrics["per_class"]) == 17
+    assert set(metrics["proposal_recall"]["novel"]) == {"10", "50", "100"}
+
+
+def test_the_report_is_one_file(project):
+    page = (project / "results/smallest/report/report.html").read_text()
+    assert "AP50" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+
+def test_every_job_left_a_log_and_a_benchmark(project):
+    results = project / "results/smallest"
+    logs = Counter(path.suffix for path in (results / "logs").rglob("*") if path.is_file())
+    assert logs == {".log": sum(EVERYTHING.values())}
+    benchmarks = [path for path in (results / "benchmarks").rglob("*.tsv")]
+    assert len(benchmarks) == sum(EVERYTHING.values()) - 1  # all but the report
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [
+        ({"pseudo_labels": {"k": 11, "objectness": 0}}, RETRIEVED),
+        ({"pseudo_labels": {"k": 10, "objectness": 0.01}}, RETRIEVED),
+        (
+            {"classes": {"novel": [*NOVEL, "cup"]}},
+            {"text_embeddings": 1, "pseudo_labels": 1, "retrieved_region_features": 1} | SCORED,
+        ),
+        ({"classes": {"novel": NOVEL[1:]}}, SCORED),
+        ({"base_detector": {"distillation_weight": 100}}, DETECTED),
+        (
+            {"text_embeddings": {"templates": ["a photo of a {}"]}},
+            stages("text_embeddings") | RETRIEVED,
+        ),
+        ({"linear_probe": {"epochs": 3}}, SCORED),
+        ({"evaluation": {"beta": 0.5}}, stages("evaluation", "report")),
+        ({"region_index": {"factory": "Flat"}}, stages("region_index") | RETRIEVED),
+        ({"region_embeddings": {"scales": [1.0]}}, EMBEDDED),
+        ({"proposals": {"nms": 0.6}}, TRAINED),
+        ({"report": {"images": 3}}, stages("report")),
+        ({"seed": 1}, {k: v for k, v in EVERYTHING.items() if k != "text_embeddings"}),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_a_changed_setting_makes_exactly_its_stages_stale(project, overlay, expected):
+    assert stale(project, **overlay) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("dataset", {k: v for k, v in EVERYTHING.items() if k != "text_embeddings"}),
+        ("text_embeddings", stages("text_embeddings") | RETRIEVED),
+        ("proposals", TRAINED),
+        ("region_embeddings", EMBEDDED),
+        ("region_index", stages("region_index") | RETRIEVED),
+        ("base_detector", DETECTED),
+        ("pseudo_labels", RETRIEVED),
+        ("region_features", stages("region_features", "retrieved_region_features") | SCORED),
+        ("linear_probe", SCORED),
+        ("evaluation", stages("evaluation", "report")),
+        ("report", stages("report")),
+    ],
+)
+@pytest.mark.parametrize("folder", ["lpovod", "workflow_scripts"])
+def test_an_edited_module_makes_exactly_its_stages_stale(
+    project, edited, folder, module, expected
+):
+    edited(f"{folder}/{module}.py")
+    assert stale(project) == expected
+
+
+def test_touching_or_reverting_a_module_makes_nothing_stale(project):
+    for path in sorted((project / "lpovod").glob("*.py")):
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n# edited\n")
+        path.write_bytes(content)
+    assert stale(project) == {}
+
+
+def test_other_clip_weights_make_everything_that_reads_them_stale(project, edited):
+    edited("resources/small_clip/weights.safetensors", lambda content: content + b" ")
+    assert stale(project) == stages("text_embeddings") | EMBEDDED
+
+
+def test_touching_the_clip_weights_makes_nothing_stale(project):
+    os.utime(project / "resources/small_clip/weights.safetensors")
+    assert stale(project) == {}
+
+
+def test_a_deleted_intermediate_is_made_again_when_it_is_needed(project):
+    index = project / "results/smallest/region_index/train.index"
+    content = index.read_bytes()
+    index.unlink()
+    try:
+        assert stale(project) == {}
+        needed = stages("region_index") | RETRIEVED
+        assert stale(project, pseudo_labels={"k": 11, "objectness": 0}) == needed
+        os.utime(project / "results")
+    finally:
+        index.write_bytes(content)
+        os.utime(index, (0, 0))
+
+
+def test_a_wrong_setting_ends_before_any_job(project):
+    (project / "overlay.yaml").write_text("pseudo_labels: {kk: 3}")
+    done = subprocess.run(
+        ["snakemake", "-n", "--configfile", "configs/smallest.yaml", "overlay.yaml"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "pseudo_labels.kk: unknown key; did you mean k?" in done.stdout + done.stderr
+
+
+def test_a_second_run_from_scratch_is_identical(project, tmp_path):
+    again = copy_project(tmp_path / "project")
+    snakemake(again, "--cores", "2")
+    first, second = (
+        {
+            str(path.relative_to(folder)): sha256(path)
+            for part in ("safetensors", "h5", "json", "jsonl", "index", "jpg")
+            for path in (folder / "results").rglob(f"*.{part}")
+            if "benchmarks" not in path.parts
+        }
+        for folder in (project, again)
+    )
+    assert len(first) > 40
+    assert first == second
