@@ -27,7 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lpovod.artifacts import LpovodError, read_json, sha256
 
-# Crops per forward pass: bounds the memory; larger batches were no faster, on two cores or a GPU.
+# Crops per forward pass, which bounds the memory whatever number a caller hands over.
 BATCH = 256
 
 # What OpenAI's archives hold besides parameters and buffers.

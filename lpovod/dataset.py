@@ -209,11 +209,9 @@ def _with_split(content: dict, base: list[str]) -> dict:
         {"id": c["id"], "name": c["name"], "split": "base" if c["name"] in base else "novel"}
         for c in content["categories"]
     ]
-    return {
-        "images": content["images"],
-        "annotations": content["annotations"],
-        "categories": categories,
-    }
+    # Outlines are most of a COCO json, and nothing here reads them.
+    boxes = [{k: v for k, v in a.items() if k != "segmentation"} for a in content["annotations"]]
+    return {"images": content["images"], "annotations": boxes, "categories": categories}
 
 
 def _base_alone(content: dict) -> dict:

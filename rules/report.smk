@@ -8,6 +8,7 @@ rule report:
     input:
         script="workflow_scripts/report.py",
         code=code("report"),
+        template="lpovod/report_template.html.jinja",
         metrics=f"{RESULTS}/evaluation/metrics.json",
         detections=f"{RESULTS}/evaluation/detections.json",
         val=f"{RESULTS}/dataset/val.json",

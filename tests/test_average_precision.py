@@ -28,9 +28,7 @@ def reference(truth: Path, results: list[dict], images: list[int] | None = None)
     precision = evaluator.eval["precision"][0, :, :, 0, 2]
     names = [coco.cats[c]["name"] for c in evaluator.params.catIds]
     return {
-        name: 100 * precision[:, k].mean()
-        for k, name in enumerate(names)
-        if precision[0, k] > -1
+        name: 100 * precision[:, k].mean() for k, name in enumerate(names) if precision[0, k] > -1
     }
 
 

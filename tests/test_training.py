@@ -15,9 +15,7 @@ from lpovod.training import rate_at, train
 RECORDED = Path("../shared/data/goldens/golden_lr.npz")
 
 # Some of the original's recorded rates, 60 steps per epoch: warm-up, plateau, both drops.
-BASE = Training(
-    learning_rate=0.02, epochs=20, drops=[16, 19], warmup_steps=500, warmup_ratio=0.001
-)
+BASE = Training(learning_rate=0.02, epochs=20, drops=[16, 19], warmup_steps=500, warmup_ratio=0.001)
 STEPS = {0: 2e-5, 250: 0.01001, 499: 0.01996004, 500: 0.02, 959: 0.02, 960: 0.002, 1140: 0.0002}
 
 

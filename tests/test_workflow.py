@@ -179,9 +179,7 @@ def test_a_changed_setting_makes_exactly_its_stages_stale(project, overlay, expe
     ],
 )
 @pytest.mark.parametrize("folder", ["lpovod", "workflow_scripts"])
-def test_an_edited_module_makes_exactly_its_stages_stale(
-    project, edited, folder, module, expected
-):
+def test_an_edited_module_makes_exactly_its_stages_stale(project, edited, folder, module, expected):
     edited(f"{folder}/{module}.py")
     assert stale(project) == expected
 
