@@ -11,18 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import roi_align
 
 from lpovod.artifacts import Identity, LpovodError, read_tensors
-from lpovod.backbone import STRIDES, ConvNorm, build_backbone, level_of
+from lpovod.backbone import ConvNorm, build_backbone
 from lpovod.boxes import clip, decode
 from lpovod.config import Backbone, BaseDetector
-
-POOLED = 7
-"""Bins per side of a pooled region."""
-
-POOLED_LEVELS = 4
-"""Regions are pooled from P2 ... P5."""
+from lpovod.pooling import POOLED, pool_regions
 
 
 class Branch(nn.Module):
@@ -96,24 +90,7 @@ class Detector(nn.Module):
         Returns:
             (sum of m, channels, 7, 7), image after image.
         """
-        rois = torch.cat(
-            [torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(boxes)]
-        )
-        level = level_of(rois[:, 1:], self.finest_scale, POOLED_LEVELS)
-        pooled = pyramid[0].new_zeros(len(rois), pyramid[0].shape[1], POOLED, POOLED)
-        for number, stride in enumerate(STRIDES[:POOLED_LEVELS]):
-            rows = (level == number).nonzero().flatten()
-            if len(rows):
-                here = roi_align(
-                    pyramid[number],
-                    rois[rows],
-                    POOLED,
-                    1 / stride,
-                    self.sampling_ratio,
-                    aligned=True,
-                )
-                pooled = pooled.index_copy(0, rows, here)
-        return pooled
+        return pool_regions(pyramid, boxes, self.finest_scale, self.sampling_ratio)
 
     def embed(self, pooled: Tensor) -> Tensor:
         """The image head's imitation of CLIP: unit rows."""

@@ -40,12 +40,11 @@ class SmallClip(Settings):
     seed: int = key(17, "of the drawn images, the crops, the initial weights and the batches", ge=0)
     crops: PositiveInt = key(32_000, "crops to train on")
     held_out_scenes: PositiveInt = key(300, "images for the accuracy that is recorded")
-    epochs: PositiveInt = key(5, "passes over the crops")
-    batch_size: PositiveInt = key(96, "crops of one optimisation step")
+    epochs: PositiveInt = key(8, "passes over the crops")
+    batch_size: PositiveInt = key(128, "crops of one optimisation step")
     learning_rate: PositiveFloat = key(2e-3, "highest learning rate of AdamW; cosine to zero")
     weight_decay: float = key(0.05, "on matrices and kernels, not on vectors", ge=0)
-    image_size: PositiveInt = key(64, "side of a crop in pixels; a multiple of 32")
-    width: PositiveInt = key(16, "channels of the ResNet's first stage; a multiple of 16")
+    image_size: PositiveInt = key(48, "side of a crop in pixels")
     dimension: PositiveInt = key(128, "of the space that images and texts share")
     text_width: PositiveInt = key(96, "channels of the text transformer; a multiple of 32")
     text_layers: PositiveInt = key(2, "layers of the text transformer")
@@ -270,9 +269,7 @@ def architecture(settings: SmallClip, vocabulary_size: int) -> dict:
         "embed_dim": settings.dimension,
         "vision_cfg": {
             "image_size": settings.image_size,
-            "layers": [1, 1, 1, 1],
-            "width": settings.width,
-            "head_width": 64,
+            "timm_model_name": "small_convnet",
         },
         "text_cfg": {
             "context_length": settings.context_length,

@@ -6,18 +6,14 @@ What is stale is asked of Snakemake itself, by dry-runs in a copy of the project
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lpovod.artifacts import sha256
-
-PARTS = ("Snakefile", "config.yaml", "configs", "envs", "lpovod", "profiles", "resources")
-PARTS += ("rules", "workflow_scripts")
+from project import copy_project, snakemake
 
 # One class fewer than the miniature world has, so that the sixth can be added.
 NOVEL = ["star", "ring", "bolt", "house", "fish"]
@@ -52,31 +48,9 @@ PROPOSED = stages("proposals") | EMBEDDED
 TRAINED = stages("proposal_network") | PROPOSED
 
 
-def copy_project(folder: Path) -> Path:
-    folder.mkdir()
-    for part in PARTS:
-        (shutil.copytree if Path(part).is_dir() else shutil.copy2)(part, folder / part)
-    return folder
-
-
-def snakemake(folder: Path, *arguments: str, **overlay) -> str:
-    """Run snakemake in a copy of the project; return what it printed."""
-    overlay_file = folder / "overlay.yaml"
-    overlay_file.write_text(yaml.safe_dump(RUN | overlay))
-    done = subprocess.run(
-        ["snakemake", "--configfile", "configs/smallest.yaml", overlay_file.name, *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return done.stdout + done.stderr
-
-
 def stale(folder: Path, **overlay) -> dict[str, int]:
     """How many jobs of each rule a dry-run announces."""
-    printed = snakemake(folder, "-n", **overlay)
+    printed = snakemake(folder, "smallest.yaml", RUN | overlay, "-n")
     table = printed.partition("Job stats:")[2].partition("total")[0]
     rows = re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)
     return {rule: int(count) for rule, count in rows if rule != "all"}
@@ -86,7 +60,7 @@ def stale(folder: Path, **overlay) -> dict[str, int]:
 def project(tmp_path_factory) -> Path:
     folder = copy_project(tmp_path_factory.mktemp("workflow") / "project")
     assert stale(folder) == EVERYTHING
-    snakemake(folder, "--cores", "2")
+    snakemake(folder, "smallest.yaml", RUN, "--cores", "2")
     return folder
 
 
@@ -129,7 +103,7 @@ def test_every_job_left_a_log_and_a_benchmark(project):
     results = project / "results/smallest"
     logs = Counter(path.suffix for path in (results / "logs").rglob("*") if path.is_file())
     assert logs == {".log": sum(EVERYTHING.values())}
-    benchmarks = [path for path in (results / "benchmarks").rglob("*.tsv")]
+    benchmarks = list((results / "benchmarks").rglob("*.tsv"))
     assert len(benchmarks) == sum(EVERYTHING.values()) - 1  # all but the report
 
 
@@ -210,7 +184,6 @@ def test_a_deleted_intermediate_is_made_again_when_it_is_needed(project):
         assert stale(project) == {}
         needed = stages("region_index") | RETRIEVED
         assert stale(project, pseudo_labels={"k": 11, "objectness": 0}) == needed
-        os.utime(project / "results")
     finally:
         index.write_bytes(content)
         os.utime(index, (0, 0))
@@ -230,7 +203,7 @@ def test_a_wrong_setting_ends_before_any_job(project):
 
 def test_a_second_run_from_scratch_is_identical(project, tmp_path):
     again = copy_project(tmp_path / "project")
-    snakemake(again, "--cores", "2")
+    snakemake(again, "smallest.yaml", RUN, "--cores", "2")
     first, second = (
         {
             str(path.relative_to(folder)): sha256(path)

@@ -1,0 +1,126 @@
+"""The linear probe: joint training on gathered candidates, and its loss by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lpovod.artifacts import LpovodError, identity, read_tensors, write_json
+from lpovod.base_detector import classification_loss
+from lpovod.config import LinearProbe
+from lpovod.linear_probe import Candidates, fit, gather_candidates, probe_loss, train_linear_probe
+from lpovod.store import write_regions
+
+GOLDENS = Path("../shared/data/goldens")
+NAMES = ["fish", "house"]
+SETTINGS = LinearProbe(epochs=60, learning_rate=0.05, drops=[50])
+
+
+def make_inputs(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Two classes, of eight images each, four shared; a class's regions share a direction."""
+    directions = np.eye(6)
+    good, bad = [10, 10, 50, 50], [10, 10, 25, 25]
+    labels, features = [], []
+    for number, name in enumerate(NAMES):
+        ids = range(4 * number + 1, 4 * number + 9)
+        shift = 60 * number
+        box = [c + shift for c in good]
+        annotation = {"category_id": 1, "iscrowd": 0, "score": 0.9, "cosine": 0.3}
+        content = {
+            "images": [{"id": i, "file_name": "", "width": 200, "height": 200} for i in ids],
+            "annotations": [
+                annotation | {"id": n, "image_id": i, "bbox": [*box[:2], 40, 40], "area": 1600}
+                for n, i in enumerate(ids)
+            ],
+            "categories": [{"id": 1, "name": name, "split": "novel"}],
+        }
+        labels.append(folder / f"{name}.json")
+        write_json(labels[-1], content)
+        features.append(folder / f"{name}.h5")
+        made_from = identity("region_features", pseudo_labels=labels[-1], detector="d" * 64)
+        with write_regions(features[-1], made_from) as writer:
+            for image_id in ids:
+                boxes, vectors = [], []
+                shown = [k for k in range(2) if 4 * k + 1 <= image_id < 4 * k + 9]
+                for k in shown:  # each class's box, well and badly placed
+                    noise = np.random.default_rng([image_id, k]).normal(0, 0.05, (2, 6))
+                    boxes += [[c + 60 * k for c in good], [c + 60 * k for c in bad]]
+                    vectors += [directions[k] + noise[0], directions[k] + directions[4] + noise[1]]
+                # the pseudo-label first, then all proposals
+                order = [2 * shown.index(number), *range(2 * len(shown))]
+                writer.add(
+                    image_id,
+                    np.array(boxes, np.float32)[order],
+                    np.full(len(order), 0.9, np.float32),
+                    feature=np.array(vectors, np.float16)[order],
+                )
+    return labels, features
+
+
+def test_badly_placed_boxes_are_rejected(tmp_path):
+    labels, features = make_inputs(tmp_path)
+    train_linear_probe(labels, features, SETTINGS, 0, tmp_path / "weights")
+    weights, made_from = read_tensors(tmp_path / "weights", "linear_probe")
+    assert list(weights) == NAMES
+    assert made_from["inputs"]["detector"] == "d" * 64
+    for k, name in enumerate(NAMES):
+        placed, misplaced = np.eye(6)[k], np.eye(6)[k] + np.eye(6)[4]
+        other = np.eye(6)[1 - k]
+        assert weights[name] @ placed > 0 > weights[name] @ misplaced
+        assert weights[name] @ other < 0
+
+
+def test_the_result_is_reproducible(tmp_path):
+    labels, features = make_inputs(tmp_path)
+    for name in ("a", "b"):
+        train_linear_probe(labels, features, SETTINGS, 0, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_an_image_of_two_classes_counts_each_region_once(tmp_path):
+    labels, features = make_inputs(tmp_path)
+    box = np.array([[10, 10, 50, 50]], np.float32)
+    retrieved = {
+        "fish": {5: (box, np.array([0.9]))},
+        "house": {5: (box + 60, np.array([0.9])), 9: (box + 60, np.array([0.9]))},
+    }
+    found = gather_candidates(retrieved, features)
+    assert sorted(found) == [5, 9]
+    assert len(found[5].feature) == 4  # in both files, the pseudo-labels repeated in each
+    assert sorted(found[5].label[found[5].iou >= 0.5].tolist()) == [0, 1]
+    assert found[9].label[found[9].iou >= 0.5].tolist() == [1]
+
+
+def test_labels_of_another_retrieval_are_refused(tmp_path):
+    labels, features = make_inputs(tmp_path)
+    labels[0].write_text(labels[0].read_text() + " ")
+    with pytest.raises(LpovodError, match=r"fish.h5 was made from other pseudo_labels"):
+        train_linear_probe(labels, features, SETTINGS, 0, tmp_path / "weights")
+
+
+def test_the_loss_of_an_image_with_few_regions():
+    """No sampling: all positives and negatives enter, over the number of positives."""
+    feature = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    iou, label = torch.tensor([0.9, 0.6, 0.4, 0.2, 0.0, 0.0]), torch.tensor([1, 0, 0, 1, 0, 0])
+    weights = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+    found = probe_loss(weights, [Candidates(feature, iou, label)], SETTINGS)
+    expected = classification_loss(feature @ weights.T, torch.tensor([1, 0, 2, 2, 2, 2]))
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_weights_that_run_away_are_an_error():
+    one = Candidates(torch.full((2, 3), 1e20), torch.tensor([0.9, 0.0]), torch.tensor([0, 0]))
+    with pytest.raises(LpovodError, match="Lower linear_probe.learning_rate"):
+        fit([one], 1, LinearProbe(learning_rate=1e30), 0)
+
+
+@pytest.mark.skipif(not GOLDENS.exists(), reason="needs the recorded values")
+def test_the_original_s_recorded_loss():
+    recorded = np.load(GOLDENS / "golden_train_ft.npz")
+    labels = torch.from_numpy(recorded["labels_mapped"]).long()
+    features = torch.from_numpy(recorded["region_embeddings"])
+    zero = classification_loss(features @ torch.zeros(17, 1024).T, labels)
+    assert float(zero) == pytest.approx(float(recorded["zeros_cls_loss"]), rel=1e-5)
+    drawn = classification_loss(torch.from_numpy(recorded["logits_novel"]), labels)
+    assert float(drawn) == pytest.approx(float(recorded["rand_cls_loss"]), rel=1e-4)

@@ -1,0 +1,148 @@
+"""The proposal network: targets by hand, recall by hand, learning, and a real kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lpovod.artifacts import LpovodError, read_json, read_tensors, sha256
+from lpovod.config import Backbone, Dataset, Miniature, Proposals, Training
+from lpovod.dataset import CocoDataset, make_dataset, read_dataset
+from lpovod.miniature import BASE_CLASSES
+from lpovod.proposals import (
+    centerness,
+    proposal_losses,
+    propose,
+    read_proposals,
+    recall_by_split,
+    train_proposals,
+)
+
+BACKBONE = Backbone(channels=16)
+SETTINGS = Proposals(
+    box_iou=0.3,
+    per_image=30,
+    training=Training(
+        optimiser="adamw", learning_rate=2e-3, epochs=3, drops=[3], images_per_step=4
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("proposals")
+    drawn = Miniature(train_images=12, val_images=4, tune_images=1)
+    make_dataset(folder / "dataset", Dataset(miniature=drawn), list(BASE_CLASSES), 0)
+    train(folder, "whole")
+    return folder
+
+
+def train(folder: Path, name: str, dataset: str = "dataset/train.json") -> Path:
+    outputs = [folder / f"{name}.{ending}" for ending in ("state", "network", "history")]
+    code = [Path("lpovod/proposals.py")]
+    train_proposals(
+        folder / dataset, BACKBONE, SETTINGS, 0, outputs[0], code, outputs[1], outputs[2]
+    )
+    return outputs[1]
+
+
+def test_centerness():
+    points = torch.tensor([[5.0, 10], [2.5, 10], [0, 10], [20, 10]])
+    boxes = torch.tensor([[0.0, 0, 10, 20]]).expand(4, 4)
+    assert centerness(points, boxes).tolist() == pytest.approx([1, (1 / 3) ** 0.5, 0, 0])
+
+
+def test_losses_of_perfect_predictions_are_zero():
+    anchors = torch.tensor([[0.0, 0, 20, 20], [2, 0, 22, 20], [60, 60, 80, 80]])
+    objects = torch.tensor([[0.0, 0, 20, 20]])
+    boxes = objects.expand(3, 4)
+    target = torch.tensor([1.0, (8 / 12) ** 0.5, 0])
+    logits = torch.logit(target, eps=1e-7)
+    box, objectness = proposal_losses(anchors, boxes, logits, objects, SETTINGS)
+    assert float(box) == pytest.approx(0, abs=1e-5)
+    assert float(objectness) == pytest.approx(0, abs=1e-5)
+    shifted = boxes + torch.tensor([10.0, 0, 10, 0])  # an IoU of a third
+    box, _ = proposal_losses(anchors, shifted, logits, objects, SETTINGS)
+    assert float(box) == pytest.approx(10 * 2 / 3, rel=1e-5)
+
+
+def test_recall_by_hand():
+    categories = {1: {"name": "a", "split": "base"}, 2: {"name": "b", "split": "novel"}}
+    annotations = [
+        {"id": 1, "category_id": 1, "bbox": [0, 0, 10, 10]},
+        {"id": 2, "category_id": 2, "bbox": [50, 50, 10, 10]},
+        {"id": 3, "category_id": 2, "bbox": [80, 80, 10, 10]},
+    ]
+    images = {1: {"width": 100, "height": 100}}
+    data = CocoDataset(Path(), images, {1: annotations}, categories)
+    boxes = np.array([[50, 50, 60, 60], [0, 0, 10, 5], [200, 0, 210, 10]], np.float32)
+    expected = {"base": {"1": 0.0, "2": 100.0}, "novel": {"1": 50.0, "2": 50.0}}
+    assert recall_by_split(data, {1: boxes}, at=(1, 2)) == expected
+
+
+def test_proposals_are_keyed_bounded_and_best_first(folder, tmp_path):
+    val, network = folder / "dataset/val.json", folder / "whole.network"
+    propose(val, network, BACKBONE, SETTINGS, tmp_path / "val.h5", tmp_path / "recall.json")
+    store, data = read_proposals(tmp_path / "val.h5", val), read_dataset(val)
+    assert set(store.image_ids) == set(data.images)
+    for image_id in store.image_ids:
+        found = store.read(image_id)
+        assert 0 < len(found) <= 30
+        assert (np.diff(found.objectness) <= 0).all()
+        assert (found.box >= 0).all()
+        assert (found.box <= 160).all()
+        assert (found.box[:, 2:] - found.box[:, :2] >= 1).all()
+    recall = read_json(tmp_path / "recall.json")["recall"]
+    assert set(recall) == {"base", "novel"}
+    with pytest.raises(LpovodError, match="proposals of other images"):
+        read_proposals(tmp_path / "val.h5", folder / "dataset/train.json")
+
+
+def test_the_loss_falls_and_the_state_is_gone(folder):
+    lines = [json.loads(line) for line in (folder / "whole.history").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["box"] < lines[0]["box"]
+    assert not (folder / "whole.state").exists()
+
+
+def test_a_killed_training_ends_in_the_same_file(folder):
+    """SIGKILL after the first epoch of the real command line; the same command goes on."""
+    outputs = {key: str(folder / f"killed.{key}") for key in ("state", "network", "history")}
+    command = [sys.executable, "-m", "workflow_scripts.proposals", "train_proposals"]
+    command += ["--dataset", str(folder / "dataset/train.json"), "--seed", "0"]
+    command += ["--backbone", BACKBONE.model_dump_json(), "--settings", SETTINGS.model_dump_json()]
+    command += ["--code", "lpovod/proposals.py"]
+    command += [word for key, path in outputs.items() for word in (f"--{key}", path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as first:
+        for line in first.stderr:
+            if line.startswith("epoch 2/3:"):  # the first epoch's state is written
+                first.send_signal(signal.SIGKILL)
+                break
+    assert Path(outputs["state"]).exists()
+    assert not Path(outputs["network"]).exists()
+    again = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "going on after epoch 1" in again.stderr
+    for key in ("network", "history"):
+        assert sha256(Path(outputs[key])) == sha256(folder / f"whole.{key}")
+    assert not Path(outputs["state"]).exists()
+
+
+def test_images_without_annotations_are_refused_if_there_are_no_others(folder, tmp_path):
+    content = read_json(folder / "dataset/train.json") | {"annotations": []}
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    with pytest.raises(LpovodError, match="no image has an annotation"):
+        train(tmp_path, "empty", "train.json")
+
+
+def test_the_network_carries_what_it_was_made_from(folder):
+    _, made_from = read_tensors(folder / "whole.network", "proposals")
+    assert made_from["inputs"]["dataset"] == sha256(folder / "dataset/train.json")
+    assert made_from["settings"]["per_image"] == 30
