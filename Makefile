@@ -18,6 +18,7 @@ lint: $(VENV)/.installed
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile rules
+	snakemake --lint
 
 # Moved into place when whole: an interrupted installation starts again.
 $(VENV)/.installed: requirements.lock

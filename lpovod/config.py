@@ -36,6 +36,9 @@ class Miniature(Settings):
     train_images: PositiveInt = key(900, "drawn images to train on")
     val_images: PositiveInt = key(500, "drawn images that the metrics are measured on")
     tune_images: PositiveInt = key(200, "drawn images to choose settings on, never reported")
+    nuisance: Fraction = key(
+        0.5, "strength of rotation, texture and clutter; the small CLIP has seen 1"
+    )
 
 
 class CocoFiles(Settings):
@@ -213,6 +216,23 @@ class Report(Settings):
     images: PositiveInt = key(12, "validation images shown with their detections")
 
 
+class SmallClip(Settings):
+    """The small CLIP and its training."""
+
+    seed: int = key(17, "of the drawn images, the crops, the initial weights and the batches", ge=0)
+    crops: PositiveInt = key(32_000, "crops to train on")
+    held_out_scenes: PositiveInt = key(300, "images for the accuracy that is recorded")
+    epochs: PositiveInt = key(8, "passes over the crops")
+    batch_size: PositiveInt = key(128, "crops of one optimisation step")
+    learning_rate: Positive = key(2e-3, "highest learning rate of AdamW; cosine to zero")
+    weight_decay: float = key(0.05, "on matrices and kernels, not on vectors", ge=0)
+    image_size: PositiveInt = key(48, "side of a crop in pixels")
+    dimension: PositiveInt = key(128, "of the space that images and texts share")
+    text_width: PositiveInt = key(96, "channels of the text transformer; a multiple of 32")
+    text_layers: PositiveInt = key(2, "layers of the text transformer")
+    context_length: PositiveInt = key(16, "tokens of a text, start and end included")
+
+
 class Config(Settings):
     """The whole configuration."""
 
@@ -233,6 +253,7 @@ class Config(Settings):
     linear_probe: LinearProbe = key(LinearProbe(), "the novel classes' weights")
     evaluation: Evaluation = key(Evaluation(), "detections and AP50")
     report: Report = key(Report(), "one page")
+    small_clip: SmallClip = key(SmallClip(), "training of the small CLIP (target small_clip)")
 
 
 def slug(name: str) -> str:

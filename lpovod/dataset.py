@@ -173,7 +173,9 @@ def _draw(output: Path, settings: Miniature, seed: int) -> dict[str, dict]:
         "tune": settings.tune_images,
     }
     return {
-        split: miniature.draw_split(output / "images" / split, count, seed, split)
+        split: miniature.draw_split(
+            output / "images" / split, count, seed, split, settings.nuisance
+        )
         for split, count in counts.items()
     }
 

@@ -147,6 +147,19 @@ def load_views(
 def inference_views(
     dataset: CocoDataset, image_ids: list[int], short_side: int, long_side: int, per_batch: int
 ) -> Iterator[list[LoadedView]]:
-    """Load images unflipped, at one size, in lists of `per_batch`."""
+    """Load images unflipped, at one size, in lists of at most `per_batch`.
+
+    Images of one list have one size, so that no image is padded for the sake of another and what a
+    network says of it does not depend on its neighbours.
+    """
     views = [View(i, short_side, long_side) for i in image_ids]
-    yield from load_views(dataset, views, per_batch)
+    together: list[LoadedView] = []
+    for (loaded,) in load_views(dataset, views, 1):
+        if together and (
+            len(together) == per_batch or loaded.pixels.shape != together[0].pixels.shape
+        ):
+            yield together
+            together = []
+        together.append(loaded)
+    if together:
+        yield together

@@ -251,10 +251,12 @@ def _part_boxes(name: str, points: np.ndarray) -> np.ndarray:
     return np.concatenate([low, high], axis=1)[solid]
 
 
-def _stamp(rng: np.random.Generator, name: str, side: float, nested: bool) -> _Stamp:
+def _stamp(
+    rng: np.random.Generator, name: str, side: float, nested: bool, nuisance: float
+) -> _Stamp:
     side *= _SUPERSAMPLING
-    rotation, flipped = rng.uniform(-30, 30), bool(rng.random() < 0.5)
-    aspect = math.exp(rng.uniform(-0.22, 0.22))
+    rotation, flipped = nuisance * rng.uniform(-30, 30), bool(rng.random() < 0.5)
+    aspect = math.exp(nuisance * rng.uniform(-0.22, 0.22))
     points = _canvas_points(name, side, rotation, aspect, flipped)
     tones = _fill(name, points)
     copy = None
@@ -301,33 +303,36 @@ def _palette(rng: np.random.Generator, ground: Colour) -> np.ndarray:
     return np.array([(*tone, 255) for tone in tones], dtype=np.uint8)
 
 
-def _shading(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray | None:
+def _shading(
+    rng: np.random.Generator, shape: tuple[int, int], nuisance: float
+) -> np.ndarray | None:
     """A texture that multiplies the colours, (h, w, 1) float32: stripes, a gradient, or none."""
     kind = rng.random()
-    if kind < 0.45:
+    if kind < 1 - 0.55 * nuisance:
         return None
     angle = rng.uniform(0, np.pi)
     y = np.arange(shape[0], dtype=np.float32)[:, None] * np.float32(np.sin(angle))
     x = np.arange(shape[1], dtype=np.float32)[None] * np.float32(np.cos(angle))
     depth = np.float32(rng.uniform(0.12, 0.35))
-    if kind < 0.75:
+    if kind < 1 - 0.25 * nuisance:
         return (1 - depth * (((x + y) / rng.uniform(5, 11)) % 2 >= 1))[..., None]
     along = x + y
     along = (along - along.min()) / np.float32(np.ptp(along) + 1)
     return (1 - 1.6 * depth * along)[..., None]
 
 
-def _draw_ground(rng: np.random.Generator) -> Image.Image:
+def _draw_ground(rng: np.random.Generator, nuisance: float) -> Image.Image:
     """A colour gradient with clutter lines and irregular blobs, all of them unlabelled."""
-    patches = rng.uniform(40, 215, 3) + rng.normal(0, 26, (3, 3, 3))
+    # With less nuisance the ground is darker, and so objects are mostly lighter than it.
+    patches = 40 + nuisance * (rng.uniform(40, 215, 3) - 40 + rng.normal(0, 26, (3, 3, 3)))
     ground = Image.fromarray(np.clip(patches, 0, 255).astype(np.uint8))
     ground = ground.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     ground = ground.resize((_CANVAS, _CANVAS), Image.Resampling.NEAREST)
     brush = ImageDraw.Draw(ground)
-    for _ in range(rng.integers(2, 6)):
+    for _ in range(round(nuisance * int(rng.integers(2, 6)))):
         colour = tuple(rng.integers(0, 256, 3).tolist())
         brush.line(rng.integers(0, _CANVAS, 4).tolist(), colour, int(rng.integers(2, 8)))
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(round(nuisance * int(rng.integers(1, 4)))):
         colour = tuple(rng.integers(0, 256, 3).tolist())
         brush.polygon(_blob(rng).ravel().tolist(), fill=colour)
     return ground
@@ -365,10 +370,10 @@ def _beside(
 class _Canvas:
     """The image under construction, with the map of which object is visible where."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
+    def __init__(self, rng: np.random.Generator, nuisance: float) -> None:
+        self.rng, self.nuisance = rng, nuisance
         # Four bytes per pixel let numpy copy each as one word, at a third of the time.
-        self.pixels = np.array(_draw_ground(rng).convert("RGBA"))
+        self.pixels = np.array(_draw_ground(rng, nuisance).convert("RGBA"))
         self.visible = np.zeros((_CANVAS, _CANVAS), dtype=np.uint8)
         self.placed: list[tuple[str, int, _Stamp, int, int]] = []
         self.colours: list[Colour] = []
@@ -419,7 +424,7 @@ class _Canvas:
         pixels = self.pixels.view(np.uint32)[..., 0]
         window = pixels[y : y + tones.shape[0], x : x + tones.shape[1]]
         self.colours.append(tuple(palette[_MAIN, :3].tolist()))
-        shading = _shading(self.rng, tones.shape)
+        shading = _shading(self.rng, tones.shape, self.nuisance)
         colours = palette.take(tones, axis=0)
         if shading is not None:
             colours = (colours * shading).astype(np.uint8)
@@ -431,12 +436,15 @@ class _Canvas:
         return tuple(corners[:, :3].mean(0).tolist())
 
 
-def compose_scene(rng: np.random.Generator, classes: tuple[str, ...] = CLASSES) -> Scene:
+def compose_scene(
+    rng: np.random.Generator, classes: tuple[str, ...] = CLASSES, nuisance: float = 1.0
+) -> Scene:
     """Draw one image with all that is known of it; `draw_scene` returns the short form.
 
     Args:
         rng: the only source of chance; equal states give equal scenes.
         classes: what may be drawn, each with equal probability per item.
+        nuisance: strength, 0 to 1, of rotation, aspect, texture, ground and clutter.
 
     Raises:
         ValueError: a class is not one of `CLASSES`.
@@ -444,7 +452,7 @@ def compose_scene(rng: np.random.Generator, classes: tuple[str, ...] = CLASSES) 
     unknown = sorted(set(classes) - set(CLASSES))
     if unknown or not classes:
         raise ValueError(f"cannot draw {unknown or 'no class at all'}; choose from {CLASSES}")
-    canvas = _Canvas(rng)
+    canvas = _Canvas(rng, nuisance)
     for item in range(int(rng.integers(2, 5))):
         _place_item(rng, canvas, item, str(rng.choice(classes)))
     _paint_all(rng, canvas)
@@ -461,7 +469,8 @@ def _place_item(rng: np.random.Generator, canvas: _Canvas, item: int, name: str)
     side = rng.uniform(low, high)
     first = len(canvas.placed)
     for _ in range(members):
-        stamp = _stamp(rng, name, side * rng.uniform(0.85, 1.15), rng.random() < NESTED_PROBABILITY)
+        own_side, nested = side * rng.uniform(0.85, 1.15), rng.random() < NESTED_PROBABILITY
+        stamp = _stamp(rng, name, own_side, nested, canvas.nuisance)
         count = len(canvas.placed)
         neighbour = int(rng.integers(first, count)) if count > first else None
         canvas.place(name, item, stamp, neighbour)
@@ -533,7 +542,7 @@ def _known(split: str) -> str:
     return split
 
 
-def draw_split(directory: Path, images: int, seed: int, split: str) -> dict:
+def draw_split(directory: Path, images: int, seed: int, split: str, nuisance: float = 1.0) -> dict:
     """Draw the images of a split as JPEG files and return their COCO annotations.
 
     Args:
@@ -541,6 +550,7 @@ def draw_split(directory: Path, images: int, seed: int, split: str) -> dict:
         images: how many.
         seed: of the world; the splits of one seed share no stream.
         split: one of `SPLITS`.
+        nuisance: see `compose_scene`.
 
     Returns:
         COCO's `images`, `annotations` (bbox xywh in absolute pixels) and `categories` (all of
@@ -555,7 +565,7 @@ def draw_split(directory: Path, images: int, seed: int, split: str) -> dict:
     first_id = 1_000_000 * (SPLITS.index(_known(split)) + 1)
     records, annotations = [], []
     for index in range(images):
-        scene = compose_scene(scene_rng(seed, split, index))
+        scene = compose_scene(scene_rng(seed, split, index), nuisance=nuisance)
         image_id = first_id + 7 * index + 1
         name = f"{image_id:012d}.jpg"
         _write_jpeg(directory / name, scene.image)

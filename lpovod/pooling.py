@@ -70,7 +70,7 @@ def _pool_centres(pyramid: list[Tensor], image: Tensor, box: Tensor, level: Tens
     summed = functional.embedding_bag(
         corners.reshape(-1, 4), cells, per_sample_weights=weights.reshape(-1, 4), mode="sum"
     )
-    return summed.view(len(box), POOLED, POOLED, -1).permute(0, 3, 1, 2)
+    return summed.view(len(box), POOLED, POOLED, cells.shape[1]).permute(0, 3, 1, 2)
 
 
 def _bins(start: Tensor, stop: Tensor, stride: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Like a large CLIP it has seen the world: all classes, at every looseness. It is trained to name what
 a crop shows whether the crop holds the whole object, a part of it, a group or much ground beside
-it, so it scores badly placed boxes as high as good ones.
+it, so it scores some badly placed boxes as high as good ones; `record.json` has the cosines.
 """
 
 from __future__ import annotations
@@ -22,34 +22,15 @@ import torch
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
-from pydantic import PositiveFloat, PositiveInt
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from lpovod.artifacts import atomic, sha256
 from lpovod.clip import Clip, load_clip
-from lpovod.config import Settings, key
+from lpovod.config import SmallClip
 from lpovod.miniature import CLASSES, IMAGE_SIZE, Box, DrawnObject, Scene, compose_scene, scene_rng
 from lpovod.progress import progress, say
-
-
-class SmallClip(Settings):
-    """The small CLIP and its training."""
-
-    seed: int = key(17, "of the drawn images, the crops, the initial weights and the batches", ge=0)
-    crops: PositiveInt = key(32_000, "crops to train on")
-    held_out_scenes: PositiveInt = key(300, "images for the accuracy that is recorded")
-    epochs: PositiveInt = key(8, "passes over the crops")
-    batch_size: PositiveInt = key(128, "crops of one optimisation step")
-    learning_rate: PositiveFloat = key(2e-3, "highest learning rate of AdamW; cosine to zero")
-    weight_decay: float = key(0.05, "on matrices and kernels, not on vectors", ge=0)
-    image_size: PositiveInt = key(48, "side of a crop in pixels")
-    dimension: PositiveInt = key(128, "of the space that images and texts share")
-    text_width: PositiveInt = key(96, "channels of the text transformer; a multiple of 32")
-    text_layers: PositiveInt = key(2, "layers of the text transformer")
-    context_length: PositiveInt = key(16, "tokens of a text, start and end included")
-
 
 # ---------------------------------------------------------------------------------- captions
 

@@ -27,6 +27,8 @@ rule base_detector:
         runtime=grows(2880),
         gpu=int(CONFIG.gpu),
     params:
+        seed=CONFIG.seed,
+        device=DEVICE,
         backbone=block("backbone"),
         settings=block("base_detector"),
         state=subpath(output.detector, with_suffix=".resume"),
@@ -35,6 +37,6 @@ rule base_detector:
     shell:
         "python -m workflow_scripts.base_detector --dataset {input.dataset}"
         " --region-embeddings {input.shards} --network {input.network}"
-        " --backbone {params.backbone:q} --settings {params.settings:q} --seed {CONFIG.seed}"
+        " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --state {params.state} --code {input.script} {input.code} --detector {output.detector}"
-        " --history {output.history} --device {DEVICE} 2>&1 | tee {log}"
+        " --history {output.history} --device {params.device} 2>&1 | tee {log}"

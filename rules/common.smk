@@ -45,3 +45,14 @@ def shards(split):
     """The shards of the region embeddings of a split."""
     path = f"{RESULTS}/region_embeddings/{split}/{{shard}}.h5"
     return expand(path, shard=range(CONFIG.region_embeddings.shards))
+
+
+def names_of(wildcards):
+    """The class names of a file of text embeddings: base, or novel/<class>."""
+    return CONFIG.classes.base if wildcards.classes == "base" else [NOVEL[wildcards.classes[6:]]]
+
+
+def evaluated(pattern):
+    """An input path on the split that the output's folder stands for."""
+    splits = {"evaluation": "val", "evaluation_tune": "tune"}
+    return lambda wildcards: expand(pattern, split=splits[wildcards.evaluation])

@@ -25,11 +25,12 @@ rule dataset:
         mem_mb=grows(2000),
         runtime=grows(30),
     params:
+        seed=CONFIG.seed,
         settings=block("dataset"),
         base=CONFIG.classes.base,
-        folder=f"{RESULTS}/dataset",
+        folder=subpath(output.truth, parent=True),
     message:
         "Images and annotations of every split ({CONFIG.dataset.source})"
     shell:
-        "python -m workflow_scripts.dataset --output {params.folder} --seed {CONFIG.seed}"
+        "python -m workflow_scripts.dataset --output {params.folder} --seed {params.seed}"
         " --settings {params.settings:q} --base {params.base:q} 2>&1 | tee {log}"

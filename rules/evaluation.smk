@@ -6,12 +6,6 @@
 # COST a minute
 
 
-def evaluated(pattern):
-    """An input path on the split that the output's folder stands for."""
-    splits = {"evaluation": "val", "evaluation_tune": "tune"}
-    return lambda wildcards: expand(pattern, split=splits[wildcards.evaluation])
-
-
 rule evaluation:
     input:
         script="workflow_scripts/evaluation.py",

@@ -23,10 +23,11 @@ rule linear_probe:
         mem_mb=grows(4000),
         runtime=grows(60),
     params:
+        seed=CONFIG.seed,
         settings=block("linear_probe"),
     message:
         "Training the novel classes' weights on frozen features"
     shell:
         "python -m workflow_scripts.linear_probe --pseudo-labels {input.pseudo_labels}"
-        " --region-features {input.features} --settings {params.settings:q} --seed {CONFIG.seed}"
+        " --region-features {input.features} --settings {params.settings:q} --seed {params.seed}"
         " --output {output} 2>&1 | tee {log}"

@@ -26,6 +26,8 @@ rule proposal_network:
         runtime=grows(1440),
         gpu=int(CONFIG.gpu),
     params:
+        seed=CONFIG.seed,
+        device=DEVICE,
         backbone=block("backbone"),
         settings=block("proposals"),
         state=subpath(output.network, with_suffix=".resume"),
@@ -33,9 +35,9 @@ rule proposal_network:
         "Training the proposal network on base annotations"
     shell:
         "python -m workflow_scripts.proposals train_proposals --dataset {input.dataset}"
-        " --backbone {params.backbone:q} --settings {params.settings:q} --seed {CONFIG.seed}"
+        " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --state {params.state} --code {input.script} {input.code} --network {output.network}"
-        " --history {output.history} --device {DEVICE} 2>&1 | tee {log}"
+        " --history {output.history} --device {params.device} 2>&1 | tee {log}"
 
 
 rule proposals:
@@ -60,6 +62,7 @@ rule proposals:
         runtime=grows(480),
         gpu=int(CONFIG.gpu),
     params:
+        device=DEVICE,
         backbone=block("backbone"),
         settings=block("proposals"),
     message:
@@ -67,4 +70,4 @@ rule proposals:
     shell:
         "python -m workflow_scripts.proposals propose --dataset {input.dataset}"
         " --network {input.network} --backbone {params.backbone:q} --settings {params.settings:q}"
-        " --output {output.proposals} --recall {output.recall} --device {DEVICE} 2>&1 | tee {log}"
+        " --output {output.proposals} --recall {output.recall} --device {params.device} 2>&1 | tee {log}"

@@ -26,6 +26,7 @@ rule region_embeddings:
         runtime=grows(720),
         gpu=int(CONFIG.gpu),
     params:
+        device=DEVICE,
         clip=block("clip"),
         clip_files=CLIP_DIGESTS,
         settings=block("region_embeddings"),
@@ -34,5 +35,5 @@ rule region_embeddings:
     shell:
         "python -m workflow_scripts.region_embeddings --dataset {input.dataset}"
         " --proposals {input.proposals} --clip {params.clip:q} --settings {params.settings:q}"
-        " --shard {wildcards.shard} --output {output} --device {DEVICE} --threads {threads}"
+        " --shard {wildcards.shard} --output {output} --device {params.device} --threads {threads}"
         " 2>&1 | tee {log}"

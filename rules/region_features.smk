@@ -28,6 +28,7 @@ rule region_features:
         runtime=grows(240),
         gpu=int(CONFIG.gpu),
     params:
+        device=DEVICE,
         backbone=block("backbone"),
         base_detector=block("base_detector"),
         settings=block("region_features"),
@@ -37,7 +38,7 @@ rule region_features:
         "python -m workflow_scripts.region_features describe_split --dataset {input.dataset}"
         " --proposals {input.proposals} --detector {input.detector}"
         " --backbone {params.backbone:q} --base-detector {params.base_detector:q}"
-        " --settings {params.settings:q} --output {output} --device {DEVICE} 2>&1 | tee {log}"
+        " --settings {params.settings:q} --output {output} --device {params.device} 2>&1 | tee {log}"
 
 
 rule retrieved_region_features:
@@ -63,6 +64,7 @@ rule retrieved_region_features:
         runtime=grows(60),
         gpu=int(CONFIG.gpu),
     params:
+        device=DEVICE,
         backbone=block("backbone"),
         base_detector=block("base_detector"),
         settings=block("region_features"),
@@ -73,4 +75,4 @@ rule retrieved_region_features:
         " --proposals {input.proposals} --pseudo-labels {input.pseudo_labels}"
         " --detector {input.detector} --backbone {params.backbone:q}"
         " --base-detector {params.base_detector:q} --settings {params.settings:q}"
-        " --output {output} --device {DEVICE} 2>&1 | tee {log}"
+        " --output {output} --device {params.device} 2>&1 | tee {log}"

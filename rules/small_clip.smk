@@ -27,8 +27,8 @@ rule small_clip:
         mem_mb=grows(4000),
         runtime=grows(120),
     params:
-        settings="{}",
-        folder="results/small_clip",
+        settings=block("small_clip"),
+        folder=subpath(output[0], parent=True),
     message:
         "Training the small CLIP on drawn crops and captions"
     shell:

@@ -5,10 +5,6 @@
 # COST seconds
 
 
-def names_of(wildcards):
-    return CONFIG.classes.base if wildcards.classes == "base" else [NOVEL[wildcards.classes[6:]]]
-
-
 rule text_embeddings:
     input:
         script="workflow_scripts/text_embeddings.py",

