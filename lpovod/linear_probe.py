@@ -132,7 +132,7 @@ def fit(images: list[Candidates], classes: int, settings: LinearProbe, seed: int
         optimiser.step()
     if not torch.isfinite(weights).all():
         raise LpovodError("linear_probe: weights are not finite. Lower linear_probe.learning_rate.")
-    say(f"{classes} classes from {len(images)} images, last loss {float(loss):.4f}")
+    say(f"{classes} classes from {len(images)} images, last loss {float(loss.detach()):.4f}")
     return weights.detach()
 
 
