@@ -96,7 +96,9 @@ def proposal_losses(
     localised = take(((iou >= settings.box_iou) | closest).nonzero().flatten(), settings.samples)
     centred = take((iou >= 0.3).nonzero().flatten(), settings.samples)
     outside = take((iou < 0.1).nonzero().flatten(), settings.samples - len(centred))
-    box_loss = 10 * (1 - _iou_of_pairs(boxes[localised], objects[assigned[localised]])).mean()
+    fit = _iou_of_pairs(boxes[localised], objects[assigned[localised]])
+    # An object far from every anchor's size may leave an image without an anchor to learn from.
+    box_loss = 10 * (1 - fit).sum() / max(1, len(localised))
     points = (anchors[centred, :2] + anchors[centred, 2:]) / 2
     target = torch.cat(
         [centerness(points, objects[assigned[centred]]), logits.new_zeros(len(outside))]

@@ -72,6 +72,13 @@ def test_losses_of_perfect_predictions_are_zero():
     assert float(box) == pytest.approx(10 * 2 / 3, rel=1e-5)
 
 
+def test_an_object_that_no_anchor_fits_costs_nothing():
+    anchors, objects = torch.tensor([[0.0, 0, 20, 20]]), torch.tensor([[0.0, 0, 2, 2]])
+    box, objectness = proposal_losses(anchors, anchors, torch.zeros(1), objects, SETTINGS)
+    assert float(box) == 0
+    assert float(objectness) == pytest.approx(0.5)  # the one anchor is background
+
+
 def test_recall_by_hand():
     categories = {1: {"name": "a", "split": "base"}, 2: {"name": "b", "split": "novel"}}
     annotations = [
