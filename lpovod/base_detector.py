@@ -20,7 +20,6 @@ from lpovod.artifacts import (
     identity,
     read_tensors,
     sha256,
-    write_tensors,
 )
 from lpovod.backbone import freeze_statistics
 from lpovod.boxes import encode, match, sample
@@ -30,7 +29,7 @@ from lpovod.detector import Detector
 from lpovod.images import LoadedView, batch, load_views, training_views
 from lpovod.progress import say
 from lpovod.region_index import open_shards
-from lpovod.training import train, write_history
+from lpovod.training import train, write_training
 
 
 @dataclass(frozen=True)
@@ -192,9 +191,7 @@ def train_base_detector(
         state,
         fingerprint(made_from | {"code": [sha256(path) for path in code]}),
     )
-    weights = {k: v.detach().cpu().numpy() for k, v in model.state_dict().items()}
-    write_history(history, lines)
-    write_tensors(detector, weights, made_from)
+    write_training(model, lines, made_from, detector, history)
     state.unlink(missing_ok=True)
 
 

@@ -22,7 +22,6 @@ from lpovod.artifacts import (
     read_tensors,
     sha256,
     write_json,
-    write_tensors,
 )
 from lpovod.backbone import STRIDES, build_backbone
 from lpovod.boxes import clip, match, take
@@ -31,7 +30,7 @@ from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.images import LoadedView, batch, inference_views, load_views, training_views
 from lpovod.progress import progress, say
 from lpovod.store import RegionStore, write_regions
-from lpovod.training import train, write_history
+from lpovod.training import train, write_training
 
 RECALL_AT = (10, 50, 100)
 
@@ -167,9 +166,7 @@ def train_proposals(
         state,
         fingerprint(made_from | {"code": [sha256(path) for path in code]}),
     )
-    weights = {k: v.detach().cpu().numpy() for k, v in model.state_dict().items()}
-    write_history(history, lines)
-    write_tensors(network, weights, made_from)
+    write_training(model, lines, made_from, network, history)
     state.unlink(missing_ok=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpovod.artifacts import LpovodError, atomic
+from lpovod.artifacts import Identity, LpovodError, atomic, write_tensors
 from lpovod.config import Training
 from lpovod.progress import progress, say
 
@@ -99,10 +99,18 @@ def build_optimiser(model: nn.Module, settings: Training) -> torch.optim.Optimiz
     return torch.optim.SGD(model.parameters(), momentum=settings.momentum, **rate)
 
 
-def write_history(path: Path, history: list[dict[str, float]]) -> None:
-    """One JSON line per epoch."""
-    with atomic(path) as partial:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in history))
+def write_training(
+    model: nn.Module,
+    lines: list[dict[str, float]],
+    made_from: Identity,
+    weights: Path,
+    history: Path,
+) -> None:
+    """Write what a training ends with: the weights, and one JSON line per epoch."""
+    with atomic(history) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+    write_tensors(weights, tensors, made_from)
 
 
 def _save(model, optimiser, history, state: Path, fingerprint: str) -> None:
