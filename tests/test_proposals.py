@@ -29,7 +29,12 @@ SETTINGS = Proposals(
     box_iou=0.3,
     per_image=30,
     training=Training(
-        optimiser="adamw", learning_rate=2e-3, epochs=3, drops=[3], images_per_step=4
+        optimiser="adamw",
+        learning_rate=2e-3,
+        epochs=3,
+        drops=[3],
+        images_per_step=2,
+        warmup_steps=0,
     ),
 )
 
