@@ -1,7 +1,7 @@
 # Stage base_detector
 # IN   train.json, region embeddings of its images, the proposal network (backbone and pyramid)
 # OUT  detector.safetensors, history.jsonl
-# COST COCO: 20 epochs of 16 images per step, about 8 GPUs for 20 hours
+# COST COCO: 20 epochs of 118k images, 16 per step (hours not measured)
 
 
 rule base_detector:

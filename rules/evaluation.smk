@@ -3,7 +3,7 @@
 #      embeddings of the same regions, for comparison
 # OUT  metrics.json: AP50 in percent, with ablations; detections.json: COCO results;
 #      below evaluation/ on the val images, below evaluation_tune/ on the tune images
-# COST a minute
+# COST 33 s for 25,000 regions of 500 images and 17 variants, on two cores
 
 
 rule evaluation:

@@ -1,7 +1,7 @@
 # Stage pseudo_labels
 # IN   text embedding of one novel class, index and shards of the training regions
 # OUT  {novel}.json: COCO json, annotations with score (objectness) and cosine
-# COST one pass over the index; COCO: a minute per class
+# COST one pass over the index
 
 
 rule pseudo_labels:

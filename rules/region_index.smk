@@ -1,7 +1,7 @@
 # Stage region_index
 # IN   region embeddings of the training images, all shards
 # OUT  train.index: FAISS index, inner product; its ids are region keys (image id, place)
-# COST as large as the region embeddings; minutes
+# COST as large as the region embeddings
 
 
 rule region_index:

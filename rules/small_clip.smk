@@ -1,7 +1,7 @@
 # The miniature world's CLIP, as it is shipped in resources/small_clip; no part of the default run.
 # IN   nothing: crops are drawn
 # OUT  architecture.json, weights.safetensors, vocabulary.txt.gz, record.json
-# COST ten minutes on two cores
+# COST twelve minutes on two cores
 
 
 rule small_clip:
