@@ -2,14 +2,12 @@
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
-Item = TypeVar("Item")
 
-
-def progress(items: Iterable[Item], what: str, unit: str, total: int | None = None, **kwargs):
+def progress(items: Iterable[Any], what: str, unit: str, total: int | None = None, **kwargs):
     """A tqdm bar over `items`; in a log, a line every ten seconds instead of a redrawn one."""
     terminal = sys.stderr.isatty()
     return tqdm(
