@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lpovod.config import Backbone
+from lpovod.distributed import BatchNorm2d
 
 STRIDES = (4, 8, 16, 32, 64)
 """Of the pyramid's levels P2 ... P6."""
@@ -22,9 +23,9 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.downsample = _shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,11 +41,11 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, stride, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.bn3 = BatchNorm2d(4 * width)
         self.downsample = _shortcut(inputs, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class Bottleneck(nn.Module):
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     if inputs == outputs and stride == 1:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), BatchNorm2d(outputs))
 
 
 class ResNet(nn.Module):
@@ -76,7 +77,7 @@ class ResNet(nn.Module):
             block, stem, widths, depths = BasicBlock, 32, (48, 96, 160, 224), (1, 1, 1, 1)
             self.conv1 = nn.Conv2d(3, stem, 3, 2, 1, bias=False)
             self.pool, first_stride = nn.Identity(), 2
-        self.bn1 = nn.BatchNorm2d(stem)
+        self.bn1 = BatchNorm2d(stem)
         self.outputs = [block.expansion * width for width in widths]
         inputs = stem
         for number, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
@@ -102,7 +103,7 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
+        self.bn = BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
@@ -142,7 +143,7 @@ def build_backbone(settings: Backbone) -> tuple[ResNet, FeaturePyramid]:
 def freeze_statistics(module: nn.Module) -> None:
     """Batch norms use their running statistics in training too; their affine part stays trained."""
     for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, BatchNorm2d):
             norm.eval()
 
 

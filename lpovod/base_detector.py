@@ -26,6 +26,7 @@ from lpovod.boxes import encode, match, sample
 from lpovod.config import Backbone, BaseDetector
 from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.detector import Detector
+from lpovod.distributed import join, total
 from lpovod.images import LoadedView, batch, load_views, training_views
 from lpovod.progress import say
 from lpovod.region_index import open_shards
@@ -71,14 +72,14 @@ def sample_regions(
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sigmoid focal loss (gamma 2, alpha .25), summed, over the number of positives.
+    """Sigmoid focal loss (gamma 2, alpha .25), summed, over the number of positives (of all ranks).
 
     Args:
         logits: (n, classes).
         labels: (n,) class, or `classes` for background.
     """
     target = functional.one_hot(labels, logits.shape[1] + 1)[:, :-1].to(logits.dtype)
-    return sigmoid_focal_loss(logits, target, 0.25, 2, "sum") / target.sum().clamp(min=1)
+    return sigmoid_focal_loss(logits, target, 0.25, 2, "sum") / total(target.sum()).clamp(min=1)
 
 
 def detector_losses(
@@ -89,7 +90,7 @@ def detector_losses(
     embeddings: Tensor,
     distillation_weight: float,
 ) -> dict[str, Tensor]:
-    """The three losses of a batch.
+    """The three losses of a batch; of several ranks' parts they add up to those of the whole.
 
     Args:
         model: the detector.
@@ -117,10 +118,12 @@ def detector_losses(
         for name in ("boxes", "targets")
     )
     deltas = model.box_refinement(feature[positive])
-    losses["box"] = (deltas - encode(boxes, targets)).abs().sum() / len(labels)
-    if distillation_weight and len(embeddings):
+    regions, values = total(feature.new_tensor([len(labels), embeddings.numel()]))
+    losses["box"] = (deltas - encode(boxes, targets)).abs().sum() / regions
+    if distillation_weight and values > 0:
         imitated = model.embed(pooled[~to_classify])
-        losses["distillation"] = distillation_weight * (imitated - embeddings).abs().mean()
+        distance = (imitated - embeddings).abs().sum() / values
+        losses["distillation"] = distillation_weight * distance
     return losses
 
 
@@ -150,11 +153,12 @@ def train_base_detector(
         code: source files; a state of other code is not gone on from.
         detector: output, the weights.
         history: output, one JSON line per epoch.
-        device: where to train.
+        device: cpu or cuda; started by a launcher, the ranks share every step.
 
     Raises:
         LpovodError: if inputs do not belong together, or a loss is not finite.
     """
+    device = join(device)
     data = read_dataset(dataset)
     store = open_shards(region_embeddings)
     check_made_from(store.paths[0], store.identity, "dataset", dataset)
@@ -191,8 +195,7 @@ def train_base_detector(
         state,
         fingerprint(made_from | {"code": [sha256(path) for path in code]}),
     )
-    write_training(model, lines, made_from, detector, history)
-    state.unlink(missing_ok=True)
+    write_training(model, lines, made_from, detector, history, state)
 
 
 def _start_from(model: Detector, network: Path) -> None:
@@ -221,17 +224,17 @@ def _losses(
         labels = torch.tensor([classes[int(c)] for c in categories])
         regions = view.extra
         given = view.to_view(regions.box)
+        torch.manual_seed(view.view.seed)
         one = sample_regions(view.to_view(boxes), labels, given, len(classes), settings)
         sampled.append(one)
         some = np.sort(torch.randperm(len(given))[: settings.distillation_regions].numpy())
         proposals.append(given[some])
-        if len(some):
-            embeddings.append(torch.from_numpy(regions["embedding"][some]).float())
+        embeddings.append(torch.from_numpy(regions["embedding"][some]).float())
     return detector_losses(
         model,
         batch(views, device),
         sampled,
         [p.to(device) for p in proposals],
-        torch.cat(embeddings).to(device) if embeddings else torch.zeros(0, device=device),
+        torch.cat(embeddings).to(device),
         settings.distillation_weight,
     )

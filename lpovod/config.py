@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lpovod import miniature
 from lpovod.artifacts import LpovodError, read_json
+from lpovod.download import COCO_CLASSES, WEIGHTS
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -51,6 +52,19 @@ class CocoFiles(Settings):
     val_annotations: Path = key(
         Path("annotations/instances_val2017.json"), "COCO json of the validation images"
     )
+    # Shapes no result, and so no stage is told.
+    download: bool = key(False, "download into root what is not there of COCO 2017", exclude=True)
+    base_boxes: dict[Literal["train", "val"], PositiveInt] = key(
+        {},
+        "annotated boxes of base classes, crowds included, that a split must have; a split that is "
+        "left out is not checked",
+    )
+
+    @model_validator(mode="after")
+    def _downloads_have_a_place(self):
+        if self.download and self.root is None:
+            raise ValueError("download needs a root to download into")
+        return self
 
     def path(self, name: str) -> Path:
         """One of the four paths, below the root."""
@@ -86,7 +100,10 @@ class Clip(Settings):
         "resources/small_clip/architecture.json",
         "name of an open_clip model (ViT-B-32-quickgelu for OpenAI's weights) or a json file",
     )
-    weights: Path = key(Path("resources/small_clip/weights.safetensors"), "the model's weights")
+    weights: Path = key(
+        Path("resources/small_clip/weights.safetensors"),
+        "the model's weights; a missing file named ViT-B-32.pt is downloaded",
+    )
     vocabulary: Path | None = key(
         Path("resources/small_clip/vocabulary.txt.gz"),
         "byte-pair merges of the tokenizer; null for CLIP's own",
@@ -239,6 +256,9 @@ class Config(Settings):
     name: str = key("mini", "folder below results/", pattern=r"^[A-Za-z0-9_.-]+$")
     seed: int = key(0, "seed of everything that is drawn at random", ge=0)
     gpu: bool = key(False, "whether the stages that can use a GPU ask for one and use it")
+    training_gpus: PositiveInt = key(
+        1, "GPUs of a node that the steps of a training are divided over (gpu: true)"
+    )
     dataset: Dataset = key(Dataset(), "images and annotations")
     classes: Classes = Field(description="the split")
     clip: Clip = key(Clip(), "the vision-language model")
@@ -276,7 +296,7 @@ def load_config(content: dict[str, Any]) -> Config:
         lines = [_explain(problem) for problem in error.errors()]
         raise LpovodError("The configuration is wrong:\n  " + "\n  ".join(lines)) from None
     for path in config.clip.files():
-        if not path.is_file():
+        if not path.is_file() and path.name not in WEIGHTS:
             raise LpovodError(f"clip: {path}: no such file")
     _check_classes(config)
     return config
@@ -286,6 +306,8 @@ def _check_classes(config: Config) -> None:
     """Every class must be annotated in the validation images, or its AP would be undefined."""
     if config.dataset.source == "miniature":
         where, known = "the miniature world", list(miniature.CLASSES)
+    elif config.dataset.coco.download and not config.dataset.coco.path("val_annotations").exists():
+        where, known = "COCO 2017", list(COCO_CLASSES)
     else:
         where = config.dataset.coco.path("val_annotations")
         known = [category["name"] for category in read_json(where).get("categories", [])]

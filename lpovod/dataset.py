@@ -156,6 +156,7 @@ def make_dataset(output: Path, settings: Dataset, base: list[str], seed: int) ->
         splits = _draw(output, settings.miniature, seed)
     else:
         splits = _link(output, settings.coco)
+        _check_counts(splits, settings.coco, base)
     ident = identity("dataset", settings) | {"seed": seed}
     for split, content in splits.items():
         whole = {"info": {"identity": ident}, **_with_split(content, base)}
@@ -201,6 +202,19 @@ def _link(output: Path, files: CocoFiles) -> dict[str, dict]:
             "categories": list(data.categories.values()),
         }
     return splits
+
+
+def _check_counts(splits: dict[str, dict], files: CocoFiles, base: list[str]) -> None:
+    for split, expected in files.base_boxes.items():
+        content = splits[split]
+        ids = {c["id"] for c in content["categories"] if c["name"] in base}
+        found = sum(a["category_id"] in ids for a in content["annotations"])
+        if found != expected:
+            raise LpovodError(
+                f"{files.path(f'{split}_annotations')} has {found} boxes of base classes, "
+                f"dataset.coco.base_boxes states {expected}: are annotations and classes.base "
+                "those that the number is of?"
+            )
 
 
 def _with_split(content: dict, base: list[str]) -> dict:

@@ -1,11 +1,12 @@
 """Images on their way into a network: resized, flipped, normalised, batched.
 
 Random choices are made by the sampler alone (`training_views`), so that the same seed gives the
-same views for any number of loading processes.
+same views for any number of loading processes and of ranks.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lpovod.config import Training
 from lpovod.dataset import CocoDataset
+from lpovod.distributed import largest, rank, ranks
 
 MEAN = (122.770935, 116.74601, 104.093735)
 STD = (68.500534, 66.63216, 70.323166)
@@ -24,12 +26,13 @@ PAD_TO = 32
 
 @dataclass(frozen=True)
 class View:
-    """How an image is shown to a network."""
+    """How an image is shown to a network; `seed` is for what else is drawn at random for it."""
 
     image_id: int
     short_side: int
     long_side: int
     flip: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,11 @@ def show(pixels: np.ndarray, view: View) -> LoadedView:
 
 
 def batch(views: list[LoadedView], device: str) -> Tensor:
-    """Normalised images, (n, 3, H, W) float32, padded right and below to a multiple of 32."""
-    height = max(v.pixels.shape[1] for v in views)
-    width = max(v.pixels.shape[2] for v in views)
+    """Normalised images, (n, 3, H, W) float32, padded right and below to a multiple of 32.
+
+    Of several ranks' batches all get the size of the largest: norms see the padding, too.
+    """
+    height, width = largest([max(v.pixels.shape[side] for v in views) for side in (1, 2)])
     shape = (len(views), 3, -(-height // PAD_TO) * PAD_TO, -(-width // PAD_TO) * PAD_TO)
     images = torch.zeros(shape, dtype=torch.uint8)
     for image, view in zip(images, views, strict=True):
@@ -95,15 +100,21 @@ def batch(views: list[LoadedView], device: str) -> Tensor:
 def training_views(
     image_ids: list[int], settings: Training, long_side: int, seed: int, epoch: int
 ) -> list[View]:
-    """The views of one epoch: every image once, in random order, size and direction."""
+    """The views of one epoch: every image once, in random order, size and direction.
+
+    The last step is filled up with views of the first, so that every step has its full number.
+    """
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(image_ids))
     sides = draw.choice(settings.short_sides, len(image_ids))
     flips = draw.random(len(image_ids)) < settings.flip
-    return [
-        View(image_ids[i], int(side), long_side, bool(flip))
-        for i, side, flip in zip(order, sides, flips, strict=True)
+    seeds = draw.integers(2**62, size=len(image_ids))
+    views = [
+        View(image_ids[i], int(side), long_side, bool(flip), int(seed_))
+        for i, side, flip, seed_ in zip(order, sides, flips, seeds, strict=True)
     ]
+    steps = -(-len(views) // settings.images_per_step)
+    return list(islice(cycle(views), steps * settings.images_per_step))
 
 
 class _Loading(torch.utils.data.Dataset):
@@ -127,18 +138,20 @@ def load_views(
     workers: int = 0,
     extra: Any = None,
 ) -> Iterable[list[LoadedView]]:
-    """Load views in order, in lists of `per_batch`.
+    """Load views in order, in lists of `per_batch`, divided over the ranks.
 
     Args:
         dataset: where the images are.
         views: what to load.
-        per_batch: images per list; the last one may be shorter.
+        per_batch: images per list, of all ranks together; the last one may be shorter.
         workers: loading processes; 0 loads in this one.
         extra: called with each loaded view (in the worker); its result is attached.
     """
+    numbers = range(len(views))
+    lists = [numbers[start : start + per_batch] for start in numbers[::per_batch]]
     return DataLoader(
         _Loading(dataset, views, extra),
-        batch_size=per_batch,
+        batch_sampler=[part[rank() :: ranks()] for part in lists],
         num_workers=workers,
         collate_fn=list,
     )

@@ -37,10 +37,10 @@ def pool_regions(
     rois = torch.cat([image[:, None], box], dim=1)
     for number, stride in enumerate(STRIDES[:POOLED_LEVELS]):
         rows = (level == number).nonzero().flatten()
-        if len(rows):
-            features, scale = pyramid[number], 1 / stride
-            here = roi_align(features, rois[rows], POOLED, scale, sampling_ratio, aligned=True)
-            pooled = pooled.index_copy(0, rows, here)
+        # Without a region, too: the backward pass must meet the same norms on every rank.
+        features, scale = pyramid[number], 1 / stride
+        here = roi_align(features, rois[rows], POOLED, scale, sampling_ratio, aligned=True)
+        pooled = pooled.index_copy(0, rows, here)
     return pooled
 
 

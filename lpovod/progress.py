@@ -1,10 +1,14 @@
 """Progress with rate and time left, on a terminal and in a log file alike."""
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
+
+# Of the processes of one training (see lpovod.distributed) one speaks.
+FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 
 def progress(items: Iterable[Any], what: str, unit: str, total: int | None = None, **kwargs):
@@ -15,6 +19,7 @@ def progress(items: Iterable[Any], what: str, unit: str, total: int | None = Non
         desc=what,
         unit=unit,
         total=total,
+        disable=not FIRST_RANK,
         mininterval=0.5 if terminal else 10,
         file=sys.stderr if terminal else _Lines(),
         **kwargs,
@@ -35,4 +40,5 @@ class _Lines:
 
 def say(message: str) -> None:
     """One line of a stage's log."""
-    print(message, file=sys.stderr, flush=True)
+    if FIRST_RANK:
+        print(message, file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from lpovod.backbone import STRIDES, build_backbone
 from lpovod.boxes import clip, match, take
 from lpovod.config import Backbone, Proposals
 from lpovod.dataset import CocoDataset, read_dataset
+from lpovod.distributed import join, total
 from lpovod.images import LoadedView, batch, inference_views, load_views, training_views
 from lpovod.progress import progress, say
 from lpovod.store import RegionStore, write_regions
@@ -135,11 +136,12 @@ def train_proposals(
         code: source files; a state of other code is not gone on from.
         network: output, the weights.
         history: output, one JSON line per epoch.
-        device: where to train.
+        device: cpu or cuda; started by a launcher, the ranks share every step.
 
     Raises:
         LpovodError: if no image is annotated, or a loss is not finite.
     """
+    device = join(device)
     data = read_dataset(dataset)
     image_ids = [i for i in data.images if len(data.boxes(i)[0])]
     if not image_ids:
@@ -166,8 +168,7 @@ def train_proposals(
         state,
         fingerprint(made_from | {"code": [sha256(path) for path in code]}),
     )
-    write_training(model, lines, made_from, network, history)
-    state.unlink(missing_ok=True)
+    write_training(model, lines, made_from, network, history, state)
 
 
 def _losses(
@@ -184,10 +185,12 @@ def _losses(
     pairs = []
     for view, box, logit in zip(views, boxes, logits, strict=True):
         objects = view.to_view(data.boxes(view.view.image_id)[0]).to(device)
+        torch.manual_seed(view.view.seed)
         pairs.append(proposal_losses(anchors, box, logit, objects, settings))
+    images = total(torch.tensor(float(len(views)), device=device))
     return {
-        "box": torch.stack([p[0] for p in pairs]).mean(),
-        "objectness": torch.stack([p[1] for p in pairs]).mean(),
+        "box": torch.stack([p[0] for p in pairs]).sum() / images,
+        "objectness": torch.stack([p[1] for p in pairs]).sum() / images,
     }
 
 

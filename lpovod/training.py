@@ -1,6 +1,7 @@
 """The training loop: one, visible, resumable, for every network of the workflow."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lpovod.artifacts import Identity, LpovodError, atomic, write_tensors
 from lpovod.config import Training
+from lpovod.distributed import add_up_gradients, rank, ranks, start_alike, total
 from lpovod.progress import progress, say
 
 
@@ -45,12 +47,16 @@ def train(
 
     A killed run goes on after its last whole epoch: `state` holds the weights, the optimiser and
     the history, and is used again only if its `fingerprint` (of settings, inputs and code) is this
-    run's. The caller writes the final artefact and then removes `state`.
+    run's. `write_training` writes the final artefact and then removes `state`.
+
+    On several ranks each step is divided over them; the result is that of one rank, but for
+    rounding, and a state is gone on from by any number of ranks.
 
     Args:
         model: in training mode as the caller wants it.
-        losses: the named losses of a batch; their sum is minimised.
-        batches: the batches of an epoch, a function of the epoch's number alone.
+        losses: the named losses of this rank's part of a batch; their sum over all ranks is
+            minimised.
+        batches: this rank's parts of the batches of an epoch, a function of the epoch's number.
         steps_per_epoch: how many they are.
         settings: the schedule.
         seed: with the epoch it seeds every random choice of the epoch.
@@ -60,8 +66,11 @@ def train(
     Raises:
         LpovodError: at the first loss that is not finite.
     """
+    if settings.images_per_step < ranks():
+        raise LpovodError(f"{ranks()} GPUs cannot share {settings.images_per_step} images_per_step")
     optimiser = build_optimiser(model, settings)
     history = _resume(model, optimiser, state, fingerprint)
+    start_alike(model, len(history))
     for epoch in range(len(history), settings.epochs):
         torch.manual_seed(seed * 100_003 + epoch)
         started, sums = time.perf_counter(), {}
@@ -71,16 +80,17 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate_at(step, steps_per_epoch, settings)
             named = losses(batch)
-            total = sum(named.values())
-            if not torch.isfinite(total):
-                found = {k: float(v.detach()) for k, v in named.items()}
+            found = total(torch.stack([value.detach() for value in named.values()])).tolist()
+            found = dict(zip(named, found, strict=True))
+            if not all(map(math.isfinite, found.values())):
                 raise LpovodError(f"step {step}: a loss is not finite: {found}. Lower the rate.")
             optimiser.zero_grad()
-            total.backward()
+            sum(named.values()).backward()
+            add_up_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_norm)
             optimiser.step()
-            for key, value in named.items():
-                sums[key] = sums.get(key, 0.0) + float(value.detach())
+            for key, value in found.items():
+                sums[key] = sums.get(key, 0.0) + value
         means = {key: value / steps_per_epoch for key, value in sums.items()}
         history.append({"epoch": epoch + 1, **means})
         seconds = time.perf_counter() - started
@@ -106,15 +116,21 @@ def write_training(
     made_from: Identity,
     weights: Path,
     history: Path,
+    state: Path,
 ) -> None:
-    """Write what a training ends with: the weights, and one JSON line per epoch."""
+    """Write what a training ends with: the weights, and one JSON line per epoch; remove `state`."""
+    if rank() > 0:
+        return
     with atomic(history) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     write_tensors(weights, tensors, made_from)
+    state.unlink(missing_ok=True)
 
 
 def _save(model, optimiser, history, state: Path, fingerprint: str) -> None:
+    if rank() > 0:
+        return
     with atomic(state) as partial:
         content = {
             "fingerprint": fingerprint,
@@ -129,7 +145,7 @@ def _resume(model, optimiser, state: Path, fingerprint: str) -> list[dict[str, f
     if not state.exists():
         return []
     try:
-        content = torch.load(state, weights_only=True)
+        content = torch.load(state, weights_only=True, map_location="cpu")
     except Exception as error:
         say(f"{state} cannot be read ({error}): training starts afresh")
         return []

@@ -7,7 +7,7 @@
 rule base_detector:
     input:
         script="workflow_scripts/base_detector.py",
-        code=code("base_detector", "detector", "pooling", "backbone", "boxes", "images", "training"),
+        code=code("base_detector", "detector", "pooling", "backbone", "boxes", "images", "training", "distributed"),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         shards=shards("train"),
@@ -25,7 +25,7 @@ rule base_detector:
     resources:
         mem_mb=grows(4000),
         runtime=grows(2880),
-        gpu=int(CONFIG.gpu),
+        gpu=TRAINING_GPUS,
     params:
         seed=CONFIG.seed,
         device=DEVICE,
@@ -35,7 +35,8 @@ rule base_detector:
     message:
         "Training the detector on base classes, with distillation"
     shell:
-        "python -m workflow_scripts.base_detector --dataset {input.dataset}"
+        "python -m lpovod.launcher {resources.gpu} workflow_scripts.base_detector"
+        " --dataset {input.dataset}"
         " --region-embeddings {input.shards} --network {input.network}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --state {params.state} --code {input.script} {input.code} --detector {output.detector}"

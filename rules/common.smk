@@ -2,6 +2,7 @@
 
 from lpovod.artifacts import LpovodError, sha256
 from lpovod.config import load_config, slug
+from lpovod.download import COCO, WEIGHTS
 from lpovod.summary import print_summary
 
 try:
@@ -17,7 +18,12 @@ SPLITS = ["train", "val"] + (["tune"] if CONFIG.dataset.source == "miniature" el
 # The model's files may be large, where Snakemake compares modification times: their digests, as
 # params, make their readers stale when the content changes and only then.
 CLIP_FILES = CONFIG.clip.files()
-CLIP_DIGESTS = [sha256(path) for path in CLIP_FILES]
+# Of weights that are still to be downloaded the digest is known before.
+CLIP_DIGESTS = [
+    sha256(path) if path.is_file() else WEIGHTS[path.name].digest for path in CLIP_FILES
+]
+# As a resource it is cut to the GPUs there are; a training starts as many processes.
+TRAINING_GPUS = CONFIG.training_gpus if CONFIG.gpu else 0
 
 
 wildcard_constraints:

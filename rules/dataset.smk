@@ -1,5 +1,5 @@
 # Stage dataset
-# IN   nothing (miniature), or COCO json and images on disk (coco)
+# IN   nothing (miniature), or COCO json and images on disk or downloaded (coco)
 # OUT  train.json: base annotations alone; val.json and, miniature only, tune.json: all classes;
 #      train_all_classes.json: for marking retrieved regions in the report, never learned from;
 #      images/: a folder, or a link to one, per split
@@ -10,6 +10,7 @@ rule dataset:
     input:
         script="workflow_scripts/dataset.py",
         code=code("dataset", "miniature"),
+        downloads=ancient(COCO_DOWNLOADS),
     output:
         splits=expand(f"{RESULTS}/dataset/{{split}}.json", split=SPLITS),
         truth=f"{RESULTS}/dataset/train_all_classes.json",

@@ -8,7 +8,7 @@
 rule proposal_network:
     input:
         script="workflow_scripts/proposals.py",
-        code=code("proposals", "backbone", "boxes", "images", "training"),
+        code=code("proposals", "backbone", "boxes", "images", "training", "distributed"),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
     output:
@@ -24,7 +24,7 @@ rule proposal_network:
     resources:
         mem_mb=grows(4000),
         runtime=grows(1440),
-        gpu=int(CONFIG.gpu),
+        gpu=TRAINING_GPUS,
     params:
         seed=CONFIG.seed,
         device=DEVICE,
@@ -34,7 +34,8 @@ rule proposal_network:
     message:
         "Training the proposal network on base annotations"
     shell:
-        "python -m workflow_scripts.proposals train_proposals --dataset {input.dataset}"
+        "python -m lpovod.launcher {resources.gpu} workflow_scripts.proposals train_proposals"
+        " --dataset {input.dataset}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --state {params.state} --code {input.script} {input.code} --network {output.network}"
         " --history {output.history} --device {params.device} 2>&1 | tee {log}"

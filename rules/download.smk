@@ -1,0 +1,64 @@
+# Stage download: what of COCO 2017, and of CLIP's weights, is asked for and not there
+# IN   nothing
+# OUT  COCO's images and annotations, below dataset.coco.root (undeclared: Snakemake removes a rule's
+#      outputs before it runs it, and the folder may be the user's own); a record of each archive;
+#      CLIP's weights
+# COST COCO: 20.4 GB to download, as much again on disk while an archive is extracted
+
+COCO_DOWNLOADS = []
+if CONFIG.dataset.source == "coco" and CONFIG.dataset.coco.download:
+    COCO_DOWNLOADS = [f"{RESULTS}/download/{archive}.json" for archive in COCO]
+
+
+rule download:
+    input:
+        script="workflow_scripts/download.py",
+    output:
+        f"{RESULTS}/download/{{archive}}.json",
+    log:
+        f"{RESULTS}/logs/download/{{archive}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/download/{{archive}}.tsv"
+    wildcard_constraints:
+        archive="|".join(COCO),
+    conda:
+        "../envs/light.yaml"
+    threads: 1
+    # Compute nodes often have no way out.
+    localrule: True
+    resources:
+        mem_mb=grows(1000),
+        runtime=grows(1440),
+    params:
+        root=str(CONFIG.dataset.coco.root),
+        digest=lambda wildcards: COCO[wildcards.archive].digest,
+    message:
+        "COCO's {wildcards.archive}, unless its content is in {params.root}"
+    shell:
+        "python -m workflow_scripts.download download_coco --archive {wildcards.archive}"
+        " --root {params.root:q} --record {output} 2>&1 | tee {log}"
+
+
+# Weights that are there are never an output: they may be the user's own.
+if not CONFIG.clip.weights.is_file():
+
+    rule download_weights:
+        input:
+            script="workflow_scripts/download.py",
+        output:
+            str(CONFIG.clip.weights),
+        log:
+            f"{RESULTS}/logs/download_weights.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/download_weights.tsv"
+        conda:
+            "../envs/light.yaml"
+        threads: 1
+        localrule: True
+        resources:
+            mem_mb=grows(1000),
+            runtime=grows(240),
+        message:
+            "CLIP's weights"
+        shell:
+            "python -m workflow_scripts.download download_weights --output {output} 2>&1 | tee {log}"

@@ -1,0 +1,104 @@
+"""What tests/test_distributed.py runs on one rank in its own process and on two under torchrun.
+
+As a program: `python -m torch.distributed.run --nproc-per-node 2 tests/ranks.py folder`, with the
+inputs and outputs of `two_ranks` in the folder.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lpovod.base_detector import train_base_detector
+from lpovod.config import Backbone, BaseDetector, Proposals, Training
+from lpovod.distributed import BatchNorm2d, add_up_gradients, join, rank, ranks, total
+from lpovod.proposals import train_proposals
+from lpovod.training import train
+
+BACKBONE = Backbone(channels=16, long_side=120)
+STEP = Training(
+    epochs=1,
+    images_per_step=4,  # of three images
+    learning_rate=0.02,
+    warmup_steps=0,
+    drops=[1],
+    short_sides=[64, 96],
+    gradient_norm=1000,
+)
+
+
+def learn_proposals(data: Path, output: Path, schedule: Training = STEP) -> None:
+    """One step of the proposal network."""
+    settings = Proposals(box_iou=0.3, samples=20, training=schedule)
+    outputs = [output / f"proposals.{name}" for name in ("state", "safetensors", "jsonl")]
+    train_proposals(data / "train.json", BACKBONE, settings, 0, outputs[0], [], *outputs[1:])
+
+
+def learn_detector(data: Path, output: Path, schedule: Training = STEP) -> None:
+    """One step of the detector, from the proposal network in the folder of the data."""
+    settings = BaseDetector(
+        training=schedule,
+        samples=6,
+        branch_convolutions=1,
+        dimension=32,
+        finest_scale=16,
+        distillation_regions=3,
+    )
+    shards = [data / f"{number}.h5" for number in range(2)]
+    outputs = [output / f"base_detector.{name}" for name in ("state", "safetensors", "jsonl")]
+    network = data / "proposals.safetensors"
+    train_base_detector(
+        data / "train.json", shards, network, BACKBONE, settings, 0, outputs[0], [], *outputs[1:]
+    )
+
+
+def fit(state: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    """Four epochs of a small regression with a norm; optionally ends abruptly in one of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 1))
+
+    def batches(epoch):
+        if epoch == stop_at:
+            raise KeyboardInterrupt
+        whole = torch.randn(3, 7, 2, 2, 2, generator=torch.Generator().manual_seed(epoch))
+        return whole[:, rank() :: ranks()]
+
+    def losses(images):
+        error = (model(images)[:, 0] - images.sum((1, 2, 3))).square().sum()
+        return {"square": error / total(torch.tensor(float(len(images))))}
+
+    schedule = Training(epochs=4, images_per_step=7, learning_rate=0.02, drops=[3], warmup_steps=3)
+    train(model, losses, batches, 3, schedule, 7, state, "a")
+    return model.state_dict()
+
+
+def normalise(images: torch.Tensor, weights: torch.Tensor, norm: nn.Module) -> dict:
+    """Outputs and gradients of a norm, the loss being a weighted sum."""
+    images.requires_grad_()
+    y = norm(images)
+    (y * weights).sum().backward()
+    add_up_gradients(norm)
+    found = {"y": y.detach(), "of_images": images.grad, "of_weight": norm.weight.grad}
+    return found | {"of_bias": norm.bias.grad} | norm.state_dict()
+
+
+def two_ranks(folder: Path) -> None:
+    """Everything that is compared, on this rank's part of the inputs."""
+    join("cpu")
+    inputs = torch.load(folder / "norm.pt")
+    # Parts of unequal size: one image, and all others.
+    part = slice(0, 1) if rank() == 0 else slice(1, None)
+    found = normalise(inputs["images"][part], inputs["weights"][part], BatchNorm2d(3))
+    torch.save(found, folder / f"norm.{rank()}.pt")
+    learn_proposals(folder, folder / "two")
+    learn_detector(folder, folder / "two")
+    torch.save(fit(folder / "one_then_two.state"), folder / f"one_then_two.{rank()}.pt")
+    try:
+        fit(folder / "two_then_one.state", stop_at=2)
+    except KeyboardInterrupt:
+        return
+
+
+if __name__ == "__main__":
+    two_ranks(Path(sys.argv[1]))

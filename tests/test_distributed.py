@@ -1,0 +1,138 @@
+"""Two real processes learn what one learns; torch's own norm on the whole batch is the reference.
+
+`ranks.py` holds what runs on one rank and on two.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_world, write_shards
+from ranks import STEP, fit, learn_detector, learn_proposals, normalise
+
+from lpovod.artifacts import read_tensors
+from lpovod.launcher import command, first_host
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three images of different shapes, one without proposals, and what two ranks made of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    world = make_world(folder, {7: 9, 3: 4, 900: 0})
+    objects = [(7, *world.boxes[7][0]), (7, *world.boxes[7][3]), (3, *world.boxes[3][1])]
+    objects.append((900, 5, 5, 35, 30))
+    annotations = [
+        {"id": n, "image_id": i, "category_id": 1, "bbox": [float(v) for v in (x, y, r - x, b - y)]}
+        for n, (i, x, y, r, b) in enumerate(objects)
+    ]
+    content = json.loads(world.dataset.read_text()) | {"annotations": annotations}
+    world.dataset.write_text(json.dumps(content))
+    draw = np.random.default_rng(0)
+    vectors = {i: draw.normal(size=(len(b), 8)) for i, b in world.boxes.items()}
+    vectors = {i: v / np.linalg.norm(v, axis=1, keepdims=True) for i, v in vectors.items()}
+    vectors = {i: v.astype(np.float16) for i, v in vectors.items()}
+    write_shards(folder, world.dataset, vectors, world.boxes, world.objectness)
+    (folder / "two").mkdir()
+    learn_proposals(folder, folder)
+    torch.manual_seed(1)
+    inputs = {"images": torch.randn(4, 3, 5, 6) * 3 + 7, "weights": torch.randn(4, 3, 5, 6)}
+    torch.save(inputs, folder / "norm.pt")
+    with pytest.raises(KeyboardInterrupt):
+        fit(folder / "one_then_two.state", stop_at=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", "tests/ranks.py", str(folder)],
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, scale: float | None = None) -> None:
+    error = float((found - expected).abs().max())
+    assert error <= 1e-5 * (scale or float(expected.abs().max())), error
+
+
+def test_a_norm_has_the_statistics_of_all_ranks(folder):
+    inputs = torch.load(folder / "norm.pt")
+    expected = normalise(inputs["images"], inputs["weights"], torch.nn.BatchNorm2d(3))
+    one, other = (torch.load(folder / f"norm.{rank}.pt") for rank in (0, 1))
+    for key, value in expected.items():
+        if key in ("y", "of_images"):
+            close(torch.cat([one[key], other[key]]), value)
+        else:
+            close(one[key], value)
+            assert torch.equal(one[key], other[key])
+
+
+@pytest.mark.parametrize("stage", ["proposals", "base_detector"])
+def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage):
+    learn = {"proposals": learn_proposals, "base_detector": learn_detector}[stage]
+    learn(folder, tmp_path)
+    (tmp_path / "start").mkdir()
+    learn(folder, tmp_path / "start", STEP.model_copy(update={"learning_rate": 1e-30}))
+    start, one, two = (
+        read_tensors(path / f"{stage}.safetensors", stage)[0]
+        for path in (tmp_path / "start", tmp_path, folder / "two")
+    )
+    moved = 0
+    for name in one:
+        step = np.abs(one[name] - start[name]).max()
+        moved += step > 0
+        # Of the step, plus what rounding the weight itself costs.
+        allowed = 1e-5 * step + 2e-7 * np.abs(one[name]).max()
+        assert np.abs(two[name] - one[name]).max() <= allowed, name
+    assert moved > len(one) / 2
+    losses, expected = (
+        json.loads((path / f"{stage}.jsonl").read_text()) for path in (folder / "two", tmp_path)
+    )
+    assert len(expected) == {"proposals": 3, "base_detector": 4}[stage]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_killed_training_goes_on_with_another_number_of_ranks(folder, tmp_path):
+    expected = fit(tmp_path / "state")
+    found = [torch.load(folder / f"one_then_two.{rank}.pt") for rank in (0, 1)]
+    found.append(fit(folder / "two_then_one.state"))
+    for weights in found:
+        for name, value in expected.items():
+            close(weights[name].float(), value.float())
+
+
+def test_a_launcher_is_needed_for_several_processes_alone():
+    module = ["workflow_scripts.proposals", "--seed", "3"]
+    for few in (0, 1):
+        assert command(few, module, {}) == [sys.executable, "-m", *module]
+    found = command(4, module, {"SLURM_NNODES": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    assert found == [*torchrun, "--standalone", "--nproc-per-node=4", "-m", *module]
+
+
+def test_nodes_of_a_slurm_job_meet_at_the_first():
+    job = {"SLURM_NNODES": "3", "SLURM_NODEID": "2", "SLURM_JOB_ID": "123456"}
+    found = command(8, ["stage"], job | {"SLURM_JOB_NODELIST": "gpu[03-05]"})
+    assert found[3:] == (
+        ["--nnodes=3", "--node-rank=2", "--master-addr=gpu03", "--master-port=23456"]
+        + ["--nproc-per-node=8", "-m", "stage"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu01", "gpu01"),
+        ("gpu01,gpu02", "gpu01"),
+        ("gpu[03-05,9],x1", "gpu03"),
+        ("gpu-a[7,9]", "gpu-a7"),
+        ("n1,gpu[03-05]", "n1"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first

@@ -1,0 +1,271 @@
+"""Downloads from a real server that does everything wrong, and archives that mean harm."""
+
+import hashlib
+import stat
+import threading
+import zipfile
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from lpovod import download as stage
+from lpovod.artifacts import LpovodError, read_json
+from lpovod.download import Remote, download, download_coco, extract
+
+CONTENT = bytes(range(256)) * 1000
+OTHER = CONTENT[::-1]
+
+
+@dataclass
+class Server:
+    """What it serves, how it misbehaves (one entry per request, then well), what it was asked."""
+
+    url: str = ""
+    content: bytes = CONTENT
+    tag: str | None = '"one"'
+    answers: list[str] = field(default_factory=list)
+    asked: list[str | None] = field(default_factory=list)
+    ranges: bool = True
+    careless: bool = False  # sends a part of a file that has changed
+
+    def remote(self, content: bytes = CONTENT) -> Remote:
+        return Remote(self.url, hashlib.sha256(content).hexdigest(), len(content))
+
+
+@pytest.fixture()
+def server():
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            state.asked.append(self.headers.get("Range"))
+            answer = state.answers.pop(0) if state.answers else ""
+            if answer.isdigit():
+                self.send_error(int(answer))
+                return
+            start, stop = 0, len(state.content)
+            wanted = self.headers.get("Range") if state.ranges else None
+            if wanted and (state.careless or self.headers.get("If-Range") == state.tag):
+                start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= stop:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{stop}")
+                self.end_headers()
+                return
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{stop}")
+            self.send_header("Content-Length", str(stop - start))
+            if state.tag:
+                self.send_header("ETag", state.tag)
+            self.end_headers()
+            if answer == "cut":
+                stop = start + (stop - start) // 2
+            self.wfile.write(state.content[start:stop])
+
+        def log_message(self, *_):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{running.server_port}/file.zip"
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield state
+    running.shutdown()
+    running.server_close()
+
+
+def whole(path: Path, content: bytes = CONTENT) -> bool:
+    """The file has its name and its content, and nothing else is left."""
+    return path.read_bytes() == content and list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_arrives_whole(server, tmp_path):
+    download(server.remote(), tmp_path / "file")
+    assert whole(tmp_path / "file")
+    assert server.asked == [None]
+
+
+def test_a_connection_cut_twice_goes_on_where_it_was(server, tmp_path):
+    server.answers = ["cut", "cut"]
+    download(server.remote(), tmp_path / "file", pause=0)
+    assert whole(tmp_path / "file")
+    half, quarter = len(CONTENT) // 2, len(CONTENT) // 4
+    assert server.asked == [None, f"bytes={half}-", f"bytes={half + quarter}-"]
+
+
+def test_a_killed_download_goes_on_in_the_next_run(server, tmp_path):
+    server.answers = ["cut", "404"]
+    with pytest.raises(LpovodError):
+        download(server.remote(), tmp_path / "file", pause=0)
+    assert not (tmp_path / "file").exists()
+    download(server.remote(), tmp_path / "file", pause=0)
+    assert whole(tmp_path / "file")
+    assert server.asked[-1] == f"bytes={len(CONTENT) // 2}-"
+
+
+@pytest.mark.parametrize("careless", [False, True])
+@pytest.mark.parametrize("tag", ['"two"', None], ids=["new tag", "no tag"])
+def test_parts_of_two_versions_are_never_joined(server, tmp_path, tag, careless):
+    server.answers = ["cut", "404"]
+    with pytest.raises(LpovodError):
+        download(server.remote(), tmp_path / "file", pause=0)
+    server.content, server.tag, server.careless = OTHER, tag, careless
+    download(server.remote(OTHER), tmp_path / "file", pause=0)
+    assert whole(tmp_path / "file", OTHER)
+
+
+def test_a_server_that_sends_no_version_is_asked_for_everything_again(server, tmp_path):
+    server.tag, server.answers = None, ["cut"]
+    download(server.remote(), tmp_path / "file", pause=0)
+    assert whole(tmp_path / "file")
+    assert server.asked == [None, None]
+
+
+def test_a_server_that_ignores_ranges(server, tmp_path):
+    server.ranges, server.answers = False, ["cut"]
+    download(server.remote(), tmp_path / "file", pause=0)
+    assert whole(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [CONTENT, CONTENT[:1000]], ids=["the same", "shorter"])
+def test_nothing_left_to_send(server, tmp_path, content):
+    """All bytes came, but the process was killed before the name was given: 416."""
+    (tmp_path / ".file.partial").write_bytes(CONTENT)
+    (tmp_path / ".file.version").write_text('"\\"one\\""')
+    server.content = content
+    download(server.remote(content), tmp_path / "file", pause=0)
+    assert whole(tmp_path / "file", content)
+
+
+def test_a_busy_server_is_asked_again(server, tmp_path):
+    server.answers = ["503", "429", "500"]
+    download(server.remote(), tmp_path / "file", pause=0)
+    assert whole(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("code", "requests"), [("404", 1), ("403", 1), ("503", stage.TRIES)])
+def test_a_refusal_names_address_and_remedy(server, tmp_path, code, requests):
+    server.answers = [code] * 20
+    with pytest.raises(LpovodError, match=f"file.zip .* answers {code}.* by hand") as error:
+        download(server.remote(), tmp_path / "file", pause=0)
+    assert str(tmp_path / "file") in str(error.value)
+    assert len(server.asked) == requests
+
+
+def test_no_server_at_all(tmp_path):
+    with pytest.raises(LpovodError, match="127.0.0.1:9/x.* refused.* by hand"):
+        download(Remote("http://127.0.0.1:9/x", "0" * 40), tmp_path / "file", pause=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(OTHER, "has the sha256"), (CONTENT[:9], "has 9 bytes, 256000 are")]
+)
+def test_wrong_bytes_are_refused_and_removed(server, tmp_path, content, message):
+    server.content = content
+    with pytest.raises(LpovodError, match=f"{message}.*It was removed"):
+        download(server.remote(), tmp_path / "file", pause=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_put_there_by_hand_is_checked_and_used(server, tmp_path):
+    (tmp_path / "file").write_bytes(CONTENT)
+    download(server.remote(), tmp_path / "file")
+    assert server.asked == []
+    (tmp_path / "file").write_bytes(OTHER)
+    with pytest.raises(LpovodError, match="has the sha256.*Remove"):
+        download(server.remote(), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == OTHER
+
+
+def make_zip(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def test_an_interrupted_extraction_goes_on(tmp_path):
+    archive = make_zip(tmp_path / "a.zip", **{"val/1.jpg": b"one", "val/2.jpg": b"two"})
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/1.jpg").write_bytes(b"ONE")  # of the same size: it stays
+    (tmp_path / "val/2.jpg").write_bytes(b"t")  # a rest
+    extract(archive, tmp_path)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "val").iterdir()} == {
+        "1.jpg": b"ONE",
+        "2.jpg": b"two",
+    }
+
+
+@pytest.mark.parametrize("name", ["../out.jpg", "/tmp/out.jpg", "val/../../out.jpg", "..\\out.jpg"])
+def test_no_member_leaves_the_folder(tmp_path, name):
+    archive = make_zip(tmp_path / "a.zip", **{"val/1.jpg": b"one", name: b"two"})
+    with pytest.raises(LpovodError, match="outside its folder"):
+        extract(archive, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_no_member_is_a_link(tmp_path):
+    link = zipfile.ZipInfo("val/link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr(link, "/etc/passwd")
+    with pytest.raises(LpovodError, match="outside its folder"):
+        extract(tmp_path / "a.zip", tmp_path / "to")
+
+
+@pytest.mark.parametrize("spoil", ["cut", "flip"])
+def test_a_damaged_archive_is_named(tmp_path, spoil):
+    archive = make_zip(tmp_path / "a.zip", **{"val/1.jpg": CONTENT})
+    content = bytearray(archive.read_bytes())
+    if spoil == "cut":
+        content = content[:-30]
+    else:
+        content[1000] ^= 1
+    archive.write_bytes(content)
+    with pytest.raises(LpovodError, match="a.zip is damaged"):
+        extract(archive, tmp_path / "to")
+    assert not (tmp_path / "to/val/1.jpg").exists()
+
+
+@pytest.fixture()
+def coco(server, tmp_path, monkeypatch) -> Path:
+    """COCO's validation images, as small as they get, on the local server."""
+    archive = make_zip(tmp_path / "served.zip", **{"val2017/1.jpg": b"one", "val2017/2.jpg": b"2"})
+    server.content = archive.read_bytes()
+    monkeypatch.setitem(stage.COCO, "val2017.zip", server.remote(server.content))
+    return tmp_path / "coco"
+
+
+def test_coco_is_downloaded_and_extracted(server, coco, tmp_path):
+    server.answers = ["cut"]
+    download_coco("val2017.zip", coco, tmp_path / "record.json")
+    assert sorted(p.name for p in (coco / "val2017").iterdir()) == ["1.jpg", "2.jpg"]
+    assert list(coco.iterdir()) == [coco / "val2017"]  # not the archive
+    assert read_json(tmp_path / "record.json")["url"] == server.url
+    download_coco("val2017.zip", coco, tmp_path / "record.json")
+    assert len(server.asked) == 2
+
+
+def test_an_unfinished_extraction_of_coco_is_not_taken_for_data(server, coco, tmp_path):
+    (coco / "val2017").mkdir(parents=True)
+    (coco / ".val2017.zip.unfinished").touch()
+    download_coco("val2017.zip", coco, tmp_path / "record.json")
+    assert len(list((coco / "val2017").iterdir())) == 2
+
+
+def test_data_on_disk_is_used_in_place(server, tmp_path):
+    (tmp_path / "val2017").mkdir()
+    download_coco("val2017.zip", tmp_path, tmp_path / "record.json")
+    assert server.asked == []
+
+
+def test_a_full_disk_is_noticed_before_the_first_byte(server, tmp_path):
+    class Endless(bytes):
+        def __len__(self):
+            return 10**18
+
+    server.content = Endless()
+    with pytest.raises(LpovodError, match="disk has no room"):
+        download(server.remote(b""), tmp_path / "file", pause=0)

@@ -1,0 +1,7 @@
+"""Command lines of stage `download`."""
+
+from lpovod.download import download_coco, download_weights
+from workflow_scripts import run
+
+if __name__ == "__main__":
+    run(download_coco, download_weights)
