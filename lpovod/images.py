@@ -4,6 +4,7 @@ Random choices are made by the sampler alone (`training_views`), so that the sam
 same views for any number of loading processes.
 """
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -93,9 +94,9 @@ def batch(views: list[LoadedView], device: str) -> Tensor:
 
 
 def training_views(
-    image_ids: list[int], settings: Training, long_side: int, seed: int, epoch: int
+    image_ids: list[int], settings: Training, long_side: int, seed: int, epoch: int, step: int = 0
 ) -> list[View]:
-    """The views of one epoch: every image once, in random order, size and direction."""
+    """The views of one epoch from a step on: every image once, in random order, size, direction."""
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(image_ids))
     sides = draw.choice(settings.short_sides, len(image_ids))
@@ -103,7 +104,7 @@ def training_views(
     return [
         View(image_ids[i], int(side), long_side, bool(flip))
         for i, side, flip in zip(order, sides, flips, strict=True)
-    ]
+    ][step * settings.images_per_step :]
 
 
 class _Loading(torch.utils.data.Dataset):
@@ -140,8 +141,15 @@ def load_views(
         _Loading(dataset, views, extra),
         batch_size=per_batch,
         num_workers=workers,
+        worker_init_fn=_leave_signals,
         collate_fn=list,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """A training that is asked to end needs its workers until the step is done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def inference_views(

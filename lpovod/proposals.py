@@ -154,9 +154,9 @@ def train_proposals(
     lines = train(
         model,
         lambda views: _losses(model, data, views, settings, device),
-        lambda epoch: load_views(
+        lambda epoch, step: load_views(
             data,
-            training_views(image_ids, schedule, backbone.long_side, seed, epoch),
+            training_views(image_ids, schedule, backbone.long_side, seed, epoch, step),
             schedule.images_per_step,
             schedule.workers,
         ),

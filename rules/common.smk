@@ -19,6 +19,10 @@ SPLITS = ["train", "val"] + (["tune"] if CONFIG.dataset.source == "miniature" el
 CLIP_FILES = CONFIG.clip.files()
 CLIP_DIGESTS = [sha256(path) for path in CLIP_FILES]
 
+# A cluster's last warning and Ctrl-C are for the stage, which ends by itself; without its shell and
+# its log it could not.
+shell.prefix("set -euo pipefail; trap '' TERM INT; ")
+
 
 wildcard_constraints:
     split="train|val|tune",
@@ -34,11 +38,6 @@ def block(name):
 def code(*modules):
     """Sources that shape a stage's result; Snakemake compares them by content."""
     return [f"lpovod/{module}.py" for module in modules]
-
-
-def grows(amount):
-    """A resource that grows with every attempt at the same job."""
-    return lambda wildcards, attempt: amount * attempt
 
 
 def shards(split):
