@@ -4,6 +4,7 @@ Random choices are made by the sampler alone (`training_views`), so that the sam
 same views for any number of loading processes and of ranks.
 """
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -98,9 +99,9 @@ def batch(views: list[LoadedView], device: str) -> Tensor:
 
 
 def training_views(
-    image_ids: list[int], settings: Training, long_side: int, seed: int, epoch: int
+    image_ids: list[int], settings: Training, long_side: int, seed: int, epoch: int, step: int = 0
 ) -> list[View]:
-    """The views of one epoch: every image once, in random order, size and direction.
+    """The views of one epoch from a step on: every image once, in random order, size, direction.
 
     The last step is filled up with views of the first, so that every step has its full number.
     """
@@ -114,7 +115,8 @@ def training_views(
         for i, side, flip, seed_ in zip(order, sides, flips, seeds, strict=True)
     ]
     steps = -(-len(views) // settings.images_per_step)
-    return list(islice(cycle(views), steps * settings.images_per_step))
+    full = list(islice(cycle(views), steps * settings.images_per_step))
+    return full[step * settings.images_per_step :]
 
 
 class _Loading(torch.utils.data.Dataset):
@@ -153,8 +155,15 @@ def load_views(
         _Loading(dataset, views, extra),
         batch_sampler=[part[rank() :: ranks()] for part in lists],
         num_workers=workers,
+        worker_init_fn=_leave_signals,
         collate_fn=list,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """A training that is asked to end needs its workers until the step is done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def inference_views(

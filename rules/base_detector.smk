@@ -7,7 +7,16 @@
 rule base_detector:
     input:
         script="workflow_scripts/base_detector.py",
-        code=code("base_detector", "detector", "pooling", "backbone", "boxes", "images", "training", "distributed"),
+        code=code(
+            "base_detector",
+            "detector",
+            "pooling",
+            "backbone",
+            "boxes",
+            "images",
+            "training",
+            "distributed",
+        ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         shards=shards("train"),
@@ -21,10 +30,10 @@ rule base_detector:
         f"{RESULTS}/benchmarks/base_detector.tsv"
     conda:
         ENVIRONMENT
-    threads: 8
+    threads: TRAINING_THREADS
     resources:
-        mem_mb=grows(4000),
-        runtime=grows(2880),
+        mem_mb=grows(NETWORK, 2 * LISTED),
+        runtime=grows(60, CONFIG.base_detector.training.epochs * EPOCH),
         gpu=TRAINING_GPUS,
     params:
         seed=CONFIG.seed,

@@ -86,8 +86,12 @@ def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage):
     for name in one:
         step = np.abs(one[name] - start[name]).max()
         moved += step > 0
-        # Of the step, plus what rounding the weight itself costs.
-        allowed = 1e-5 * step + 2e-7 * np.abs(one[name]).max()
+        # Of the step, plus what rounding the weight itself costs; statistics are of activations,
+        # where the roundings of all layers before have come together.
+        largest = np.abs(one[name]).max()
+        if name.endswith("running_mean"):
+            largest = np.sqrt(one[name.replace("mean", "var")].max())
+        allowed = 1e-5 * largest if "running" in name else 1e-5 * step + 2e-7 * largest
         assert np.abs(two[name] - one[name]).max() <= allowed, name
     assert moved > len(one) / 2
     losses, expected = (
