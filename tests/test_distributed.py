@@ -47,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*torchrun, "--nproc-per-node=2", "tests/ranks.py", str(folder)],
-        env=os.environ | {"PYTHONPATH": "."},
+        env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
