@@ -7,7 +7,16 @@
 rule base_detector:
     input:
         script="workflow_scripts/base_detector.py",
-        code=code("base_detector", "detector", "pooling", "backbone", "boxes", "images", "training", "distributed"),
+        code=code(
+            "base_detector",
+            "detector",
+            "pooling",
+            "backbone",
+            "boxes",
+            "images",
+            "training",
+            "distributed",
+        ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         shards=shards("train"),

@@ -21,11 +21,11 @@ rule download:
         f"{RESULTS}/benchmarks/download/{{archive}}.tsv"
     wildcard_constraints:
         archive="|".join(COCO),
+    # Compute nodes often have no way out.
+    localrule: True
     conda:
         "../envs/light.yaml"
     threads: 1
-    # Compute nodes often have no way out.
-    localrule: True
     resources:
         mem_mb=grows(1000),
         runtime=grows(1440),
@@ -51,10 +51,10 @@ if not CONFIG.clip.weights.is_file():
             f"{RESULTS}/logs/download_weights.log",
         benchmark:
             f"{RESULTS}/benchmarks/download_weights.tsv"
+        localrule: True
         conda:
             "../envs/light.yaml"
         threads: 1
-        localrule: True
         resources:
             mem_mb=grows(1000),
             runtime=grows(240),
