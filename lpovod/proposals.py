@@ -158,7 +158,7 @@ def train_proposals(
         lambda views: _losses(model, data, views, settings, device),
         lambda epoch: load_views(
             data,
-            training_views(image_ids, schedule, backbone.long_side, seed, epoch),
+            training_views(data, image_ids, schedule, backbone.long_side, seed, epoch),
             schedule.images_per_step,
             schedule.workers,
         ),
