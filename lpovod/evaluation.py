@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lpovod.artifacts import (
     LpovodError,
@@ -225,6 +226,7 @@ def evaluate(
     settings: Evaluation,
     metrics: Path,
     detections: Path,
+    workers: int = 0,
 ) -> None:
     """Measure AP50 of the method and of its ablations.
 
@@ -239,6 +241,7 @@ def evaluate(
         settings: of this stage.
         metrics: output json, in percent.
         detections: output json, COCO results of the full method.
+        workers: processes that measure side by side; 0 measures in this one.
     """
     data = read_dataset(dataset)
     features = RegionStore(region_features, "region_features")
@@ -257,12 +260,19 @@ def evaluate(
         return found, by_class, ap50(by_class, classes.base, classes.novel)
 
     rows = variants(settings, classes.temperature, embeddings is not None)
-    measured = {name: measure(v) for name, v in progress(rows.items(), "evaluation", "variant")}
+    tried = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]
+    # A loader of variants instead of images: its processes share the scores, and keep the order.
+    loader = DataLoader(
+        [*rows.values(), *tried], batch_size=None, num_workers=workers, collate_fn=measure
+    )
+    results = list(progress(loader, "evaluation", "variant"))
+    measured = dict(zip(rows, results, strict=False))
     content = {name: means for name, (_, _, means) in measured.items() if name != "full"}
     content["AP50"] = measured["full"][2]
     content["per_class"] = {k: round(v, 2) for k, v in measured["full"][1].items()}
+    at_temperature = [means for _, _, means in results[len(rows) :]]
     content["without_probe_best_temperature"] = _best_temperature(
-        {t: measure(replace(rows["without_probe"], temperature=t))[2] for t in TEMPERATURES}
+        dict(zip(TEMPERATURES, at_temperature, strict=True))
     )
     novel = set(data.category_ids(classes.novel))
     content["evaluated"] = {

@@ -44,4 +44,5 @@ rule evaluation:
         " --region-features {input.features} --detector {input.detector}"
         " --linear-probe {input.probe} --text-embeddings {input.text} --recall {input.recall}"
         " --region-embeddings {input.embeddings} --settings {params.settings:q}"
-        " --metrics {output.metrics} --detections {output.detections} 2>&1 | tee {log}"
+        " --metrics {output.metrics} --detections {output.detections}"
+        " --workers {threads} 2>&1 | tee {log}"
