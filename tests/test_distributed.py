@@ -44,10 +44,9 @@ def folder(tmp_path_factory) -> Path:
     torch.save(inputs, folder / "norm.pt")
     with pytest.raises(KeyboardInterrupt):
         fit(folder / "one_then_two.state", stop_at=2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", "tests/ranks.py", str(folder)],
-        env=os.environ | {"PYTHONPATH": "."},
+        [sys.executable, "-m", "lpovod.launcher", "2", "ranks", str(folder)],
+        env=os.environ | {"PYTHONPATH": ".:tests"},
         capture_output=True,
         text=True,
     )
@@ -113,14 +112,14 @@ def test_a_launcher_is_needed_for_several_processes_alone():
     module = ["workflow_scripts.proposals", "--seed", "3"]
     for few in (0, 1):
         assert command(few, module, {}) == [sys.executable, "-m", *module]
-    found = command(4, module, {"SLURM_NNODES": "1"})
+    found = command(4, module, {"SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "1"})
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     assert found == [*torchrun, "--standalone", "--nproc-per-node=4", "-m", *module]
 
 
 def test_nodes_of_a_slurm_job_meet_at_the_first():
-    job = {"SLURM_NNODES": "3", "SLURM_NODEID": "2", "SLURM_JOB_ID": "123456"}
-    found = command(8, ["stage"], job | {"SLURM_JOB_NODELIST": "gpu[03-05]"})
+    job = {"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "2", "SLURM_JOB_ID": "123456"}
+    found = command(8, ["stage"], job | {"SLURM_STEP_NODELIST": "gpu[03-05]"})
     assert found[3:] == (
         ["--nnodes=3", "--node-rank=2", "--master-addr=gpu03", "--master-port=23456"]
         + ["--nproc-per-node=8", "-m", "stage"]

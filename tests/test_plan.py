@@ -38,7 +38,7 @@ def test_more_proposals_cost_more(tmp_path):
         float(plan(*paths).stdout.partition("\nregion_embeddings")[2].split()[0])
         for paths in (CONFIGS, [*CONFIGS, str(tmp_path / "mine.yaml")])
     )
-    assert many == pytest.approx(2 * few, abs=0.1)
+    assert many == pytest.approx(2 * few, abs=0.15)  # both are rounded
 
 
 def test_there_is_no_plan_for_the_miniature_world():
