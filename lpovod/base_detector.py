@@ -184,7 +184,7 @@ def train_base_detector(
         lambda views: _losses(model, data, views, classes, settings, device),
         lambda epoch, step: load_views(
             data,
-            training_views(image_ids, schedule, backbone.long_side, seed, epoch, step),
+            training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
             schedule.images_per_step,
             schedule.workers,
             extra=lambda view: store.read(view.view.image_id),

@@ -274,6 +274,12 @@ def evaluate(
     content["without_probe_best_temperature"] = _best_temperature(
         dict(zip(TEMPERATURES, at_temperature, strict=True))
     )
+    novel = set(data.category_ids(classes.novel))
+    content["evaluated"] = {
+        "images": len(truth.imgs),
+        "boxes": len(truth.anns),
+        "novel_boxes": sum(a["category_id"] in novel for a in truth.anns.values()),
+    }
     content["temperature"] = classes.temperature
     content["classes"] = {"base": classes.base, "novel": classes.novel}
     content["proposal_recall"] = read_json(recall)["recall"]

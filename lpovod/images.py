@@ -99,24 +99,37 @@ def batch(views: list[LoadedView], device: str) -> Tensor:
 
 
 def training_views(
-    image_ids: list[int], settings: Training, long_side: int, seed: int, epoch: int, step: int = 0
+    data: CocoDataset,
+    image_ids: list[int],
+    settings: Training,
+    long_side: int,
+    seed: int,
+    epoch: int,
+    step: int = 0,
 ) -> list[View]:
     """The views of one epoch from a step on: every image once, in random order, size, direction.
 
-    The last step is filled up with views of the first, so that every step has its full number.
+    The images of a step are all upright or all not, as on each GPU of the original, which saves
+    padding; the rest of both come last, filled up with views of the first step, so that every step
+    has its full number.
     """
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(image_ids))
     sides = draw.choice(settings.short_sides, len(image_ids))
     flips = draw.random(len(image_ids)) < settings.flip
     seeds = draw.integers(2**62, size=len(image_ids))
-    views = [
-        View(image_ids[i], int(side), long_side, bool(flip), int(seed_))
-        for i, side, flip, seed_ in zip(order, sides, flips, seeds, strict=True)
-    ]
-    steps = -(-len(views) // settings.images_per_step)
-    full = list(islice(cycle(views), steps * settings.images_per_step))
-    return full[step * settings.images_per_step :]
+    steps: list[View] = []
+    waiting: dict[bool, list[View]] = {True: [], False: []}
+    for i, side, flip, own in zip(order, sides, flips, seeds, strict=True):
+        image = data.images[image_ids[i]]
+        together = waiting[image["height"] > image["width"]]
+        together.append(View(image_ids[i], int(side), long_side, bool(flip), int(own)))
+        if len(together) == settings.images_per_step:
+            steps += together
+            together.clear()
+    steps += waiting[True] + waiting[False]
+    steps += list(islice(cycle(steps), -len(steps) % settings.images_per_step))
+    return steps[step * settings.images_per_step :]
 
 
 class _Loading(torch.utils.data.Dataset):

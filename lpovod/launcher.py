@@ -1,10 +1,10 @@
-"""Starts a module in as many processes as it has GPUs, on one node or on all nodes of a SLURM job.
+"""Starts a module in as many processes as it has GPUs, on one node or on several of a SLURM job.
 
     python -m lpovod.launcher 4 workflow_scripts.base_detector --dataset ...
 
-runs it under torch's own launcher, 4 processes per node; 0 and 1 run it as it is. On several nodes
-this command must be started once on each of them (`srun --ntasks-per-node=1 ...`): the first node
-of the job is where all meet.
+runs it under torch's own launcher, 4 processes per node; 0 and 1 run it as it is. For several nodes
+start this command once on each of them (`srun --nodes=2 --ntasks-per-node=1 python -m ...`): the
+first node of that job step is where all meet.
 """
 
 import os
@@ -27,7 +27,8 @@ def command(processes: int, arguments: list[str], environment: Mapping[str, str]
         arguments: the module's name and its own arguments.
         environment: where SLURM tells of several nodes.
     """
-    nodes = int(environment.get("SLURM_NNODES", 1))
+    # A job may have more nodes than the step: on those nobody would come to meet us.
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
     if nodes == 1 and processes <= 1:
         return [sys.executable, "-m", *arguments]
     if nodes == 1:
@@ -36,7 +37,7 @@ def command(processes: int, arguments: list[str], environment: Mapping[str, str]
         meeting = [
             f"--nnodes={nodes}",
             f"--node-rank={environment['SLURM_NODEID']}",
-            f"--master-addr={first_host(environment['SLURM_JOB_NODELIST'])}",
+            f"--master-addr={first_host(environment['SLURM_STEP_NODELIST'])}",
             # Jobs that share the first node must not meet on one port.
             f"--master-port={20_000 + int(environment['SLURM_JOB_ID']) % 10_000}",
         ]

@@ -158,7 +158,7 @@ def train_proposals(
         lambda views: _losses(model, data, views, settings, device),
         lambda epoch, step: load_views(
             data,
-            training_views(image_ids, schedule, backbone.long_side, seed, epoch, step),
+            training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
             schedule.images_per_step,
             schedule.workers,
         ),

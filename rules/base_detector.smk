@@ -1,7 +1,7 @@
 # Stage base_detector
 # IN   train.json, region embeddings of its images, the proposal network (backbone and pyramid)
 # OUT  detector.safetensors, history.jsonl
-# COST COCO: 20 epochs of 118k images, 16 per step (hours not measured)
+# COST COCO: 20 epochs of 118k images, 16 per step (python -m lpovod.plan)
 
 
 rule base_detector:

@@ -2,7 +2,7 @@
 # IN   dataset
 # OUT  network.safetensors, history.jsonl: the proposal network, learned from base annotations;
 #      {split}.h5: region store of box and objectness, best first; {split}.recall.json
-# COST COCO: 8 epochs of 118k images (hours not measured); 3.5 GB for 1,500 boxes per image
+# COST COCO: 8 epochs of 118k images (python -m lpovod.plan); 3.5 GB for 1,500 boxes per image
 
 
 rule proposal_network:

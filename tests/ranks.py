@@ -1,7 +1,7 @@
 """What tests/test_distributed.py runs on one rank in its own process and on two under torchrun.
 
-As a program: `python -m torch.distributed.run --nproc-per-node 2 tests/ranks.py folder`, with the
-inputs and outputs of `two_ranks` in the folder.
+As a program: `python -m lpovod.launcher 2 ranks folder`, with the inputs and outputs of `two_ranks`
+in the folder.
 """
 
 import sys
@@ -29,10 +29,12 @@ STEP = Training(
 
 
 def learn_proposals(data: Path, output: Path, schedule: Training = STEP) -> None:
-    """One step of the proposal network."""
+    """One step of the proposal network, in double precision: rounding must not flip a ReLU."""
     settings = Proposals(box_iou=0.3, samples=20, training=schedule)
     outputs = [output / f"proposals.{name}" for name in ("state", "safetensors", "jsonl")]
+    torch.set_default_dtype(torch.float64)
     train_proposals(data / "train.json", BACKBONE, settings, 0, outputs[0], [], *outputs[1:])
+    torch.set_default_dtype(torch.float32)
 
 
 def learn_detector(data: Path, output: Path, schedule: Training = STEP) -> None:

@@ -44,10 +44,9 @@ def folder(tmp_path_factory) -> Path:
     torch.save(inputs, folder / "norm.pt")
     with pytest.raises(KeyboardInterrupt):
         fit(folder / "one_then_two.state", stop_at=2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", "tests/ranks.py", str(folder)],
-        env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "lpovod.launcher", "2", "ranks", str(folder)],
+        env=os.environ | {"PYTHONPATH": ".:tests", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -55,9 +54,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, scale: float | None = None) -> None:
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     error = float((found - expected).abs().max())
-    assert error <= 1e-5 * (scale or float(expected.abs().max())), error
+    assert error <= tolerance * float(expected.abs().max()), error
 
 
 def test_a_norm_has_the_statistics_of_all_ranks(folder):
@@ -72,8 +71,8 @@ def test_a_norm_has_the_statistics_of_all_ranks(folder):
             assert torch.equal(one[key], other[key])
 
 
-@pytest.mark.parametrize("stage", ["proposals", "base_detector"])
-def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "tolerance"), [("proposals", 1e-9), ("base_detector", 1e-4)])
+def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance):
     learn = {"proposals": learn_proposals, "base_detector": learn_detector}[stage]
     learn(folder, tmp_path)
     (tmp_path / "start").mkdir()
@@ -82,18 +81,14 @@ def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage):
         read_tensors(path / f"{stage}.safetensors", stage)[0]
         for path in (tmp_path / "start", tmp_path, folder / "two")
     )
-    moved = 0
-    for name in one:
-        step = np.abs(one[name] - start[name]).max()
-        moved += step > 0
-        # Of the step, plus what rounding the weight itself costs; statistics are of activations,
-        # where the roundings of all layers before have come together.
-        largest = np.abs(one[name]).max()
-        if name.endswith("running_mean"):
-            largest = np.sqrt(one[name.replace("mean", "var")].max())
-        allowed = 1e-5 * largest if "running" in name else 1e-5 * step + 2e-7 * largest
-        assert np.abs(two[name] - one[name]).max() <= allowed, name
-    assert moved > len(one) / 2
+    names = [name for name in one if "running" not in name and "tracked" not in name]
+    steps, errors = (
+        np.array([np.linalg.norm(a[n].astype(float) - one[n]) for n in names]) for a in (start, two)
+    )
+    assert (steps > 0).mean() > 0.9  # a level without a region learns nothing
+    assert np.linalg.norm(errors) <= tolerance * np.linalg.norm(steps)
+    for name in one.keys() - set(names):
+        close(torch.tensor(two[name]), torch.tensor(one[name]), 10 * tolerance)
     losses, expected = (
         json.loads((path / f"{stage}.jsonl").read_text()) for path in (folder / "two", tmp_path)
     )
@@ -114,14 +109,14 @@ def test_a_launcher_is_needed_for_several_processes_alone():
     module = ["workflow_scripts.proposals", "--seed", "3"]
     for few in (0, 1):
         assert command(few, module, {}) == [sys.executable, "-m", *module]
-    found = command(4, module, {"SLURM_NNODES": "1"})
+    found = command(4, module, {"SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "1"})
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     assert found == [*torchrun, "--standalone", "--nproc-per-node=4", "-m", *module]
 
 
 def test_nodes_of_a_slurm_job_meet_at_the_first():
-    job = {"SLURM_NNODES": "3", "SLURM_NODEID": "2", "SLURM_JOB_ID": "123456"}
-    found = command(8, ["stage"], job | {"SLURM_JOB_NODELIST": "gpu[03-05]"})
+    job = {"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "2", "SLURM_JOB_ID": "123456"}
+    found = command(8, ["stage"], job | {"SLURM_STEP_NODELIST": "gpu[03-05]"})
     assert found[3:] == (
         ["--nnodes=3", "--node-rank=2", "--master-addr=gpu03", "--master-port=23456"]
         + ["--nproc-per-node=8", "-m", "stage"]

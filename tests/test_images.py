@@ -61,13 +61,40 @@ def test_a_batch_is_normalised_and_padded():
 
 def test_every_image_is_seen_once_per_epoch_in_another_order():
     settings = Training(short_sides=[160, 192], flip=0.5)
-    epochs = [training_views(list(range(200)), settings, 320, 0, epoch) for epoch in (0, 1, 1)]
+    data = sized(dict.fromkeys(range(200), (90, 60)))
+    ids = list(range(200))
+    epochs = [training_views(data, ids, settings, 320, 0, epoch) for epoch in (0, 1, 1)]
     ids = [[view.image_id for view in views] for views in epochs]
     assert sorted(ids[0]) == sorted(ids[1]) == list(range(200))
     assert ids[0] != ids[1]
     assert epochs[1] == epochs[2]
     assert 60 < sum(view.flip for view in epochs[0]) < 140
     assert {view.short_side for view in epochs[0]} == {160, 192}
+
+
+def sized(sizes: dict[int, tuple[int, int]]) -> CocoDataset:
+    """Images of given width and height, without pixels."""
+    images = {i: {"file_name": "", "width": w, "height": h} for i, (w, h) in sizes.items()}
+    return CocoDataset(Path("train.json"), images, {i: [] for i in images}, {})
+
+
+def test_every_step_is_full_and_all_but_the_last_of_one_orientation():
+    data = sized({i: (60, 90) if i % 3 else (90, 60) for i in range(50)})
+    views = training_views(data, list(data.images), Training(images_per_step=4), 320, 0, 0)
+    ids = [view.image_id for view in views]
+    assert len(ids) == 52
+    assert sorted(ids[:50]) == list(range(50))
+    assert ids[50:] == ids[:2]
+    steps = [{i % 3 > 0 for i in ids[first : first + 4]} for first in range(0, 52, 4)]
+    assert all(len(orientations) == 1 for orientations in steps[:-1])
+    assert {True} in steps and {False} in steps
+
+
+def test_a_step_may_have_more_images_than_there_are():
+    data = sized({5: (60, 90), 7: (90, 60)})
+    views = training_views(data, [5, 7], Training(images_per_step=5), 320, 0, 0)
+    ids = [view.image_id for view in views]
+    assert ids in ([5, 7, 5, 7, 5], [7, 5, 7, 5, 7])
 
 
 def test_loading_is_the_same_for_any_number_of_workers(tmp_path):

@@ -1,0 +1,107 @@
+"""The paper's configuration: it resolves without data, and its numbers are the original's."""
+
+import resource
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from project import copy_project, snakemake
+
+from lpovod.artifacts import LpovodError, read_json
+from lpovod.config import CocoFiles, Dataset, load_config
+from lpovod.dataset import make_dataset
+from lpovod.plan import merge
+
+COCO_TINY = Path("../shared/data/coco_tiny")
+
+
+def coco(**overlay) -> dict:
+    content = [yaml.safe_load(Path(p).read_text()) for p in ("config.yaml", "configs/coco.yaml")]
+    return merge(merge(*content), overlay)
+
+
+def test_the_settings_are_the_original_s():
+    config = load_config(coco())
+    assert (len(config.classes.base), len(config.classes.novel)) == (48, 17)
+    training = config.base_detector.training.model_dump()
+    original = {
+        "optimiser": "sgd",
+        "epochs": 20,
+        "images_per_step": 16,
+        "learning_rate": 0.02,
+        "momentum": 0.9,
+        "weight_decay": 2.5e-5,
+        "warmup_steps": 500,
+        "warmup_ratio": 0.001,
+        "drops": [16, 19],
+        "gradient_norm": 15,
+        "short_sides": [640, 672, 704, 736, 768, 800],
+        "flip": 0.5,
+    }
+    assert {key: training[key] for key in original} == original
+    detector = config.base_detector
+    assert (detector.samples, detector.positives) == (512, 0.25)
+    assert (detector.branch_convolutions, detector.dimension) == (4, 1024)
+    assert (detector.finest_scale, detector.sampling_ratio) == (56, 0)
+    assert detector.distillation_weight == 256
+    assert config.backbone.model_dump() == {
+        "architecture": "resnet50",
+        "channels": 256,
+        "short_side": 800,
+        "long_side": 1333,
+    }
+    assert config.region_embeddings.scales == [1.0, 1.5]
+    assert config.text_embeddings.templates == ["{}"]
+    assert (config.pseudo_labels.k, config.pseudo_labels.objectness) == (100, 0.6)
+    probe = config.linear_probe
+    assert (probe.epochs, probe.images_per_step, probe.learning_rate) == (12, 2, 0.001)
+    assert (probe.warmup_steps, probe.warmup_ratio, probe.drops) == (20, 0.1, [8, 11])
+    assert probe.negatives_per_positive == 10
+    evaluation = config.evaluation
+    assert (evaluation.alpha, evaluation.beta, evaluation.per_image) == (0, 0.8, 100)
+    assert (evaluation.score_threshold, evaluation.nms) == (0.05, 0.5)
+    proposals = config.proposals
+    assert (proposals.training.epochs, proposals.training.drops) == (8, [6, 7])
+    assert (proposals.box_iou, proposals.samples, proposals.per_level) == (0.7, 256, 2000)
+
+
+def test_classes_are_checked_before_the_annotations_are_there():
+    with pytest.raises(LpovodError, match="COCO 2017 has no class 'sofa'"):
+        load_config(coco(classes={"novel": ["sofa"]}))
+    with pytest.raises(LpovodError, match="instances_val2017.json: no such file"):
+        load_config(coco(dataset={"coco": {"download": False}}))
+    with pytest.raises(LpovodError, match="download needs a root"):
+        load_config(coco(dataset={"coco": {"root": None}}))
+
+
+def test_the_graph_resolves_without_data(tmp_path):
+    folder = copy_project(tmp_path / "project")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    printed = snakemake(folder, "coco.yaml", {}, "-n", "--quiet", "reason")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    jobs = Counter(dict(line.split() for line in printed.splitlines() if _counts(line)))
+    assert jobs["download"] == "3" and jobs["download_weights"] == "1"
+    assert jobs["region_embeddings"] == str(2 * 64)
+    assert jobs["pseudo_labels"] == jobs["retrieved_region_features"] == "17"
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    assert seconds < 10  # of CPU; 4 here, and machines differ
+
+
+def _counts(line: str) -> bool:
+    words = line.split()
+    return len(words) == 2 and words[1].isdigit()
+
+
+@pytest.mark.skipif(not COCO_TINY.exists(), reason="needs the COCO photographs")
+def test_the_number_of_base_boxes_is_checked(tmp_path):
+    base = coco()["classes"]["base"]
+    content = read_json(COCO_TINY / "annotations/instances_val2017.json")
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    boxes = sum(names[a["category_id"]] in base for a in content["annotations"])
+    assert 0 < boxes < len(content["annotations"])
+    files = CocoFiles(root=COCO_TINY, base_boxes={"val": boxes})
+    make_dataset(tmp_path / "right", Dataset(source="coco", coco=files), base, 0)
+    files = CocoFiles(root=COCO_TINY, base_boxes={"val": boxes + 1})
+    with pytest.raises(LpovodError, match=f"has {boxes} boxes of base classes"):
+        make_dataset(tmp_path / "wrong", Dataset(source="coco", coco=files), base, 0)

@@ -1,0 +1,46 @@
+"""The plan: its arithmetic done again by hand, and that it needs neither data nor torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+CONFIGS = ["config.yaml", "configs/coco.yaml"]
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess:
+    program = "import sys, lpovod.plan as plan; plan.main(); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_hours_and_bytes_of_the_paper():
+    done = plan(*CONFIGS, "--tflops", "10")
+    assert done.returncode == 0, done.stderr
+    rows = {line[:22].strip(): line[22:].split() for line in done.stdout.splitlines()}
+    # 123,287 images, 300 regions, two crops of 8.8 GFLOP, 1 KB and a box and its objectness
+    crops = 123_287 * 300 * 2
+    assert float(rows["region_embeddings"][0]) == pytest.approx(
+        crops * 8.8e9 / 1e13 / 3600, abs=0.1
+    )
+    assert float(rows["region_embeddings"][1]) == pytest.approx(crops / 2 * 1044 / 1e9, abs=0.1)
+    # 20 epochs; the published 207 billion multiplications of a Faster R-CNN with 1,000 regions and
+    # a lighter head are 414 GFLOP; here 812 regions pass one of two heavier heads
+    hours = 20 * 118_287 * 3 * 414e9 / 1e13 / 3600
+    assert float(rows["base_detector"][0]) == pytest.approx(hours, rel=0.15)
+    assert float(rows["download"][1]) == pytest.approx(20.4, abs=0.1)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_more_proposals_cost_more(tmp_path):
+    (tmp_path / "mine.yaml").write_text("proposals: {per_image: 600}")
+    few, many = (
+        float(plan(*paths).stdout.partition("\nregion_embeddings")[2].split()[0])
+        for paths in (CONFIGS, [*CONFIGS, str(tmp_path / "mine.yaml")])
+    )
+    assert many == pytest.approx(2 * few, abs=0.15)  # both are rounded
+
+
+def test_there_is_no_plan_for_the_miniature_world():
+    done = plan("config.yaml")
+    assert done.returncode != 0 and "configs/coco.yaml" in done.stderr
