@@ -1,7 +1,8 @@
 """Jobs of the workflow survive kills and a full disk; `make torture` tries all of them."""
 
 import pytest
-from torture import STAGES, TORTURES, finished_run
+from project import snakemake, wait_until
+from torture import CONFIG, OVERLAY, STAGES, TORTURES, before, compare, finished_run
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +27,13 @@ def test_the_same_command_finishes_with_the_same_result(finished, stage, torture
     if found == "needs root":
         pytest.skip(found)
     assert found.startswith(outcome)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(finished):
+    with before(STAGES["region_embeddings"], finished) as job:
+        process = job.start()
+        wait_until(job.started, process)
+        with pytest.raises(AssertionError, match="Directory cannot be locked"):
+            snakemake(job.folder, CONFIG, OVERLAY, *job.arguments())
+        assert process.wait() == 0
+        compare(job, finished)

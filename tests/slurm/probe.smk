@@ -41,7 +41,7 @@ rule memory:
         mem_mb=grows(1200),
         runtime=grows(10),
     shell:
-        "echo {resources.mem_mb} $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES >> probe/memory.attempts;"
+        "echo {resources.mem_mb} $SLURMD_NODENAME ${{CUDA_VISIBLE_DEVICES:-}} >> probe/memory.attempts;"
         " python -c 'import time; held = bytearray(1300 << 20); time.sleep(5)';"
         " cp probe/memory.attempts {output}"
 

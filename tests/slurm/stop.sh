@@ -2,6 +2,10 @@
 # Ends what start.sh started in the folder given, by process id, jobs first.
 state=$1
 scancel --full --quiet --user=root 2> /dev/null
+for _ in $(seq 150); do
+  [ -z "$(squeue -h 2> /dev/null)" ] && break
+  sleep 0.2
+done
 munged=$(cat "$state/munged" 2> /dev/null)
 for file in "$state"/slurmd.cpu1.pid "$state"/slurmd.gpu1.pid "$state"/slurmctld.pid $munged; do
   [ -f "$file" ] || continue

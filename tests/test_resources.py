@@ -1,0 +1,57 @@
+"""What jobs ask for grows with the data and with every attempt (rules/resources.smk)."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from lpovod.config import load_config
+
+
+def asked(**overlay) -> SimpleNamespace:
+    """The names that rules/resources.smk defines under a configuration."""
+    config = load_config(yaml.safe_load(Path("config.yaml").read_text()) | overlay)
+    names = {"CONFIG": config, "NOVEL": {name: name for name in config.classes.novel}}
+    exec(Path("rules/resources.smk").read_text(), names)
+    return SimpleNamespace(**names)
+
+
+def photographs(folder: Path, size: int) -> dict:
+    """A coco source whose training annotations are a file of some bytes."""
+    (folder / "annotations").mkdir()
+    with open(folder / "annotations/instances_train2017.json", "wb") as file:
+        file.truncate(size)
+    names = yaml.safe_load(Path("config.yaml").read_text())["classes"]
+    categories = [{"id": i, "name": n} for i, n in enumerate(names["base"] + names["novel"])]
+    (folder / "annotations/instances_val2017.json").write_text(
+        json.dumps({"categories": categories})
+    )
+    return {"source": "coco", "coco": {"root": str(folder)}}
+
+
+def test_amounts_grow_with_the_images_and_with_the_attempt():
+    few = asked(dataset={"miniature": {"train_images": 100}})
+    many = asked(dataset={"miniature": {"train_images": 1100}})
+    train, val = SimpleNamespace(split="train"), SimpleNamespace(split="val")
+    for attempt in (1, 2, 3):
+        grown = many.grows(1000, 0.5)(train, attempt) - few.grows(1000, 0.5)(train, attempt)
+        assert grown == attempt * 500
+        assert many.grows(1000, 0.5)(val, attempt) == attempt * 1250  # of 500 validation images
+        assert many.grows(1000, 0.5)(SimpleNamespace(), attempt) == attempt * 1550
+
+
+@pytest.mark.parametrize(("images", "threads"), [(48, 2), (200, 4), (700, 8), (100_000, 8)])
+def test_a_longer_training_asks_for_more_threads(images, threads):
+    assert threads == asked(dataset={"miniature": {"train_images": images}}).TRAINING_THREADS
+
+
+def test_the_number_of_photographs_is_told_from_the_size_of_their_json(tmp_path):
+    assert asked(dataset=photographs(tmp_path, 4_000_001)).images("train") == 1001
+
+
+def test_photographs_that_are_not_there_yet_count_as_coco_s(tmp_path):
+    dataset = photographs(tmp_path, 0)
+    (tmp_path / "annotations/instances_train2017.json").unlink()
+    assert asked(dataset=dataset).images("train") == 118_287
