@@ -7,7 +7,10 @@
 rule base_detector:
     input:
         script="workflow_scripts/base_detector.py",
-        code=code("base_detector", "detector", "pooling", "backbone", "boxes", "images", "training"),
+        code=code(
+            *("base_detector", "detector", "rpn", "pooling"),
+            *("backbone", "boxes", "images", "training"),
+        ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         shards=shards("train"),
