@@ -1,13 +1,15 @@
 """Stage `base_detector`: the detector learns the base classes, and to imitate CLIP.
 
 Three losses (Sec. 3.2 of the paper): sigmoid focal classification of sampled regions, L1 of their
-box deltas, and L1 between the image head's embedding of a proposal and CLIP's, times 256.
+box deltas, and L1 between the image head's embedding of a proposal and CLIP's, times 256. With
+`regions: rpn` the regions of the first two come from a region proposal network, which adds its own
+two losses; the proposals that are distilled are always the given ones, resized and flipped with
+their image.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -30,6 +32,7 @@ from lpovod.distributed import join, total
 from lpovod.images import LoadedView, batch, load_views, training_views
 from lpovod.progress import say
 from lpovod.region_index import open_shards
+from lpovod.rpn import make_anchors, rpn_losses, rpn_proposals
 from lpovod.training import train, write_training
 
 
@@ -84,7 +87,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def detector_losses(
     model: Detector,
-    images: Tensor,
+    pyramid: list[Tensor],
     sampled: list[Sampled],
     proposals: list[Tensor],
     embeddings: Tensor,
@@ -94,14 +97,14 @@ def detector_losses(
 
     Args:
         model: the detector.
-        images: (n, 3, H, W) normalised.
+        pyramid: P2 ... P6 of the images.
         sampled: for each image, regions for classification and boxes.
         proposals: for each image, (m, 4) boxes to distil.
         embeddings: (sum of m, D) CLIP's embeddings of them, unit rows.
         distillation_weight: factor of the third loss.
     """
-    pyramid = model.pyramid(images)
-    both = [torch.cat([s.boxes, p]) for s, p in zip(sampled, proposals, strict=True)]
+    device = pyramid[0].device
+    both = [torch.cat([s.boxes, p]).to(device) for s, p in zip(sampled, proposals, strict=True)]
     pooled = model.pool(pyramid, both)
     to_classify = torch.cat(
         [
@@ -181,7 +184,7 @@ def train_base_detector(
     schedule = settings.training
     lines = train(
         model,
-        lambda views: _losses(model, data, views, classes, settings, device),
+        lambda views: training_losses(model, data, views, classes, settings, device),
         lambda epoch, step: load_views(
             data,
             training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
@@ -209,7 +212,7 @@ def _start_from(model: Detector, network: Path) -> None:
     say(f"backbone and pyramid start from {network}")
 
 
-def _losses(
+def training_losses(
     model: Detector,
     data: CocoDataset,
     views: list[LoadedView],
@@ -217,23 +220,49 @@ def _losses(
     settings: BaseDetector,
     device: str,
 ) -> dict[str, Tensor]:
+    """All losses of one training step.
+
+    Args:
+        model: the detector, in training mode.
+        data: the annotations.
+        views: images with their proposals and CLIP's embeddings of them (`extra`, regions with the
+            column ``embedding``).
+        classes: row of each base class by category id.
+        settings: where regions come from, how many are sampled, and the weight of distillation.
+        device: where the model is.
+    """
+    pyramid = model.pyramid(batch(views, device))
+    objects = [view.to_view(data.boxes(view.view.image_id)[0]) for view in views]
+    given = [view.to_view(view.extra.box) for view in views]
+    losses, candidates = {}, given
+    if model.rpn_head is not None:
+        losses, candidates = _own_regions(model, pyramid, objects, views)
     sampled, proposals, embeddings = [], [], []
-    for view in views:
-        boxes, categories = data.boxes(view.view.image_id)
+    for number, view in enumerate(views):
+        categories = data.boxes(view.view.image_id)[1]
         labels = torch.tensor([classes[int(c)] for c in categories])
-        regions = view.extra
-        given = view.to_view(regions.box)
         torch.manual_seed(view.view.seed)
-        one = sample_regions(view.to_view(boxes), labels, given, len(classes), settings)
-        sampled.append(one)
-        some = np.sort(torch.randperm(len(given))[: settings.distillation_regions].numpy())
-        proposals.append(given[some])
-        embeddings.append(torch.from_numpy(regions["embedding"][some]).float())
-    return detector_losses(
+        sampled.append(
+            sample_regions(objects[number], labels, candidates[number], len(classes), settings)
+        )
+        some = torch.randperm(len(given[number]))[: settings.distillation_regions].sort().values
+        proposals.append(given[number][some])
+        embeddings.append(torch.from_numpy(view.extra["embedding"][some.numpy()]).float())
+    return losses | detector_losses(
         model,
-        batch(views, device),
+        pyramid,
         sampled,
-        [p.to(device) for p in proposals],
+        proposals,
         torch.cat(embeddings).to(device),
         settings.distillation_weight,
     )
+
+
+def _own_regions(
+    model: Detector, pyramid: list[Tensor], objects: list[Tensor], views: list[LoadedView]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The region proposal network's two losses, and its boxes of each image."""
+    sizes, seeds = [tuple(v.pixels.shape[1:]) for v in views], [v.view.seed for v in views]
+    outputs, anchors = model.rpn_head(pyramid), make_anchors(pyramid)
+    losses = rpn_losses(outputs, anchors, [o.to(pyramid[0].device) for o in objects], sizes, seeds)
+    return losses, [boxes.cpu() for boxes, _ in rpn_proposals(outputs, anchors, sizes)]

@@ -10,17 +10,17 @@ DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 LARGEST_LOG_RATIO = abs(math.log(16 / 1000))
 
 
-def encode(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Deltas (dx, dy, dw, dh) that turn `boxes` into `targets`, both (n, 4), over `DELTA_STDS`."""
+def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...] = DELTA_STDS) -> Tensor:
+    """Deltas (dx, dy, dw, dh) that turn `boxes` into `targets`, both (n, 4), over `stds`."""
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     centre, target_centre = boxes[:, :2] + size / 2, targets[:, :2] + target_size / 2
     deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)
-    return deltas / deltas.new_tensor(DELTA_STDS)
+    return deltas / deltas.new_tensor(stds)
 
 
-def decode(boxes: Tensor, deltas: Tensor) -> Tensor:
+def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...] = DELTA_STDS) -> Tensor:
     """The inverse of `encode`; logarithms of size ratios are clamped on both sides."""
-    deltas = deltas * deltas.new_tensor(DELTA_STDS)
+    deltas = deltas * deltas.new_tensor(stds)
     size = boxes[:, 2:] - boxes[:, :2]
     centre = boxes[:, :2] + size / 2 + deltas[:, :2] * size
     size = size * deltas[:, 2:].clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
@@ -64,11 +64,22 @@ def sample(
         positive_part: the largest part of `count` that is positive.
         negatives_per_positive: limits the negatives, one positive being counted at least.
     """
-    positive = take((iou >= 0.5).nonzero().flatten(), int(count * positive_part))
-    limit = count - len(positive)
+    return sample_rows(iou >= 0.5, iou < 0.5, count, positive_part, negatives_per_positive)
+
+
+def sample_rows(
+    positive: Tensor,
+    negative: Tensor,
+    count: int,
+    positive_part: float,
+    negatives_per_positive: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows sampled from those marked positive and negative, (n,) bool; see `sample`."""
+    positives = take(positive.nonzero().flatten(), int(count * positive_part))
+    limit = count - len(positives)
     if negatives_per_positive is not None:
-        limit = min(limit, negatives_per_positive * max(1, len(positive)))
-    return positive, take((iou < 0.5).nonzero().flatten(), limit)
+        limit = min(limit, negatives_per_positive * max(1, len(positives)))
+    return positives, take(negative.nonzero().flatten(), limit)
 
 
 def nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float, count: int) -> Tensor:

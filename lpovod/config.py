@@ -182,6 +182,11 @@ class RegionIndex(Settings):
 
 class BaseDetector(Settings):
     training: Training = key(Training(), "schedule of the detector")
+    regions: Literal["rpn", "proposals"] = key(
+        "rpn",
+        "whose boxes the classification and box losses are sampled from: those of a region proposal"
+        " network trained along, as in the original, or the given proposals",
+    )
     samples: PositiveInt = key(512, "regions sampled per image for classification and boxes")
     positives: Fraction = key(0.25, "largest part of them with an IoU of .5 with an object")
     branch_convolutions: int = key(4, "convolutions of each head before its linear layer", ge=0)

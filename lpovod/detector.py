@@ -17,6 +17,7 @@ from lpovod.backbone import ConvNorm, build_backbone
 from lpovod.boxes import clip, decode
 from lpovod.config import Backbone, BaseDetector
 from lpovod.pooling import POOLED, pool_regions
+from lpovod.rpn import RegionProposalNetwork
 
 
 class Branch(nn.Module):
@@ -53,7 +54,7 @@ class RegionOutputs:
 
 
 class Detector(nn.Module):
-    """Backbone, pyramid and the two heads.
+    """Backbone, pyramid and the two heads; with `regions: rpn` the network its losses need.
 
     Args:
         backbone: size of the backbone.
@@ -75,6 +76,8 @@ class Detector(nn.Module):
         nn.init.normal_(self.box_refinement.weight, std=0.001)
         nn.init.zeros_(self.box_refinement.bias)
         nn.init.normal_(self.prototypes, std=0.01)
+        own = settings.regions == "rpn"
+        self.rpn_head = RegionProposalNetwork(backbone.channels) if own else None
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """P2 ... P6 of normalised images, (n, 3, H, W)."""

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from lpovod.boxes import clip
 from lpovod.config import Training
 from lpovod.dataset import CocoDataset
 from lpovod.distributed import largest, rank, ranks
@@ -23,6 +23,8 @@ from lpovod.distributed import largest, rank, ranks
 MEAN = (122.770935, 116.74601, 104.093735)
 STD = (68.500534, 66.63216, 70.323166)
 PAD_TO = 32
+WEIGHT_BITS = 11
+"""Of the fixed-point weights that OpenCV resizes bytes with."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ class LoadedView:
     extra: Any = None
 
     def to_view(self, boxes: np.ndarray | Tensor) -> Tensor:
-        """Boxes of the original image, (n, 4), as boxes of the view."""
-        boxes = torch.as_tensor(boxes) * self.scale.repeat(2)
+        """Boxes of the original image, (n, 4), as boxes of the view, cut to it."""
+        height, width = self.pixels.shape[1:]
+        boxes = clip(torch.as_tensor(boxes) * self.scale.repeat(2), width, height)
         if self.view.flip:
-            width = self.pixels.shape[2]
             boxes = torch.stack(
                 [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1
             )
@@ -66,8 +68,6 @@ class LoadedView:
 def show(pixels: np.ndarray, view: View) -> LoadedView:
     """Resize the shorter side to the view's, unless the longer one would exceed its limit.
 
-    Bilinear without antialias, rounded to whole grey levels, as OpenCV does it.
-
     Args:
         pixels: (H, W, 3) uint8.
     """
@@ -76,26 +76,70 @@ def show(pixels: np.ndarray, view: View) -> LoadedView:
     size = (int(height * factor + 0.5), int(width * factor + 0.5))
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     if size != (height, width):
-        resized = functional.interpolate(image[None].float(), size=size, mode="bilinear")
-        image = resized[0].round().clamp(0, 255).byte()
+        image = resize(image, *size)
     if view.flip:
         image = image.flip(2)
     scale = torch.tensor([size[1] / width, size[0] / height], dtype=torch.float32)
     return LoadedView(view, image.contiguous(), scale)
 
 
-def batch(views: list[LoadedView], device: str) -> Tensor:
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear without antialias, to the same bits as OpenCV's ``resize`` of bytes.
+
+    OpenCV works in fixed point: weights have `WEIGHT_BITS` bits, the horizontal sum drops its last
+    four, each vertical product the next sixteen, and their sum is rounded by two more.
+
+    Args:
+        pixels: (3, H, W) uint8.
+        height: of the result.
+        width: of the result.
+    """
+    left, right, part = _taps(pixels.shape[2], width)
+    rows = pixels[:, :, left] * part[0]
+    rows += pixels[:, :, right] * part[1]
+    rows >>= 4
+    above, below, part = _taps(pixels.shape[1], height)
+    upper, lower = rows[:, above], rows[:, below]
+    upper *= part[0][:, None]
+    lower *= part[1][:, None]
+    upper >>= 16
+    lower >>= 16
+    return ((upper + lower + 2) >> 2).byte()
+
+
+def _taps(old: int, new: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each new pixel of an axis: the old ones before and after it, and (2, new) weights."""
+    centre = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    before, last = centre.floor(), old - 1
+    weights = torch.stack([1 - (centre - before), centre - before]) * 2**WEIGHT_BITS
+    before = before.int()
+    return before.clamp(0, last), (before + 1).clamp(0, last), weights.round().int()
+
+
+def batch(views: list[LoadedView], device: str, pad_with_black: bool = False) -> Tensor:
     """Normalised images, (n, 3, H, W) float32, padded right and below to a multiple of 32.
 
-    Of several ranks' batches all get the size of the largest: norms see the padding, too.
+    Args:
+        views: what to show.
+        device: where the batch goes.
+        pad_with_black: pad before normalising, as the original does in its tests, instead of with
+            zeros after it, as in its training.
     """
+    # Of several ranks' batches all get the size of the largest: norms see the padding, too.
     height, width = largest([max(v.pixels.shape[side] for v in views) for side in (1, 2)])
-    shape = (len(views), 3, -(-height // PAD_TO) * PAD_TO, -(-width // PAD_TO) * PAD_TO)
-    images = torch.zeros(shape, dtype=torch.uint8)
-    for image, view in zip(images, views, strict=True):
-        image[:, : view.pixels.shape[1], : view.pixels.shape[2]] = view.pixels
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-    return (images.to(device).float() - mean) / std
+    images = torch.zeros(len(views), 3, padded(height), padded(width), device=device)
+    if pad_with_black:
+        images += -mean / std
+    for image, view in zip(images, views, strict=True):
+        shown = image[:, : view.pixels.shape[1], : view.pixels.shape[2]]
+        shown.copy_((view.pixels.to(device).float() - mean) / std)
+    return images
+
+
+def padded(side: int) -> int:
+    """A side in pixels, rounded up to a multiple of `PAD_TO`."""
+    return -(-side // PAD_TO) * PAD_TO
 
 
 def training_views(

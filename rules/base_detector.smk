@@ -8,14 +8,8 @@ rule base_detector:
     input:
         script="workflow_scripts/base_detector.py",
         code=code(
-            "base_detector",
-            "detector",
-            "pooling",
-            "backbone",
-            "boxes",
-            "images",
-            "training",
-            "distributed",
+            *("base_detector", "detector", "rpn", "pooling"),
+            *("backbone", "boxes", "images", "training", "distributed"),
         ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,

@@ -168,7 +168,7 @@ def test_losses_are_those_of_the_regions_they_name():
     ]
     targets = functional.normalize(torch.randn(3, 8), dim=1)
     with torch.no_grad():
-        found = detector_losses(model, images, sampled, proposals, targets, 256)
+        found = detector_losses(model, model.pyramid(images), sampled, proposals, targets, 256)
         pyramid = model.pyramid(images)
         box_losses, imitated, regions = [], [], 0
         for number, one in enumerate(sampled):
@@ -182,5 +182,5 @@ def test_losses_are_those_of_the_regions_they_name():
     distance = (torch.cat(imitated) - targets).abs().mean()
     assert float(found["distillation"]) == pytest.approx(256 * float(distance), rel=1e-4)
     assert float(found["classification"]) > 0
-    without = detector_losses(model, images, sampled, proposals, targets, 0)
+    without = detector_losses(model, model.pyramid(images), sampled, proposals, targets, 0)
     assert "distillation" not in without
