@@ -172,8 +172,9 @@ def rpn_proposals(
     for number, (height, width) in enumerate(sizes):
         boxes, scores, levels = [], [], []
         for level, ((logits, deltas), of_level) in enumerate(zip(outputs, anchors, strict=True)):
-            score = logits[number].float().sigmoid()
-            score, best = score.topk(min(per_level, len(score)))
+            # A stable sort, unlike topk, leaves equal scores in the order of their anchors.
+            score, best = logits[number].float().sigmoid().sort(descending=True, stable=True)
+            score, best = score[:per_level], best[:per_level]
             box = decode(of_level[best], deltas[number, best].float(), STDS)
             boxes.append(clip(box, width, height))
             scores.append(score)

@@ -16,6 +16,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +31,8 @@ from lpovod.config import Backbone, BaseDetector, Evaluation, Training
 from lpovod.dataset import CocoDataset
 from lpovod.detector import Detector, refine
 from lpovod.evaluation import Scores, Variant, detect, final_scores
-from lpovod.images import LoadedView, View, batch, padded, show
-from lpovod.rpn import make_anchors, rpn_proposals
+from lpovod.images import MEAN, STD, LoadedView, View, batch, padded, show
+from lpovod.rpn import Outputs, make_anchors, rpn_proposals
 from lpovod.store import Regions
 from lpovod.training import train
 
@@ -231,6 +232,8 @@ def preprocessing(name: str) -> Arrays:
     pixels = torch.zeros(tensor.shape, dtype=torch.uint8)
     pixels[:, : test.pixels.shape[1], : test.pixels.shape[2]] = test.pixels
     found = {
+        "mean": np.array(MEAN, np.float32),
+        "std": np.array(STD, np.float32),
         "lut_rgb": batch([every_byte], "cpu")[0, :, 0, :256],
         f"{name}_test_u8": pixels.permute(1, 2, 0),
         f"{name}_test_sha256": hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
@@ -319,26 +322,32 @@ def region_outputs(name: str, model: Detector, pyramid: list[Tensor], view: Load
 
 
 def raw_scores(
-    name: str, model: Detector, pyramid: list[Tensor], view: LoadedView, boxes: Tensor, probe: bool
+    model: Detector,
+    pyramid: list[Tensor],
+    view: LoadedView,
+    boxes: Tensor,
+    objectness: Tensor,
+    size: tuple[int, int],
+    probe: bool,
 ) -> Scores:
     """Scores as stage `evaluation` reads them; without a probe novel sigmoids are 1.
 
     Args:
-        name: of the image.
         model: the detector.
         pyramid: of the image.
         view: the image.
         boxes: (n, 4), RESIZED.
+        objectness: (n,).
+        size: height and width of the original image.
         probe: whether there are novel weights.
     """
     outputs = model.describe(model.pool(pyramid, [boxes]))
-    height, width = SIZES[name]
+    height, width = size
     novel = (outputs.feature @ novel_weights().T).sigmoid()
-    given = len(boxes) == PROPOSALS
     return Scores(
         boxes=boxes / view.scale.repeat(2),
         refined=refine(boxes, outputs.deltas, view.scale, (width, height)),
-        objectness=torch.from_numpy(make_proposals(name)[1]) if given else torch.ones(len(boxes)),
+        objectness=objectness,
         sigmoid=torch.cat(
             [
                 (outputs.feature @ model.prototypes.T).sigmoid(),
@@ -351,9 +360,9 @@ def raw_scores(
     )
 
 
-def detections(scores: Scores, variant: Variant) -> np.ndarray:
+def detections(scores: Scores, variant: Variant, settings: Evaluation) -> np.ndarray:
     """(k, 6): box in pixels of the original image, score, place of the class among the 65."""
-    found = detect({0: scores}, BASE_CLASSES, BASE + NOVEL, variant, Evaluation())
+    found = detect({0: scores}, BASE_CLASSES, BASE + NOVEL, variant, settings)
     box, score, place = found[0]
     return np.concatenate([box, score[:, None], place[:, None]], axis=1).astype(np.float32)
 
@@ -362,18 +371,23 @@ def all_detections(name: str, model: Detector, pyramid: list[Tensor], view: Load
     """With given proposals, without and with a probe; and with the RPN's boxes instead."""
     settings = Evaluation()
     variant = Variant(settings.alpha, settings.beta, temperature=0.01)
-    given = view.to_view(make_proposals(name)[0])
+    boxes, objectness = make_proposals(name)
+    given = (view.to_view(boxes), torch.from_numpy(objectness), SIZES[name])
     found = {}
     for kind, probe in (("base", False), ("ft", True)):
-        scores = raw_scores(name, model, pyramid, view, given, probe)
-        ordered = np.zeros((len(given), 66), np.float32)  # the last one is the background's
+        scores = raw_scores(model, pyramid, view, *given, probe)
+        ordered = np.zeros((PROPOSALS, 66), np.float32)  # the last one is the background's
         ordered[:, BASE + NOVEL] = final_scores(scores, BASE_CLASSES, variant)
         found[f"{name}_{kind}_scores66"] = ordered
-        found[f"{name}_{kind}_dets"] = detections(scores, variant)
+        found[f"{name}_{kind}_dets"] = detections(scores, variant, settings)
     outputs, anchors = model.rpn_head(pyramid), make_anchors(pyramid)
-    own, _ = rpn_proposals(outputs, anchors, [tuple(view.pixels.shape[1:])], per_level=1000)[0]
-    scores = raw_scores(name, model, pyramid, view, own, probe=False)
-    found[f"{name}_base_rpnpath_dets"] = detections(scores, variant)
+    size = tuple(view.pixels.shape[1:])
+    own, scores = rpn_proposals(outputs, anchors, [size], per_level=1000)[0]
+    scores = raw_scores(model, pyramid, view, own, scores, SIZES[name], probe=False)
+    # The original takes the root of a score with objectness alone; here it is always taken.
+    without = Evaluation(score_threshold=math.sqrt(settings.score_threshold))
+    rooted = detections(scores, replace(variant, objectness=False), without)
+    found[f"{name}_base_rpnpath_dets"] = rooted ** np.float32([1, 1, 1, 1, 2, 1])
     return found
 
 
@@ -452,6 +466,13 @@ def training_step(model: Detector, state: Path) -> tuple[Arrays, dict[str, float
 
     for key, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(partial(keep, key))
+    proposed: list[tuple[Tensor, Tensor]] = []
+
+    def propose(_, inputs: tuple, outputs: Outputs) -> None:
+        sizes = [tuple(view.pixels.shape[1:]) for view in views]
+        proposed.extend(rpn_proposals(outputs, make_anchors(inputs[0]), sizes))
+
+    model.rpn_head.register_forward_hook(propose)
     settings = BaseDetector(regions="rpn")
     schedule = Training(epochs=1, warmup_steps=0, learning_rate=0.02, weight_decay=2.5e-5)
     with sampled_evenly():
@@ -470,6 +491,8 @@ def training_step(model: Detector, state: Path) -> tuple[Arrays, dict[str, float
     found = {f"loadprops_{theirs}": np.array(history[ours]) for ours, theirs in LOSSES.items()}
     found["loadprops_loss_total"] = sum(found.values())
     found["grad_norm_total"] = np.array(math.hypot(*norms.values()))
+    for number, (boxes, scores) in enumerate(proposed):
+        found[f"train_proposals_{number}"] = torch.cat([boxes, scores[:, None]], dim=1).numpy()
     found |= {f"grad::{key}": gradient for key, gradient in gradients.items()}
     for key, tensor in model.state_dict().items():
         moment = "after_step" if original_name(key) in gradients else "after_fwd"

@@ -1,7 +1,6 @@
-"""The detector: equal to the original's recorded values, and its losses by hand."""
+"""The detector's losses, by hand and against recorded values (the others: `test_fidelity.py`)."""
 
-import json
-import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,113 +8,24 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lpovod.backbone import level_of
-from lpovod.base_detector import classification_loss, detector_losses, sample_regions
+from lpovod.base_detector import (
+    classification_loss,
+    detector_losses,
+    sample_regions,
+    training_losses,
+)
 from lpovod.boxes import encode
 from lpovod.config import Backbone, BaseDetector
-from lpovod.detector import Detector, refine
+from lpovod.dataset import CocoDataset
+from lpovod.detector import Detector
+from lpovod.images import View, batch, show
+from lpovod.store import Regions
 
 GOLDENS = Path("../shared/data/goldens")
 SMALL = Backbone(channels=16)
-HEADS = BaseDetector(branch_convolutions=1, dimension=32, finest_scale=16, sampling_ratio=1)
-
-# The original's names of the heads' parameters.
-ORIGINAL = {
-    "region_branch.convs.": "roi_head.bbox_head.shared_convs.",
-    "region_branch.fc.": "roi_head.bbox_head.shared_fcs.0.",
-    "image_branch.convs.": "roi_head.bbox_head.shared_convs_for_image.",
-    "image_branch.fc.": "roi_head.bbox_head.shared_fcs_for_image.0.",
-    "box_refinement.": "roi_head.bbox_head.fc_reg.",
-    "projection.": "roi_head.projection_for_image.",
-    "prototypes": "roi_head.prototype",
-}
-
-
-def original_name(key: str) -> str:
-    for ours, theirs in ORIGINAL.items():
-        key = key.replace(ours, theirs)
-    return key
-
-
-def recorded_weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weights the values were recorded with: a function of key and shape."""
-    draw, leaf = np.random.default_rng(zlib.crc32(key.encode())), key.rsplit(".", 1)[-1]
-    if leaf == "num_batches_tracked":
-        return np.zeros((), np.int64)
-    if leaf == "running_mean":
-        return 0.1 * draw.standard_normal(shape)
-    if leaf == "running_var":
-        return draw.uniform(0.5, 1.5, shape)
-    if "bn" in key.split(".")[-2] or ".downsample.1." in key:
-        if leaf == "bias":
-            return 0.1 * draw.standard_normal(shape)
-        gain = 0.3 if ".bn3." in key else 0.15 if "fpn_convs" in key else 1.0
-        return gain * draw.uniform(0.8, 1.2, shape)
-    if leaf == "bias":
-        return 0.05 * draw.standard_normal(shape)
-    std, mean = np.sqrt(2.0 / np.prod(shape[1:])), 0.0
-    for ending, values in {"fc_reg.weight": (0.02, 0), "prototype": (0.04, -0.0045)}.items():
-        if key.endswith(ending):
-            std, mean = values
-    return std * draw.standard_normal(shape) + mean
-
-
-@pytest.fixture(scope="module")
-def recorded_model():
-    model = Detector(Backbone(architecture="resnet50", channels=256), BaseDetector(), 48, 512)
-    keys = model.state_dict()
-    model.load_state_dict(
-        {k: torch.tensor(recorded_weight(original_name(k), v.shape)) for k, v in keys.items()}
-    )
-    return model.eval()
-
-
-def test_every_parameter_of_the_original_s_heads_has_its_place():
-    if not GOLDENS.exists():
-        pytest.skip("needs the recorded values")
-    listed = {
-        key: shape for key, shape, _ in json.loads((GOLDENS / "state_dict_base.json").read_text())
-    }
-    model = Detector(Backbone(architecture="resnet50", channels=256), BaseDetector(), 48, 512)
-    ours = {original_name(k): list(v.shape) for k, v in model.state_dict().items()}
-    assert ours == {k: v for k, v in listed.items() if not k.startswith("rpn_head.")}
-
-
-def close(found: torch.Tensor, expected: np.ndarray, relative: float = 1e-4) -> None:
-    assert found.shape == expected.shape
-    error = np.abs(found.numpy() - expected).max() / np.abs(expected).max()
-    assert error <= relative, error
-
-
-@torch.inference_mode()
-def test_the_original_s_recorded_values(recorded_model):
-    if not GOLDENS.exists():
-        pytest.skip("needs the recorded values")
-    images, features, rois = (
-        np.load(GOLDENS / f"golden_{name}.npz") for name in ("preprocess", "features", "roi")
-    )
-    pixels = images["A_test_u8"]
-    table = images["lut_rgb"]
-    tensor = np.stack([table[c][pixels[..., c]] for c in range(3)]).astype(np.float32)
-    maps = recorded_model.backbone(torch.from_numpy(tensor)[None])
-    pyramid = recorded_model.neck(maps)
-    close(maps[0][0, ::4, ::16, ::16], features["A_C2_slice"])
-    close(maps[3][0, ::16, ::2, ::2], features["A_C5_slice"])
-    close(pyramid[0][0, ::4, ::16, ::16], features["A_P2_slice"])
-    close(pyramid[3][0], features["A_P5"])
-    close(pyramid[4][0, ::4], features["A_P6_slice"])
-    boxes = torch.from_numpy(rois["A_rois"][:, 1:])
-    assert level_of(boxes, 56).tolist() == rois["A_levels"].tolist()
-    pooled = recorded_model.pool(pyramid, [boxes])
-    close(pooled[::6, ::4], rois["A_roi_feats_slice"])
-    outputs = recorded_model.describe(pooled)
-    close(outputs.feature, rois["A_region_embeddings"])
-    close(outputs.embedding, rois["A_image_embeddings"])
-    close(outputs.feature @ recorded_model.prototypes.T, rois["A_cls_logits_base"])
-    close(outputs.deltas, rois["A_bbox_deltas"])
-    height, width = images["A_test_img_shape"][:2]
-    decoded = refine(boxes, outputs.deltas, torch.ones(2), (int(width), int(height)))
-    assert np.abs(decoded.numpy() - rois["A_decoded_resized"]).max() <= 0.05
+HEADS = BaseDetector(
+    regions="proposals", branch_convolutions=1, dimension=32, finest_scale=16, sampling_ratio=1
+)
 
 
 def test_focal_loss_is_the_original_s():
@@ -184,3 +94,26 @@ def test_losses_are_those_of_the_regions_they_name():
     assert float(found["classification"]) > 0
     without = detector_losses(model, model.pyramid(images), sampled, proposals, targets, 0)
     assert "distillation" not in without
+
+
+@pytest.mark.parametrize("regions", ["rpn", "proposals"])
+def test_regions_come_from_the_rpn_or_from_the_proposals(regions):
+    """With an RPN its two losses are added; distillation is of the given proposals all the same."""
+    torch.manual_seed(0)
+    settings = HEADS.model_copy(update={"regions": regions})
+    model = Detector(SMALL, settings, 1, 8).eval()
+    assert any(k.startswith("rpn_head.") for k in model.state_dict()) == (regions == "rpn")
+    annotation = {"bbox": [10, 10, 30, 40], "category_id": 7}
+    images = {1: {"file_name": "", "width": 96, "height": 64}}
+    data = CocoDataset(Path("x.json"), images, {1: [annotation]}, {7: {"name": "a"}})
+    boxes = np.array([[12, 8, 44, 50], [60, 4, 90, 60]], np.float32)
+    embedding = np.eye(8, dtype=np.float16)[:2]
+    extra = Regions(np.ones(2), np.arange(2), boxes, np.ones(2), {"embedding": embedding})
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    view = replace(show(pixels, View(1, 64, 96)), extra=extra)
+    found = training_losses(model, data, [view], {7: 0}, settings, "cpu")
+    own = {"rpn_classification", "rpn_box"} if regions == "rpn" else set()
+    assert set(found) == {"classification", "box", "distillation"} | own
+    imitated = model.embed(model.pool(model.pyramid(batch([view], "cpu")), [torch.tensor(boxes)]))
+    distance = (imitated - torch.tensor(embedding)).abs().mean()
+    assert float(found["distillation"].detach()) == pytest.approx(256 * float(distance), rel=1e-4)

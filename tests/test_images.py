@@ -1,17 +1,14 @@
 """Images on their way into a network."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from lpovod.config import Training
 from lpovod.dataset import CocoDataset
-from lpovod.images import MEAN, STD, View, batch, load_views, show, training_views
-
-GOLDENS = Path("../shared/data/goldens")
+from lpovod.images import MEAN, STD, View, batch, load_views, resize, show, training_views
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -40,6 +37,20 @@ def test_an_image_of_the_right_size_is_not_touched():
     assert np.array_equal(show(pixels, View(1, 160, 160)).pixels.permute(1, 2, 0), pixels)
 
 
+@pytest.mark.parametrize("size", [(31, 64), (15, 20), (60, 47)])
+def test_resized_pixels_are_within_a_grey_level_of_the_exact_ones(size):
+    """Weights have 11 bits; that they are OpenCV's to the bit is shown in `test_fidelity.py`."""
+    pixels = torch.from_numpy(noise(30, 40)).permute(2, 0, 1)
+    exact = functional.interpolate(pixels[None].double(), size=size, mode="bilinear")[0]
+    assert float((resize(pixels, *size) - exact).abs().max()) <= 1
+
+
+def test_boxes_are_cut_to_the_view():
+    shown = show(noise(100, 200), View(1, 50, 1000))
+    found = shown.to_view(np.array([[-3, 10, 201, 130]], np.float32))
+    assert found.tolist() == [[0, 5, 100, 50]]
+
+
 def test_boxes_follow_resize_and_flip():
     shown = show(noise(100, 200), View(1, 50, 1000, flip=True))
     found = shown.to_view(np.array([[20, 10, 60, 30]], np.float32))
@@ -48,15 +59,17 @@ def test_boxes_follow_resize_and_flip():
     assert torch.equal(shown.pixels.flip(2), unflipped.pixels)
 
 
-def test_a_batch_is_normalised_and_padded():
+@pytest.mark.parametrize("pad_with_black", [True, False])
+def test_a_batch_is_normalised_and_padded(pad_with_black):
     views = [show(noise(h, w), View(1, min(h, w), max(h, w))) for h, w in ((40, 70), (33, 20))]
-    found = batch(views, "cpu")
+    found = batch(views, "cpu", pad_with_black)
     assert found.shape == (2, 3, 64, 96)
     for c in range(3):
         expected = (views[1].pixels[c].numpy() - MEAN[c]) / STD[c]
         assert np.allclose(found[1, c, :33, :20], expected, atol=1e-5)
-        # padded with black, then normalised, as in the original's test pipeline
-        assert np.allclose(found[1, c, 33:], -MEAN[c] / STD[c], atol=1e-5)
+        padding = -MEAN[c] / STD[c] if pad_with_black else 0
+        assert np.allclose(found[1, c, 33:], padding, atol=1e-5)
+        assert np.allclose(found[1, c, :, 20:], padding, atol=1e-5)
 
 
 def test_every_image_is_seen_once_per_epoch_in_another_order():
@@ -112,16 +125,3 @@ def test_loading_is_the_same_for_any_number_of_workers(tmp_path):
     assert [len(part) for part in runs[0]] == [2, 2, 1]
     for one, other in zip(*runs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.skipif(not GOLDENS.exists(), reason="needs the recorded values")
-def test_the_original_s_network_input():
-    recorded = np.load(GOLDENS / "golden_preprocess.npz")
-    with Image.open(GOLDENS / "000000000101.png") as file:
-        pixels = np.array(file.convert("RGB"))
-    found = show(pixels, View(101, 800, 1333)).pixels.permute(1, 2, 0).numpy()
-    expected = recorded["A_test_u8"][: found.shape[0], : found.shape[1]]
-    difference = np.abs(found.astype(int) - expected.astype(int))
-    # OpenCV rounds its weights to 11 bits, which shows in one grey level here and there.
-    assert difference.max() <= 1
-    assert difference.mean() < 0.15

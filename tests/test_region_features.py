@@ -14,7 +14,9 @@ from lpovod.region_features import describe_retrieved, describe_split
 from lpovod.store import RegionStore
 
 BACKBONE = Backbone(channels=16, short_side=96, long_side=128)
-HEADS = BaseDetector(branch_convolutions=1, dimension=24, finest_scale=16, sampling_ratio=1)
+HEADS = BaseDetector(
+    regions="proposals", branch_convolutions=1, dimension=24, finest_scale=16, sampling_ratio=1
+)
 SETTINGS = RegionFeatures(batch_size=2)
 
 
