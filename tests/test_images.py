@@ -1,5 +1,7 @@
 """Images on their way into a network."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
