@@ -1,12 +1,13 @@
 # `make run`: environment, then the whole workflow on the miniature world.
 # `make test`: environment, then all tests.
+# `make torture`: environment, then every stage is killed in every way (half an hour or more).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint
+.PHONY: run test lint torture
 
 run: $(VENV)/.installed
 	snakemake --cores all
@@ -19,6 +20,10 @@ lint: $(VENV)/.installed
 	ruff format --check .
 	snakefmt --check Snakefile rules
 	snakemake --lint
+
+# Every stage killed in every way; see docs/torture.md.
+torture: $(VENV)/.installed
+	python tests/torture.py --output docs/torture.md
 
 # Moved into place when whole: an interrupted installation starts again.
 $(VENV)/.installed: requirements.lock

@@ -10,6 +10,7 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/resources.smk"
 include: "rules/download.smk"
 include: "rules/dataset.smk"
 include: "rules/text_embeddings.smk"

@@ -9,9 +9,11 @@ A reader that combines two artefacts calls `check_made_from`, so that files of d
 never mixed silently.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from safetensors.numpy import save
 from lpovod import __version__
 
 Identity = dict[str, Any]
+LITTLE_ROOM = 1 << 16  # bytes free on a disk that is as good as full
 
 
 class LpovodError(Exception):
@@ -81,6 +84,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
     The temporary name is the same in every attempt, so that a killed one leaves at most one file,
     which the next attempt overwrites.
+
+    Raises:
+        LpovodError: if the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +98,19 @@ def atomic(path: Path) -> Iterator[Path]:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # HDF5 and torch tell of it in words alone
+        if os.strerror(errno.ENOSPC) not in str(error) and _room(path.parent) > LITTLE_ROOM:
+            raise
+        raise LpovodError(
+            f"{path} cannot be written: {os.strerror(errno.ENOSPC)}. Make room, then run the same "
+            "command again"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _room(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -127,17 +127,13 @@ class FeaturePyramid(nn.Module):
 
 
 def build_backbone(settings: Backbone) -> tuple[ResNet, FeaturePyramid]:
-    """The two halves, freshly initialised.
-
-    Channels are last in memory, which on a CPU saves a fifth of the time (and suits a GPU).
-    """
+    """The two halves, freshly initialised."""
     resnet = ResNet(settings.architecture)
     pyramid = FeaturePyramid(resnet.outputs, settings.channels)
     for module in (*resnet.modules(), *pyramid.modules()):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    last = torch.channels_last
-    return resnet.to(memory_format=last), pyramid.to(memory_format=last)
+    return resnet, pyramid
 
 
 def freeze_statistics(module: nn.Module) -> None:

@@ -182,16 +182,15 @@ def train_base_detector(
     lines = train(
         model,
         lambda views: _losses(model, data, views, classes, settings, device),
-        lambda epoch: load_views(
+        lambda epoch, step: load_views(
             data,
-            training_views(data, image_ids, schedule, backbone.long_side, seed, epoch),
+            training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
             schedule.images_per_step,
             schedule.workers,
             extra=lambda view: store.read(view.view.image_id),
         ),
         -(-len(image_ids) // schedule.images_per_step),
         schedule,
-        seed,
         state,
         fingerprint(made_from | {"code": [sha256(path) for path in code]}),
     )

@@ -237,7 +237,7 @@ class SmallClip(Settings):
     """The small CLIP and its training."""
 
     seed: int = key(17, "of the drawn images, the crops, the initial weights and the batches", ge=0)
-    crops: PositiveInt = key(32_000, "crops to train on")
+    crops: PositiveInt = key(48_000, "crops to train on")
     held_out_scenes: PositiveInt = key(300, "images for the accuracy that is recorded")
     epochs: PositiveInt = key(8, "passes over the crops")
     batch_size: PositiveInt = key(128, "crops of one optimisation step")

@@ -63,18 +63,18 @@ def largest(values: list[int]) -> list[int]:
     return shared.tolist()
 
 
-def start_alike(model: nn.Module, epoch: int) -> None:
+def start_alike(model: nn.Module, step: int) -> None:
     """Give every rank the parameters and buffers of rank 0.
 
     Raises:
-        LpovodError: if a rank does not start with the same epoch: they see different files.
+        LpovodError: if a rank does not start with the same step: they see different files.
     """
     if ranks() == 1:
         return
-    last = largest([epoch, -epoch])
+    last = largest([step, -step])
     if last[0] != -last[1]:
         raise LpovodError(
-            f"ranks go on after different epochs, {-last[1]} to {last[0]}: is the folder of the "
+            f"ranks go on after different steps, {-last[1]} to {last[0]}: is the folder of the "
             "training's state shared by all nodes?"
         )
     for tensor in model.state_dict().values():

@@ -4,6 +4,7 @@ Random choices are made by the sampler alone (`training_views`), so that the sam
 same views for any number of loading processes and of ranks.
 """
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -104,8 +105,9 @@ def training_views(
     long_side: int,
     seed: int,
     epoch: int,
+    step: int = 0,
 ) -> list[View]:
-    """The views of one epoch: every image once, in random order, size and direction.
+    """The views of one epoch from a step on: every image once, in random order, size, direction.
 
     The images of a step are all upright or all not, as on each GPU of the original, which saves
     padding; the rest of both come last, filled up with views of the first step, so that every step
@@ -116,17 +118,18 @@ def training_views(
     sides = draw.choice(settings.short_sides, len(image_ids))
     flips = draw.random(len(image_ids)) < settings.flip
     seeds = draw.integers(2**62, size=len(image_ids))
-    steps: list[View] = []
+    views: list[View] = []
     waiting: dict[bool, list[View]] = {True: [], False: []}
     for i, side, flip, own in zip(order, sides, flips, seeds, strict=True):
         image = data.images[image_ids[i]]
         together = waiting[image["height"] > image["width"]]
         together.append(View(image_ids[i], int(side), long_side, bool(flip), int(own)))
         if len(together) == settings.images_per_step:
-            steps += together
+            views += together
             together.clear()
-    steps += waiting[True] + waiting[False]
-    return steps + list(islice(cycle(steps), -len(steps) % settings.images_per_step))
+    views += waiting[True] + waiting[False]
+    views += list(islice(cycle(views), -len(views) % settings.images_per_step))
+    return views[step * settings.images_per_step :]
 
 
 class _Loading(torch.utils.data.Dataset):
@@ -165,8 +168,15 @@ def load_views(
         _Loading(dataset, views, extra),
         batch_sampler=[part[rank() :: ranks()] for part in lists],
         num_workers=workers,
+        worker_init_fn=_leave_signals,
         collate_fn=list,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """A training that is asked to end needs its workers until the step is done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def inference_views(

@@ -155,8 +155,8 @@ _PICTOGRAMS: dict[str, list[Part]] = {
         Part(_ellipse(0, -0.62, 0.4), _ACCENT),
     ],
     "bolt": [
-        Part(_polygon((0.9, -1), (0.6, 0.22), (-0.35, 0.12)), _MAIN),
-        Part(_polygon((-0.9, 1), (-0.6, -0.22), (0.35, -0.12)), _ACCENT),
+        Part(_polygon((0.4, -1), (-0.75, 0.15), (0.2, 0.15)), _MAIN),
+        Part(_polygon((-0.4, 1), (0.75, -0.15), (-0.2, -0.15)), _ACCENT),
     ],
     "house": [
         Part(_rectangle(-0.56, -0.12, 0.56, 0.95), _MAIN),

@@ -156,15 +156,14 @@ def train_proposals(
     lines = train(
         model,
         lambda views: _losses(model, data, views, settings, device),
-        lambda epoch: load_views(
+        lambda epoch, step: load_views(
             data,
-            training_views(data, image_ids, schedule, backbone.long_side, seed, epoch),
+            training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
             schedule.images_per_step,
             schedule.workers,
         ),
         -(-len(image_ids) // schedule.images_per_step),
         schedule,
-        seed,
         state,
         fingerprint(made_from | {"code": [sha256(path) for path in code]}),
     )
@@ -199,7 +198,8 @@ def load_network(path: Path, backbone: Backbone, settings: Proposals) -> Proposa
     tensors, _ = read_tensors(path, "proposals")
     model = ProposalNetwork(backbone, settings.anchor_scale)
     model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
-    return model.eval()
+    # Saves a fifth of the time on a CPU; in training its sums of gradients are less exact.
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()

@@ -1,9 +1,12 @@
 """The training loop: one, visible, resumable, for every network of the workflow."""
 
+import fcntl
 import json
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from lpovod.artifacts import Identity, LpovodError, atomic, write_tensors
 from lpovod.config import Training
-from lpovod.distributed import add_up_gradients, rank, ranks, start_alike, total
+from lpovod.distributed import add_up_gradients, largest, rank, ranks, start_alike, total
 from lpovod.progress import progress, say
 
 
@@ -36,18 +39,18 @@ def rate_at(step: int, steps_per_epoch: int, settings: Any) -> float:
 def train(
     model: nn.Module,
     losses: Callable[[Any], dict[str, Tensor]],
-    batches: Callable[[int], Iterable[Any]],
+    batches: Callable[[int, int], Iterable[Any]],
     steps_per_epoch: int,
     settings: Training,
-    seed: int,
     state: Path,
     fingerprint: str,
 ) -> list[dict[str, float]]:
     """Train a model in place and return its history, one dictionary per epoch.
 
-    A killed run goes on after its last whole epoch: `state` holds the weights, the optimiser and
-    the history, and is used again only if its `fingerprint` (of settings, inputs and code) is this
-    run's. `write_training` writes the final artefact and then removes `state`.
+    A killed run goes on after its last whole epoch, one that was asked to end (SIGTERM, SIGINT)
+    after its last step: `state` holds the weights, the optimiser and the history, and is used again
+    only if its `fingerprint` (of settings, inputs and code) is this run's. `write_training` writes
+    the final artefact and then removes `state`.
 
     On several ranks each step is divided over them; the result is that of one rank, but for
     rounding, and a state is gone on from by any number of ranks.
@@ -55,50 +58,102 @@ def train(
     Args:
         model: in training mode as the caller wants it.
         losses: the named losses of this rank's part of a batch; their sum over all ranks is
-            minimised.
-        batches: this rank's parts of the batches of an epoch, a function of the epoch's number.
-        steps_per_epoch: how many they are.
+            minimised. What it draws at random is a function of the batch alone.
+        batches: this rank's parts of the batches of an epoch from a step on, a function of the two
+            numbers alone.
+        steps_per_epoch: how many they are from step 0 on.
         settings: the schedule.
-        seed: with the epoch it seeds every random choice of the epoch.
         state: file of the unfinished training.
         fingerprint: what the training is made from.
 
     Raises:
-        LpovodError: at the first loss that is not finite.
+        LpovodError: at the first loss that is not finite, or if another process uses `state`.
+        SystemExit: when it was asked to end, with the state saved.
     """
     if settings.images_per_step < ranks():
         raise LpovodError(f"{ranks()} GPUs cannot share {settings.images_per_step} images_per_step")
     optimiser = build_optimiser(model, settings)
-    history = _resume(model, optimiser, state, fingerprint)
-    start_alike(model, len(history))
-    for epoch in range(len(history), settings.epochs):
-        torch.manual_seed(seed * 100_003 + epoch)
-        started, sums = time.perf_counter(), {}
-        name = f"epoch {epoch + 1}/{settings.epochs}"
-        for number, batch in enumerate(progress(batches(epoch), name, "step", steps_per_epoch)):
-            step = epoch * steps_per_epoch + number
-            for group in optimiser.param_groups:
-                group["lr"] = rate_at(step, steps_per_epoch, settings)
-            named = losses(batch)
-            found = total(torch.stack([value.detach() for value in named.values()])).tolist()
-            found = dict(zip(named, found, strict=True))
-            if not all(map(math.isfinite, found.values())):
-                raise LpovodError(f"step {step}: a loss is not finite: {found}. Lower the rate.")
-            optimiser.zero_grad()
-            sum(named.values()).backward()
-            add_up_gradients(model)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_norm)
-            optimiser.step()
-            for key, value in found.items():
-                sums[key] = sums.get(key, 0.0) + value
-        means = {key: value / steps_per_epoch for key, value in sums.items()}
-        history.append({"epoch": epoch + 1, **means})
-        seconds = time.perf_counter() - started
-        say(
-            f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) + f", {seconds:.0f} s"
-        )
-        _save(model, optimiser, history, state, fingerprint)
+    with _alone_with(state), _noting_signals() as signals:
+        history, first, sums = _resume(model, optimiser, state, fingerprint)
+        start_alike(model, len(history) * steps_per_epoch + first)
+        for epoch in range(len(history), settings.epochs):
+            started, name = time.perf_counter(), f"epoch {epoch + 1}/{settings.epochs}"
+            bar = progress(batches(epoch, first), name, "step", steps_per_epoch, initial=first)
+            for number, batch in enumerate(bar, start=first):
+                step = epoch * steps_per_epoch + number
+                for group in optimiser.param_groups:
+                    group["lr"] = rate_at(step, steps_per_epoch, settings)
+                found = _step(model, losses(batch), optimiser, settings, step)
+                sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
+                (received,) = largest([max(signals, default=0)])
+                if received:
+                    _save(model, optimiser, history, number + 1, sums, state, fingerprint)
+                    say(f"signal {received} in step {step}: saved to {state}")
+                    raise SystemExit(128 + received)
+            means = {key: value / steps_per_epoch for key, value in sums.items()}
+            history.append({"epoch": epoch + 1, **means})
+            told = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
+            say(f"{name}: {told}, {time.perf_counter() - started:.0f} s")
+            first, sums = 0, {}
+            _save(model, optimiser, history, first, sums, state, fingerprint)
     return history
+
+
+def _step(
+    model: nn.Module,
+    named: dict[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    settings: Training,
+    step: int,
+) -> dict[str, float]:
+    """Go down the sum of the losses; returns their values over all ranks."""
+    values = total(torch.stack([value.detach() for value in named.values()])).tolist()
+    found = dict(zip(named, values, strict=True))
+    if not all(map(math.isfinite, values)):
+        raise LpovodError(f"step {step}: a loss is not finite: {found}. Lower the rate.")
+    optimiser.zero_grad()
+    sum(named.values()).backward()
+    add_up_gradients(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_norm)
+    optimiser.step()
+    return found
+
+
+@contextmanager
+def _alone_with(state: Path) -> Iterator[None]:
+    """Refuse a second training with the same state: each would overwrite the other's.
+
+    The lock ends with its process, however that ends; its empty file stays.
+    """
+    if rank() > 0:
+        yield
+        return
+    state.parent.mkdir(parents=True, exist_ok=True)
+    with open(state.with_name(f".{state.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LpovodError(
+                f"{state} is in use: another process trains the same. Wait for it, or end it"
+            ) from None
+        except OSError as error:
+            say(f"{state} cannot be locked ({error}): see that nothing else trains the same")
+        yield
+
+
+@contextmanager
+def _noting_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT do nothing but append their number to the list."""
+    noted: list[int] = []
+    before = {
+        number: signal.signal(number, lambda received, _: noted.append(received))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def build_optimiser(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
@@ -128,31 +183,38 @@ def write_training(
     state.unlink(missing_ok=True)
 
 
-def _save(model, optimiser, history, state: Path, fingerprint: str) -> None:
+def _save(model, optimiser, history, steps, sums, state: Path, fingerprint: str) -> None:
+    """Write the state; `steps` of the next epoch are done, with losses that add up to `sums`."""
     if rank() > 0:
         return
     with atomic(state) as partial:
         content = {
             "fingerprint": fingerprint,
             "history": history,
+            "steps": steps,
+            "sums": sums,
             "model": model.state_dict(),
             "optimiser": optimiser.state_dict(),
         }
         torch.save(content, partial)
 
 
-def _resume(model, optimiser, state: Path, fingerprint: str) -> list[dict[str, float]]:
+def _resume(
+    model, optimiser, state: Path, fingerprint: str
+) -> tuple[list[dict[str, float]], int, dict[str, float]]:
     if not state.exists():
-        return []
+        return [], 0, {}
     try:
         content = torch.load(state, weights_only=True, map_location="cpu")
     except Exception as error:
         say(f"{state} cannot be read ({error}): training starts afresh")
-        return []
+        return [], 0, {}
     if content["fingerprint"] != fingerprint:
         say(f"{state} belongs to other settings, inputs or code: training starts afresh")
-        return []
+        return [], 0, {}
     model.load_state_dict(content["model"])
     optimiser.load_state_dict(content["optimiser"])
-    say(f"going on after epoch {len(content['history'])} of {state}")
-    return content["history"]
+    history, steps = content["history"], content["steps"]
+    here = f"epoch {len(history)}" + f" and {steps} steps" * bool(steps)
+    say(f"going on after {here} of {state}")
+    return history, steps, content["sums"]

@@ -30,10 +30,10 @@ rule base_detector:
         f"{RESULTS}/benchmarks/base_detector.tsv"
     conda:
         ENVIRONMENT
-    threads: 8
+    threads: TRAINING_THREADS
     resources:
-        mem_mb=grows(4000),
-        runtime=grows(2880),
+        mem_mb=grows(NETWORK, 2 * LISTED),
+        runtime=grows(60, CONFIG.base_detector.training.epochs * EPOCH),
         gpu=TRAINING_GPUS,
     params:
         seed=CONFIG.seed,

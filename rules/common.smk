@@ -25,6 +25,10 @@ CLIP_DIGESTS = [
 # As a resource it is cut to the GPUs there are; a training starts as many processes.
 TRAINING_GPUS = CONFIG.training_gpus if CONFIG.gpu else 0
 
+# A cluster's last warning and Ctrl-C are for the stage, which ends by itself; without its shell and
+# its log it could not.
+shell.prefix("set -euo pipefail; trap '' TERM INT; ")
+
 
 wildcard_constraints:
     split="train|val|tune",
@@ -40,11 +44,6 @@ def block(name):
 def code(*modules):
     """Sources that shape a stage's result; Snakemake compares them by content."""
     return [f"lpovod/{module}.py" for module in modules]
-
-
-def grows(amount):
-    """A resource that grows with every attempt at the same job."""
-    return lambda wildcards, attempt: amount * attempt
 
 
 def shards(split):

@@ -23,8 +23,8 @@ rule dataset:
         "../envs/light.yaml"
     threads: 1
     resources:
-        mem_mb=grows(2000),
-        runtime=grows(30),
+        mem_mb=grows(LIGHT, 0.04),
+        runtime=grows(30, 0.001),
     params:
         seed=CONFIG.seed,
         settings=block("dataset"),

@@ -33,8 +33,8 @@ rule evaluation:
         ENVIRONMENT
     threads: 2
     resources:
-        mem_mb=grows(4000),
-        runtime=grows(60),
+        mem_mb=grows(NETWORK, LISTED + SCORED, "val"),
+        runtime=grows(60, PASS, "val"),
     params:
         settings=block("evaluation"),
     message:

@@ -20,7 +20,7 @@ rule linear_probe:
         ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=grows(4000),
+        mem_mb=grows(NETWORK + CANDIDATES),
         runtime=grows(60),
     params:
         seed=CONFIG.seed,

@@ -20,10 +20,10 @@ rule proposal_network:
         f"{RESULTS}/benchmarks/proposal_network.tsv"
     conda:
         ENVIRONMENT
-    threads: 8
+    threads: TRAINING_THREADS
     resources:
-        mem_mb=grows(4000),
-        runtime=grows(1440),
+        mem_mb=grows(NETWORK, LISTED),
+        runtime=grows(60, CONFIG.proposals.training.epochs * EPOCH),
         gpu=TRAINING_GPUS,
     params:
         seed=CONFIG.seed,
@@ -59,8 +59,8 @@ rule proposals:
         ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=grows(3000),
-        runtime=grows(480),
+        mem_mb=grows(NETWORK, 2 * LISTED),
+        runtime=grows(30, PASS),
         gpu=int(CONFIG.gpu),
     params:
         device=DEVICE,

@@ -22,8 +22,8 @@ rule pseudo_labels:
         "../envs/light.yaml"
     threads: 1
     resources:
-        mem_mb=grows(2000),
-        runtime=grows(60),
+        mem_mb=grows(LIGHT, 2 * LISTED),
+        runtime=grows(30, 0.0003),
     params:
         name=lambda wildcards: NOVEL[wildcards.novel],
         settings=block("pseudo_labels"),

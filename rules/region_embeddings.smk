@@ -22,8 +22,8 @@ rule region_embeddings:
         ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=grows(3000),
-        runtime=grows(720),
+        mem_mb=grows(NETWORK, LISTED),
+        runtime=grows(30, EMBEDDING),
         gpu=int(CONFIG.gpu),
     params:
         device=DEVICE,

@@ -24,8 +24,8 @@ rule region_features:
         ENVIRONMENT
     threads: 2
     resources:
-        mem_mb=grows(3000),
-        runtime=grows(240),
+        mem_mb=grows(NETWORK, 2 * LISTED),
+        runtime=grows(30, PASS),
         gpu=int(CONFIG.gpu),
     params:
         device=DEVICE,
@@ -60,7 +60,7 @@ rule retrieved_region_features:
         ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=grows(3000),
+        mem_mb=grows(NETWORK, LISTED),
         runtime=grows(60),
         gpu=int(CONFIG.gpu),
     params:

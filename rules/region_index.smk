@@ -19,8 +19,8 @@ rule region_index:
         "../envs/light.yaml"
     threads: 2
     resources:
-        mem_mb=grows(2000),
-        runtime=grows(120),
+        mem_mb=grows(LIGHT, LISTED),
+        runtime=grows(30, 0.001),
     params:
         settings=block("region_index"),
     message:

@@ -25,8 +25,8 @@ rule report:
         "../envs/light.yaml"
     threads: 1
     resources:
-        mem_mb=grows(2000),
-        runtime=grows(30),
+        mem_mb=grows(LIGHT, 3 * LISTED),
+        runtime=grows(30, 0.0003),
     params:
         settings=block("report"),
         benchmarks=f"{RESULTS}/benchmarks",

@@ -24,7 +24,7 @@ rule small_clip:
         ENVIRONMENT
     threads: 8
     resources:
-        mem_mb=grows(4000),
+        mem_mb=grows(NETWORK),
         runtime=grows(120),
     params:
         settings=block("small_clip"),

@@ -22,7 +22,7 @@ rule text_embeddings:
         ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=grows(3000),
+        mem_mb=grows(NETWORK),
         runtime=grows(30),
     params:
         names=names_of,

@@ -2,10 +2,15 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+
+from lpovod.artifacts import sha256
 
 PARTS = ("Snakefile", "config.yaml", "configs", "envs", "lpovod", "profiles", "resources")
 PARTS += ("rules", "workflow_scripts")
@@ -18,6 +23,15 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
+def _command(folder: Path, config: str, overlay: dict, arguments: tuple[str, ...]) -> list[str]:
+    overlay_file = folder / "overlay.yaml"
+    overlay_file.write_text(yaml.safe_dump(overlay))
+    return ["snakemake", "--configfile", f"configs/{config}", overlay_file.name, *arguments]
+
+
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 def snakemake(folder: Path, config: str, overlay: dict, *arguments: str) -> str:
     """Run snakemake in a copy of the project; return what it printed.
 
@@ -27,14 +41,55 @@ def snakemake(folder: Path, config: str, overlay: dict, *arguments: str) -> str:
         overlay: laid over it.
         arguments: of snakemake.
     """
-    overlay_file = folder / "overlay.yaml"
-    overlay_file.write_text(yaml.safe_dump(overlay))
     done = subprocess.run(
-        ["snakemake", "--configfile", f"configs/{config}", overlay_file.name, *arguments],
+        _command(folder, config, overlay, arguments),
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        env=os.environ | ENVIRONMENT,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout + done.stderr
+
+
+def start_snakemake(folder: Path, config: str, overlay: dict, *arguments: str) -> subprocess.Popen:
+    """Start snakemake in a copy of the project, as the head of a process group of its own.
+
+    What it prints goes to the file `printed` there.
+    """
+    with open(folder / "printed", "w") as printed:
+        return subprocess.Popen(
+            _command(folder, config, overlay, arguments),
+            cwd=folder,
+            stdout=printed,
+            stderr=printed,
+            env=os.environ | ENVIRONMENT,
+            start_new_session=True,
+            # Ctrl-C works even if the tests run in the background, where it is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+
+def wait_until(
+    ready: Callable[[], bool], process: subprocess.Popen, seconds: float = 600, pause: float = 0.02
+) -> None:
+    """Wait for something that a running process does, looking every `pause` seconds.
+
+    Raises:
+        AssertionError: if the process ends first, or time is over.
+    """
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, "the process ended before"
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(pause)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Digest of every artefact below results/, by its path there."""
+    return {
+        str(path.relative_to(folder)): sha256(path)
+        for part in ("safetensors", "h5", "json", "jsonl", "index", "jpg")
+        for path in (folder / "results").rglob(f"*.{part}")
+        if "benchmarks" not in path.parts
+    }

@@ -76,13 +76,13 @@ def _reference(model, pixels):
 
 
 def test_small_clip_names_unseen_objects_whatever_the_box(small):
-    scores = small_clip.zero_shot(small, scenes=40, seed=2024)
-    assert scores["ground_truth"]["accuracy"] >= 0.9
-    # Badly placed boxes keep most of the cosine, though less than with large CLIPs.
+    scores = small_clip.zero_shot(small, scenes=40, seed=2024, nuisance=0.5)
+    assert scores["ground_truth"]["accuracy"] >= 0.95
+    # Badly placed boxes keep nearly all of the cosine: like a large CLIP, it is blind to them.
     good = scores["ground_truth"]["cosine"]
     for kind in ("tight", "loose", "part", "group"):
-        assert scores[kind]["accuracy"] > 5 / len(CLASSES), kind
-        assert scores[kind]["cosine"] > 0.7 * good, kind
+        assert scores[kind]["accuracy"] > 0.65, kind
+        assert scores[kind]["cosine"] > 0.87 * good, kind
 
 
 def test_small_clip_knows_class_names_as_whole_tokens(small):
@@ -100,7 +100,7 @@ def test_small_clip_reads_any_word(small):
 def test_small_clip_record_is_of_the_shipped_weights(small):
     record = json.loads((RESOURCES / "record.json").read_text())
     assert record["weights_sha256"] == small.weights_digest
-    assert record["zero_shot"]["ground_truth"]["accuracy"] >= 0.9
+    assert record["zero_shot"]["nuisance 0.5"]["ground_truth"]["accuracy"] >= 0.9
     assert small_clip.SmallClip(**record["settings"]) == small_clip.SmallClip()
 
 
@@ -332,7 +332,8 @@ def test_training_writes_a_clip_that_loads_and_repeats(tmp_path):
         written = (tmp_path / "a" / name).read_bytes()
         assert written == (tmp_path / "b" / name).read_bytes()
         assert written == (RESOURCES / name).read_bytes(), "the shipped file is of other settings"
-    assert set(record["zero_shot"]) <= set(small_clip.KINDS)
+    for scores in record["zero_shot"].values():
+        assert set(scores) <= set(small_clip.KINDS)
 
 
 # ------------------------------------------------------------------ the real model, where present

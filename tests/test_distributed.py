@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
         fit(folder / "one_then_two.state", stop_at=2)
     done = subprocess.run(
         [sys.executable, "-m", "lpovod.launcher", "2", "ranks", str(folder)],
-        env=os.environ | {"PYTHONPATH": ".:tests"},
+        env=os.environ | {"PYTHONPATH": ".:tests", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

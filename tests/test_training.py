@@ -1,6 +1,8 @@
 """The training loop: the original's schedule, and going on after a kill."""
 
+import fcntl
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -34,26 +36,39 @@ def test_every_recorded_rate():
     assert np.allclose(found, recorded["ft_ipe7"], rtol=1e-6)
 
 
-def fit(state: Path, stop_at: int | None = None, fingerprint: str = "a", optimiser: str = "sgd"):
-    """Fit a small random regression; optionally end abruptly in an epoch."""
+def fit(
+    state: Path,
+    stop_at: int | None = None,
+    fingerprint: str = "a",
+    optimiser: str = "sgd",
+    signal_at: tuple[int, int, int] | None = None,
+):
+    """Fit a small random regression; optionally end abruptly in an epoch.
+
+    `signal_at` is epoch, step and number of a signal that the process sends itself.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
     started = []
 
-    def batches(epoch):
-        started.append(epoch)
+    def batches(epoch, step):
+        started.append((epoch, step))
         if epoch == stop_at:
             raise KeyboardInterrupt
-        return torch.randn(5, 16, 3, generator=torch.Generator().manual_seed(epoch))
+        torch.randn(1)  # as torch's loader does
+        drawn = torch.randn(5, 16, 4, generator=torch.Generator().manual_seed(epoch))
+        for number, batch in enumerate(drawn[step:], start=step):
+            if signal_at and signal_at[:2] == (epoch, number):
+                signal.raise_signal(signal_at[2])
+            yield batch
 
     def losses(batch):
-        noise = torch.randn(16, 1)  # of the epoch's seed
-        return {"square": (model(batch) - batch.sum(1, keepdim=True) - noise).square().mean()}
+        return {"square": (model(batch[:, :3]) - batch.sum(1, keepdim=True)).square().mean()}
 
     schedule = Training(
         epochs=4, learning_rate=0.05, drops=[3], warmup_steps=3, optimiser=optimiser
     )
-    history = train(model, losses, batches, 5, schedule, 7, state, fingerprint)
+    history = train(model, losses, batches, 5, schedule, state, fingerprint)
     return model.state_dict(), history, started
 
 
@@ -63,7 +78,7 @@ def test_a_killed_training_goes_on_to_the_same_result(tmp_path, optimiser):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "killed", stop_at=2, optimiser=optimiser)
     resumed, resumed_history, started = fit(tmp_path / "killed", optimiser=optimiser)
-    assert started == [2, 3]
+    assert started == [(2, 0), (3, 0)]
     assert resumed_history == history
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
@@ -75,7 +90,7 @@ def test_a_foreign_or_damaged_state_is_not_gone_on_from(tmp_path, spoil):
     if spoil == "damage":
         state.write_bytes(state.read_bytes()[:100])
     _, _, started = fit(state, fingerprint="b" if spoil == "fingerprint" else "a")
-    assert started == [0, 1, 2, 3]
+    assert started == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
@@ -84,10 +99,31 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
         train(
             model,
             lambda batch: {"bad": model(batch).sum() / 0},
-            lambda epoch: torch.ones(1, 1, 1),
+            lambda epoch, step: torch.ones(1, 1, 1),
             1,
             Training(),
-            0,
             tmp_path / "state",
             "a",
         )
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_that_is_asked_to_end_goes_on_after_its_last_step(tmp_path, optimiser, number):
+    whole, history, _ = fit(tmp_path / "whole", optimiser=optimiser)
+    with pytest.raises(SystemExit) as ended:
+        fit(tmp_path / "ended", optimiser=optimiser, signal_at=(2, 1, number))
+    assert ended.value.code == 128 + number
+    resumed, resumed_history, started = fit(tmp_path / "ended", optimiser=optimiser)
+    assert started == [(2, 2), (3, 0)]
+    assert resumed_history == history
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_two_trainings_never_share_a_state(tmp_path):
+    state = tmp_path / "state"
+    with open(tmp_path / ".state.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(LpovodError, match="state is in use: another process"):
+            fit(state)
+    fit(state)

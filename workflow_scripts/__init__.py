@@ -4,15 +4,22 @@ A block of settings is given as json, everything else by value or path, and so e
 run by hand: ``python -m workflow_scripts.pseudo_labels --help``.
 """
 
+import errno
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+# Before anything slow is imported. The shell of a rule ignores both signals (rules/common.smk), and
+# a program inherits that; SIGTERM ends it like an error, so that no half-written file is left.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
-from lpovod.artifacts import LpovodError
-from lpovod.config import Settings
+import tyro  # noqa: E402
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo  # noqa: E402
+
+from lpovod.artifacts import LpovodError  # noqa: E402
+from lpovod.config import Settings  # noqa: E402
 
 _registry = ConstructorRegistry()
 
@@ -44,3 +51,9 @@ def run(*functions: Callable[..., Any]) -> None:
                 tyro.extras.subcommand_cli_from_dict({f.__name__: f for f in functions})
     except LpovodError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: {error}. Make room, then run the same command again")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
