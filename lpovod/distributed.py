@@ -115,7 +115,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        values = x.float()  # x may be of lower precision
+        values = _precise(x)
         count = total(values.new_tensor(x[:, 0].numel()))
         mean = total(values.sum((0, 2, 3))) / count
         variance = total((values - _wide(mean)).square().sum((0, 2, 3))) / count
@@ -128,11 +128,15 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, *_):
         x, weight, mean, scale, count = ctx.saved_tensors
-        unit, of_y = (x.float() - _wide(mean)) * _wide(scale), gradient.float()
+        unit, of_y = (_precise(x) - _wide(mean)) * _wide(scale), _precise(gradient)
         of_bias, of_weight = of_y.sum((0, 2, 3)), (of_y * unit).sum((0, 2, 3))
         shared = total(torch.stack([of_bias, of_weight])) / count
         of_x = (of_y - _wide(shared[0]) - unit * _wide(shared[1])) * _wide(weight * scale)
         return of_x.to(x.dtype), of_weight, of_bias, None
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _wide(channels: Tensor) -> Tensor:

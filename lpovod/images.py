@@ -162,18 +162,18 @@ def training_views(
     sides = draw.choice(settings.short_sides, len(image_ids))
     flips = draw.random(len(image_ids)) < settings.flip
     seeds = draw.integers(2**62, size=len(image_ids))
-    steps: list[View] = []
+    views: list[View] = []
     waiting: dict[bool, list[View]] = {True: [], False: []}
     for i, side, flip, own in zip(order, sides, flips, seeds, strict=True):
         image = data.images[image_ids[i]]
         together = waiting[image["height"] > image["width"]]
         together.append(View(image_ids[i], int(side), long_side, bool(flip), int(own)))
         if len(together) == settings.images_per_step:
-            steps += together
+            views += together
             together.clear()
-    steps += waiting[True] + waiting[False]
-    steps += list(islice(cycle(steps), -len(steps) % settings.images_per_step))
-    return steps[step * settings.images_per_step :]
+    views += waiting[True] + waiting[False]
+    views += list(islice(cycle(views), -len(views) % settings.images_per_step))
+    return views[step * settings.images_per_step :]
 
 
 class _Loading(torch.utils.data.Dataset):

@@ -229,6 +229,13 @@ def test_a_damaged_archive_is_named(tmp_path, spoil):
     assert not (tmp_path / "to/val/1.jpg").exists()
 
 
+def test_an_extraction_names_a_full_disk(tmp_path):
+    archive = make_zip(tmp_path / "a.zip", **{"1.jpg": CONTENT})
+    (tmp_path / ".1.jpg.partial").symlink_to("/dev/full")
+    with pytest.raises(LpovodError, match="the disk is full. Make room"):
+        extract(archive, tmp_path)
+
+
 @pytest.fixture()
 def coco(server, tmp_path, monkeypatch) -> Path:
     """COCO's validation images, as small as they get, on the local server."""
@@ -269,3 +276,9 @@ def test_a_full_disk_is_noticed_before_the_first_byte(server, tmp_path):
     server.content = Endless()
     with pytest.raises(LpovodError, match="disk has no room"):
         download(server.remote(b""), tmp_path / "file", pause=0)
+
+
+def test_a_disk_that_fills_up_is_named(server, tmp_path):
+    (tmp_path / ".file.partial").symlink_to("/dev/full")
+    with pytest.raises(LpovodError, match="the disk is full. Make room"):
+        download(server.remote(), tmp_path / "file", pause=0)

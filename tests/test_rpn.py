@@ -78,14 +78,14 @@ def test_losses_are_those_of_perfect_and_of_indifferent_outputs():
     # Deltas that hit the object from everywhere: no box loss. Logits of 0: log 2 per anchor.
     exact = encode(every, thing.expand(len(every), 4), STDS).split([len(a) for a in anchors])
     outputs = [(torch.zeros(1, len(a)), d[None]) for a, d in zip(anchors, exact, strict=True)]
-    found = rpn_losses(outputs, anchors, [thing], [(64, 96)])
+    found = rpn_losses(outputs, anchors, [thing], [(64, 96)], [0])
     assert float(found["rpn_box"]) == pytest.approx(0, abs=1e-5)
     assert float(found["rpn_classification"]) == pytest.approx(math.log(2), rel=1e-5)
     off = [(logits, deltas + 0.25) for logits, deltas in outputs]
     torch.manual_seed(0)
     positives = len(sample_anchors(every, thing, 64, 96)[0])
     expected = positives * 4 * 0.25 / 256
-    assert float(rpn_losses(off, anchors, [thing], [(64, 96)])["rpn_box"]) == pytest.approx(
+    assert float(rpn_losses(off, anchors, [thing], [(64, 96)], [0])["rpn_box"]) == pytest.approx(
         expected
     )
 
@@ -113,5 +113,5 @@ def test_an_image_s_proposals_do_not_depend_on_its_neighbour():
     network, maps = RegionProposalNetwork(4), pyramid(images=2)
     with torch.no_grad():
         both = rpn_proposals(network(maps), make_anchors(maps), [(64, 96)] * 2)[1]
-        alone = rpn_proposals(network([m[1:] for m in maps]), make_anchors(maps), [(64, 96)])[0]
+        alone = rpn_proposals(network([m[1:] for m in maps]), make_anchors(maps), [(64, 96)], [0])[0]
     assert torch.allclose(both[0], alone[0], atol=1e-3)
