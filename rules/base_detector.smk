@@ -1,5 +1,6 @@
 # Stage base_detector
-# IN   train.json, region embeddings of its images, the proposal network (backbone and pyramid)
+# IN   train.json, region embeddings of its images, what it starts from: the proposal
+#      network (backbone and pyramid), or backbone.weights
 # OUT  detector.safetensors, history.jsonl
 # COST COCO: 20 epochs of 118k images, 16 per step (hours not measured)
 
@@ -7,11 +8,20 @@
 rule base_detector:
     input:
         script="workflow_scripts/base_detector.py",
-        code=code("base_detector", "detector", "pooling", "backbone", "boxes", "images", "training"),
+        code=code(
+            "base_detector",
+            "detector",
+            "pooling",
+            "backbone",
+            "boxes",
+            "images",
+            "training",
+            *START_CODE,
+        ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         shards=shards("train"),
-        network=rules.proposal_network.output.network,
+        network=CONFIG.backbone.weights or rules.proposal_network.output.network,
     output:
         detector=f"{RESULTS}/base_detector/detector.safetensors",
         history=f"{RESULTS}/base_detector/history.jsonl",

@@ -18,6 +18,7 @@ SPLITS = ["train", "val"] + (["tune"] if CONFIG.dataset.source == "miniature" el
 # params, make their readers stale when the content changes and only then.
 CLIP_FILES = CONFIG.clip.files()
 CLIP_DIGESTS = [sha256(path) for path in CLIP_FILES]
+START_CODE = ["importers/backbone", "importers/openmmlab"]  # reads what trainings start from
 
 
 wildcard_constraints:
@@ -34,6 +35,28 @@ def block(name):
 def code(*modules):
     """Sources that shape a stage's result; Snakemake compares them by content."""
     return [f"lpovod/{module}.py" for module in modules]
+
+
+def given(path):
+    """An input that may be missing: a file of the user's, or nothing."""
+    return [path] if path else []
+
+
+def of_split(files, split):
+    """The user's file for a split."""
+    if split not in files:
+        raise WorkflowError(f"proposals.files: there is none for {split}, which this run needs")
+    return files[split]
+
+
+def option(flag, value):
+    """An option of a command line, where there is something to give."""
+    return f"{flag} {value}" if value else ""
+
+
+def rules_of(stage, files):
+    """The rule file of a stage: the one that reads its artefacts from files, if they are given."""
+    return f"rules/imported_{stage}.smk" if files else f"rules/{stage}.smk"
 
 
 def grows(amount):
