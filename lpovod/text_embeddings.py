@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lpovod import config
-from lpovod.artifacts import LpovodError, identity, read_tensors, sha256, write_tensors
+from lpovod.artifacts import LpovodError, identity, read_tensors, write_tensors
 from lpovod.importers.text_rows import check_rows, read_rows
 from lpovod.progress import say
 
@@ -26,7 +26,7 @@ class ClassEmbeddings:
         vectors: (n, D) float32, unit rows.
         logit_scale: the factor CLIP was trained with: its softmax is over logit_scale * cosine;
             None for rows that were read from a file without their CLIP.
-        clip_weights: digest of the CLIP weights (without them, of the file of rows).
+        clip_weights: digest of the CLIP weights, or "none".
         clip_architecture: name of the CLIP architecture, or the digest of its json file.
     """
 
@@ -54,12 +54,17 @@ def embed_classes(
     Raises:
         LpovodError: if the CLIP model cannot be loaded, or the file's rows are not of the classes.
     """
-    from lpovod.clip import load_clip
+    model = None
+    if clip.weights is not None:
+        from lpovod.clip import load_clip
 
-    model = load_clip(clip, "cpu") if clip.weights else None
-    inputs = {"clip_architecture": clip_architecture(clip)}
-    if clip.vocabulary is not None:
-        inputs["vocabulary"] = clip.vocabulary
+        model = load_clip(clip, "cpu")
+    inputs = {"clip_weights": "none", "clip_architecture": "none"}
+    if model is not None:
+        inputs = {"clip_weights": model.weights_digest}
+        inputs["clip_architecture"] = clip_architecture(clip)
+        if clip.vocabulary is not None:
+            inputs["vocabulary"] = clip.vocabulary
     if settings.file is None:
         source = f"{len(settings.templates)} prompts each"
         prompts = [template.format(name) for name in names for template in settings.templates]
@@ -74,7 +79,6 @@ def embed_classes(
         if absent := [name for name in names if name not in listed]:
             raise LpovodError(f"{settings.classes} does not list the class {absent[0]!r}")
         vectors = [listed[name] for name in names]
-    inputs["clip_weights"] = model.weights_digest if model else sha256(settings.file)
     scale = float(model.logit_scale) if model else None
     tensors = {n: v.astype(np.float32) for n, v in zip(names, vectors, strict=True)}
     write_tensors(output, tensors, identity(STAGE, settings, **inputs) | {"logit_scale": scale})
