@@ -14,13 +14,13 @@ include: "rules/resources.smk"
 include: "rules/download.smk"
 include: "rules/dataset.smk"
 include: "rules/text_embeddings.smk"
-include: "rules/proposals.smk"
+include: rules_of("proposals", CONFIG.proposals.files)
 include: "rules/region_embeddings.smk"
 include: "rules/region_index.smk"
-include: "rules/base_detector.smk"
-include: "rules/pseudo_labels.smk"
+include: rules_of("base_detector", CONFIG.base_detector.checkpoint)
+include: rules_of("pseudo_labels", CONFIG.pseudo_labels.file)
 include: "rules/region_features.smk"
-include: "rules/linear_probe.smk"
+include: rules_of("linear_probe", CONFIG.linear_probe.checkpoint)
 include: "rules/evaluation.smk"
 include: "rules/report.smk"
 include: "rules/small_clip.smk"

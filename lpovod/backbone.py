@@ -37,12 +37,14 @@ class Bottleneck(nn.Module):
     """1 x 1, 3 x 3, 1 x 1; the stride is on the first (caffe style)."""
 
     expansion = 4
+    stride_on_first = True
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 1, stride, bias=False)
+        first, second = (stride, 1) if self.stride_on_first else (1, stride)
+        self.conv1 = nn.Conv2d(inputs, width, 1, first, bias=False)
         self.bn1 = BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, second, 1, bias=False)
         self.bn2 = BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = BatchNorm2d(4 * width)
@@ -52,6 +54,12 @@ class Bottleneck(nn.Module):
         y = functional.relu(self.bn1(self.conv1(x)))
         y = functional.relu(self.bn2(self.conv2(y)))
         return functional.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class TorchvisionBottleneck(Bottleneck):
+    """The same with the stride on the 3 x 3 convolution, as torchvision's weights need it."""
+
+    stride_on_first = False
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -69,8 +77,9 @@ class ResNet(nn.Module):
 
     def __init__(self, architecture: str):
         super().__init__()
-        if architecture == "resnet50":
-            block, stem, widths, depths = Bottleneck, 64, (64, 128, 256, 512), (3, 4, 6, 3)
+        if architecture.startswith("resnet50"):
+            block = Bottleneck if architecture == "resnet50" else TorchvisionBottleneck
+            stem, widths, depths = 64, (64, 128, 256, 512), (3, 4, 6, 3)
             self.conv1 = nn.Conv2d(3, stem, 7, 2, 3, bias=False)
             self.pool, first_stride = nn.MaxPool2d(3, 2, 1), 1
         else:

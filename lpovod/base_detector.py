@@ -20,7 +20,6 @@ from lpovod.artifacts import (
     check_made_from,
     fingerprint,
     identity,
-    read_tensors,
     sha256,
 )
 from lpovod.backbone import freeze_statistics
@@ -30,7 +29,7 @@ from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.detector import Detector
 from lpovod.distributed import join, total
 from lpovod.images import LoadedView, batch, load_views, training_views
-from lpovod.progress import say
+from lpovod.importers.backbone import start_from
 from lpovod.region_index import open_shards
 from lpovod.rpn import make_anchors, rpn_losses, rpn_proposals
 from lpovod.training import train, write_training
@@ -148,7 +147,7 @@ def train_base_detector(
     Args:
         dataset: train.json, base annotations alone; images without one are left out.
         region_embeddings: the shards of its images: proposals with CLIP's embeddings.
-        network: the proposal network, whose backbone and pyramid training starts from.
+        network: what training starts from: the proposal network, or pretrained weights.
         backbone: size of the backbone and of the images.
         settings: the heads and the schedule.
         seed: of initialisation, order, flips and samples.
@@ -171,14 +170,14 @@ def train_base_detector(
     classes = {category: row for row, category in enumerate(sorted(data.categories))}
     shards = {f"region_embeddings_{n}": sha256(p) for n, p in enumerate(store.paths)}
     made_from = identity("base_detector", settings, dataset=dataset, network=network, **shards) | {
-        "backbone": backbone.model_dump(),
+        "backbone": backbone.model_dump(mode="json"),
         "seed": seed,
         "classes": [data.categories[c]["name"] for c in classes],
     }
     torch.manual_seed(seed)
     embedding = store.read(next(i for i in store.image_ids if store.count(i)))["embedding"]
     model = Detector(backbone, settings, len(classes), embedding.shape[1])
-    _start_from(model, network)
+    start_from(model, network, backbone.architecture)
     model = model.to(device).train()
     freeze_statistics(model.backbone)
     schedule = settings.training
@@ -198,18 +197,6 @@ def train_base_detector(
         fingerprint(made_from | {"code": [sha256(path) for path in code]}),
     )
     write_training(model, lines, made_from, detector, history, state)
-
-
-def _start_from(model: Detector, network: Path) -> None:
-    tensors, _ = read_tensors(network, "proposals")
-    kept = {
-        k: torch.from_numpy(v) for k, v in tensors.items() if k.startswith(("backbone.", "neck."))
-    }
-    missing = model.load_state_dict(kept, strict=False).missing_keys
-    untold = [k for k in missing if k.startswith(("backbone.", "neck."))]
-    if untold:
-        raise LpovodError(f"{network} has no weights {untold[:3]} ... of the detector's backbone")
-    say(f"backbone and pyramid start from {network}")
 
 
 def training_losses(

@@ -7,8 +7,6 @@ in its format, and weights are checked key by key against it.
 from __future__ import annotations
 
 import json
-import warnings
-import zipfile
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,12 +26,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lpovod.artifacts import LpovodError, read_json, sha256
+from lpovod.importers.torchscript import is_torchscript, read_torchscript
 
 # Crops per forward pass, which bounds the memory whatever number a caller hands over.
 BATCH = 256
 
-# What OpenAI's archives hold besides parameters and buffers.
-_ARCHIVE_ATTRIBUTES = ("input_resolution", "context_length", "vocab_size")
+# What OpenAI's models hold besides parameters and buffers, and what they are known by.
+_ARCHIVE_ATTRIBUTES = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 class ClipSource(Protocol):
@@ -207,36 +206,28 @@ def _build_model(config: dict, architecture: str) -> CLIP | CustomTextCLIP:
     return (CustomTextCLIP if custom_text else CLIP)(**config)
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def _read_state_dict(path: Path, config: dict) -> dict[str, Tensor]:
-    """The tensors of a weights file. No route here runs Python code that a file could bring."""
+    """The tensors of a weights file. No route here runs code that a file could bring."""
     if path.suffix == ".safetensors":
         return load_file(path)
-    if _is_torchscript(path):
-        # TorchScript's own reader: C++ that parses its typed subset and never Python's pickle.
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-        if not config.get("quick_gelu"):
-            warnings.warn(
-                f"{path} is a TorchScript archive, the form of OpenAI's models, which need "
-                "QuickGELU; without it accuracy drops silently: use the architecture's "
-                "-quickgelu variant",
-                stacklevel=2,
-            )
-        return {key: value for key, value in state.items() if key not in _ARCHIVE_ATTRIBUTES}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise LpovodError(f"{path} holds a {type(state).__name__}, expected a state dict")
-    state = state.get("state_dict", state)
+    if is_torchscript(path):
+        state = read_torchscript(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise LpovodError(f"{path} holds a {type(state).__name__}, expected a state dict")
+        state = state.get("state_dict", state)
     prefix = "module."  # left by DistributedDataParallel
     if state and all(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if key not in _ARCHIVE_ATTRIBUTES}
+    marks = [key for key in state if key.split(".")[-1] in _ARCHIVE_ATTRIBUTES]
+    if marks and not config.get("quick_gelu"):
+        raise LpovodError(
+            f"{path} is one of OpenAI's models (it has {_some(marks)}), which need QuickGELU; "
+            "without it they would lose accuracy silently: set clip.architecture to the "
+            "-quickgelu variant"
+        )
+    return {key: value for key, value in state.items() if key not in marks}
 
 
 def _some(items: list[str]) -> str:

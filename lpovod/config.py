@@ -20,6 +20,7 @@ from lpovod.download import COCO_CLASSES, WEIGHTS
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Split = Literal["train", "val", "tune"]
 
 
 class Settings(BaseModel):
@@ -100,9 +101,10 @@ class Clip(Settings):
         "resources/small_clip/architecture.json",
         "name of an open_clip model (ViT-B-32-quickgelu for OpenAI's weights) or a json file",
     )
-    weights: Path = key(
+    weights: Path | None = key(
         Path("resources/small_clip/weights.safetensors"),
-        "the model's weights; a missing file named ViT-B-32.pt is downloaded",
+        "the model's weights (a missing ViT-B-32.pt is downloaded); null where everything that "
+        "needs CLIP is read from files",
     )
     vocabulary: Path | None = key(
         Path("resources/small_clip/vocabulary.txt.gz"),
@@ -111,6 +113,8 @@ class Clip(Settings):
 
     def files(self) -> list[Path]:
         """The files the model is read from."""
+        if self.weights is None:
+            return []
         named = [Path(self.architecture)] if self.architecture.endswith(".json") else []
         return [*named, self.weights, *([self.vocabulary] if self.vocabulary else [])]
 
@@ -119,18 +123,33 @@ class TextEmbeddings(Settings):
     templates: list[str] = key(
         ["{}"], "prompts, {} being the class name; several are averaged", min_length=1
     )
+    file: Path | None = key(
+        None, "rows made elsewhere, in place of the prompts: .npy, or .pth of one tensor"
+    )
+    classes: Path | None = key(
+        None, "json of the rows' class names, in order: a list, or COCO's with categories"
+    )
 
     @model_validator(mode="after")
     def _templates_hold_the_name(self):
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} must contain {{}} once")
+        if (self.file is None) != (self.classes is None):
+            raise ValueError("file and classes belong together: give both, or neither")
         return self
 
 
 class Backbone(Settings):
-    architecture: Literal["small", "resnet50"] = key(
-        "small", "ResNet-50 in the caffe style, or a thin net of nine convolutions"
+    architecture: Literal["small", "resnet50", "resnet50_torchvision"] = key(
+        "small",
+        "a thin net of nine convolutions; ResNet-50 in the caffe style; or with the stride where "
+        "torchvision has it",
+    )
+    weights: Path | None = key(
+        None,
+        "what training starts from: a checkpoint with OpenMMLab's or torchvision's names; null is "
+        "a random start, and the detector starts from the proposal network",
     )
     channels: PositiveInt = key(64, "channels of the feature pyramid")
     short_side: PositiveInt = key(160, "pixels of the resized image's shorter side in inference")
@@ -165,6 +184,12 @@ class Proposals(Settings):
     per_level: PositiveInt = key(2000, "best boxes of each pyramid level that enter the NMS")
     nms: Fraction = key(0.7, "IoU of the class-agnostic NMS")
     per_image: PositiveInt = key(60, "proposals kept per image")
+    files: dict[Split, Path] = key(
+        {}, "made elsewhere, by split: an OpenMMLab pickle, or json in COCO's results format"
+    )
+    id_maps: dict[Split, Path] = key(
+        {}, "json of image ids and places in the pickle, by split; without: in annotation order"
+    )
 
 
 class RegionEmbeddings(Settings):
@@ -197,11 +222,17 @@ class BaseDetector(Settings):
     sampling_ratio: int = key(0, "samples per bin and axis of RoIAlign; 0 is adaptive", ge=0)
     distillation_weight: float = key(256.0, "weight of the distillation loss", ge=0)
     distillation_regions: PositiveInt = key(1000, "proposals per image that are distilled")
+    checkpoint: Path | None = key(
+        None, "the original's checkpoint, read in place of training a detector"
+    )
 
 
 class PseudoLabels(Settings):
     k: PositiveInt = key(100, "regions retrieved per novel class")
     objectness: Fraction = key(0.6, "floor of a retrieved region's objectness")
+    file: Path | None = key(
+        None, "COCO json of all novel classes' pseudo-labels, read in place of retrieval"
+    )
 
 
 class RegionFeatures(Settings):
@@ -220,6 +251,9 @@ class LinearProbe(Settings):
     samples: PositiveInt = key(512, "regions sampled per image")
     positives: Fraction = key(0.25, "largest part of them with an IoU of .5 with a pseudo-label")
     negatives_per_positive: PositiveInt = key(10, "largest number of negatives per positive")
+    checkpoint: Path | None = key(
+        None, "the original's fine-tuned checkpoint, whose novel weights are read in place of this"
+    )
 
 
 class Evaluation(Settings):
@@ -231,6 +265,9 @@ class Evaluation(Settings):
     score_threshold: Fraction = key(0.05, "lowest score of a detection")
     nms: Fraction = key(0.5, "IoU of the NMS within a class")
     per_image: PositiveInt = key(100, "detections kept per image")
+    clip_on_crops: bool = key(
+        True, "whether to measure CLIP itself too, which embeds every proposal of the split"
+    )
 
 
 class Report(Settings):
@@ -303,8 +340,29 @@ def load_config(content: dict[str, Any]) -> Config:
     for path in config.clip.files():
         if not path.is_file() and path.name not in WEIGHTS:
             raise LpovodError(f"clip: {path}: no such file")
+    _check_imports(config)
     _check_classes(config)
     return config
+
+
+def _check_imports(config: Config) -> None:
+    """What is read from files must leave nothing that the rest cannot be made from."""
+    if config.proposals.files and not (config.backbone.weights or config.base_detector.checkpoint):
+        raise LpovodError(
+            "proposals.files: without a proposal network the detector has nothing to start from: "
+            "give backbone.weights, or a trained detector as base_detector.checkpoint"
+        )
+    if config.clip.weights is None:
+        probe = config.linear_probe.checkpoint or config.pseudo_labels.file
+        for key_, given in {
+            "text_embeddings.file": config.text_embeddings.file,
+            "base_detector.checkpoint": config.base_detector.checkpoint,
+            "linear_probe.checkpoint or pseudo_labels.file": probe,
+            "evaluation.clip_on_crops: false": not config.evaluation.clip_on_crops,
+            "evaluation.temperature": config.evaluation.temperature,
+        }.items():
+            if not given:
+                raise LpovodError(f"clip.weights: without CLIP this is needed: {key_}")
 
 
 def _check_classes(config: Config) -> None:

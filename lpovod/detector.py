@@ -128,8 +128,11 @@ def load_detector(
     tensors, ident = read_tensors(path, "base_detector")
     embedding = tensors["projection.weight"].shape[0]
     model = Detector(backbone, settings, len(ident["classes"]), embedding)
+    own = model.state_dict().keys()
+    # An imported detector carries its RPN along, which nothing here needs.
+    kept = {k: v for k, v in tensors.items() if k in own or not k.startswith("rpn_head.")}
     try:
-        model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
+        model.load_state_dict({k: torch.from_numpy(v) for k, v in kept.items()})
     except RuntimeError as error:
         raise LpovodError(
             f"{path} does not fit the settings of backbone and base_detector: {error}"

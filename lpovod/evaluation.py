@@ -6,8 +6,13 @@ Everything here is arithmetic on stored region features (Eq. 5-7 of the paper):
 * the softmax, over all classes, of cosine / temperature between image head and class name;
 * base score: CLIP head^alpha · sigmoid^(1 - alpha); novel: CLIP head^(1 - beta) · sigmoid^beta;
 * the root of score · objectness, a threshold, NMS within each class.
+
+``python -m lpovod.evaluation --ground-truth GT.json --detections DT.json`` prints AP50 of anybody's
+detections in COCO's results format.
 """
 
+import argparse
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +29,14 @@ from lpovod.artifacts import (
     sha256,
     write_json,
 )
-from lpovod.average_precision import Detections, ap50, ap50_by_class, coco_results, ground_truth
+from lpovod.average_precision import (
+    Detections,
+    ap50,
+    ap50_by_class,
+    coco_results,
+    evaluate_files,
+    ground_truth,
+)
 from lpovod.boxes import nms
 from lpovod.config import Evaluation
 from lpovod.dataset import read_dataset
@@ -301,3 +313,40 @@ def evaluate(
 def _best_temperature(rows: dict[float, dict[str, float | None]]) -> dict[str, float | None]:
     best = max(rows, key=lambda t: (rows[t]["novel"] or 0.0, -t))
     return rows[best] | {"temperature": best}
+
+
+def main() -> None:
+    """The command line: AP50 of a file of detections."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lpovod.evaluation", description="AP50 of detections, by class and by split."
+    )
+    parser.add_argument("--ground-truth", type=Path, required=True, help="COCO json")
+    parser.add_argument("--detections", type=Path, required=True, help="COCO's results format")
+    parser.add_argument(
+        "--novel", nargs="+", help="novel classes (default: by the categories' split)"
+    )
+    parser.add_argument(
+        "--base", nargs="+", help="base classes (default: by the categories' split, or all others)"
+    )
+    parser.add_argument(
+        "--annotated-images",
+        action="store_true",
+        help="leave out images without any of the classes, as OV-COCO does",
+    )
+    given = parser.parse_args()
+    try:
+        print(
+            evaluate_files(
+                given.ground_truth,
+                given.detections,
+                given.base,
+                given.novel,
+                given.annotated_images,
+            )
+        )
+    except LpovodError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

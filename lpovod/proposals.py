@@ -29,6 +29,7 @@ from lpovod.config import Backbone, Proposals
 from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.distributed import join, total
 from lpovod.images import LoadedView, batch, inference_views, load_views, training_views
+from lpovod.importers.backbone import start_from
 from lpovod.progress import progress, say
 from lpovod.store import RegionStore, write_regions
 from lpovod.training import train, write_training
@@ -146,12 +147,16 @@ def train_proposals(
     image_ids = [i for i in data.images if len(data.boxes(i)[0])]
     if not image_ids:
         raise LpovodError(f"{dataset}: no image has an annotation to learn proposals from")
-    made_from = identity("proposals", settings, dataset=dataset) | {
-        "backbone": backbone.model_dump(),
+    inputs = {"dataset": dataset} | ({"weights": backbone.weights} if backbone.weights else {})
+    made_from = identity("proposals", settings, **inputs) | {
+        "backbone": backbone.model_dump(mode="json"),
         "seed": seed,
     }
     torch.manual_seed(seed)
-    model = ProposalNetwork(backbone, settings.anchor_scale).to(device).train()
+    model = ProposalNetwork(backbone, settings.anchor_scale)
+    if backbone.weights:
+        start_from(model, backbone.weights, backbone.architecture)
+    model = model.to(device).train()
     schedule = settings.training
     lines = train(
         model,

@@ -86,7 +86,7 @@ def retrieve(
         region_index=fingerprint(searched.identity),
         text_embedding=_digest(vector),
     )
-    write_json(output, _coco(name, regions, dataset) | {"info": {"identity": ident}})
+    write_json(output, as_coco(name, regions, dataset) | {"info": {"identity": ident}})
     images, cosines = {r["image_id"] for r in regions}, [r["cosine"] for r in regions]
     say(
         f"{name}: {len(regions)} regions of {len(images)} images, "
@@ -162,7 +162,8 @@ def _digest(vector: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(vector, np.float32).tobytes()).hexdigest()
 
 
-def _coco(name: str, regions: list[dict], dataset: Path) -> dict:
+def as_coco(name: str, regions: list[dict], dataset: Path) -> dict:
+    """The regions of a class in the layout of this stage's files."""
     images = read_dataset(dataset).images
     annotations = [
         {"id": i, "category_id": CATEGORY_ID, "iscrowd": 0, "segmentation": [], **region}

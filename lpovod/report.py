@@ -87,11 +87,11 @@ def write_report(
     train: Path,
     truth: Path,
     pseudo_labels: list[Path],
-    proposals_history: Path,
     detector_history: Path,
     benchmarks: Path,
     settings: config.Report,
     output: Path,
+    proposals_history: Path | None = None,
 ) -> None:
     """Write the page.
 
@@ -101,12 +101,12 @@ def write_report(
         val: the split that was measured, with all classes annotated.
         train: the training split; retrieved regions are cut out of its images.
         truth: annotations of the training images for all classes, to tell right from wrong.
-        pseudo_labels: a file per novel class.
-        proposals_history: one JSON line per epoch: ``epoch`` and named losses.
-        detector_history: the same of the detector.
+        pseudo_labels: a file per novel class; none, if nothing was retrieved.
+        detector_history: one JSON line per epoch: ``epoch`` and named losses.
         benchmarks: folder of Snakemake's benchmark files (seconds, MiB), searched with all below.
         settings: of this stage.
         output: one html file.
+        proposals_history: the same of the proposal network, if there is one.
 
     Raises:
         LpovodError: if files contradict one another or cannot be read.
@@ -124,7 +124,7 @@ def write_report(
         "errors": error_columns(measured),
         "kinds": ERRORS,
         "curves": [
-            ("Proposal network", loss_curves(proposals_history)),
+            ("Proposal network", loss_curves(proposals_history) if proposals_history else []),
             ("Detector", loss_curves(detector_history)),
         ],
         "retrieved": retrieved(pseudo_labels, novel, train, truth, settings.crops_per_class),

@@ -11,6 +11,7 @@ import numpy as np
 
 from lpovod import config
 from lpovod.artifacts import LpovodError, identity, read_tensors, write_tensors
+from lpovod.importers.text_rows import check_rows, read_rows
 from lpovod.progress import say
 
 STAGE = "text_embeddings"
@@ -23,14 +24,15 @@ class ClassEmbeddings:
     Attributes:
         names: of the classes, n of them.
         vectors: (n, D) float32, unit rows.
-        logit_scale: the factor CLIP was trained with: its softmax is over logit_scale * cosine.
-        clip_weights: digest of the CLIP weights.
+        logit_scale: the factor CLIP was trained with: its softmax is over logit_scale * cosine;
+            None for rows that were read from a file without their CLIP.
+        clip_weights: digest of the CLIP weights, or "none".
         clip_architecture: name of the CLIP architecture, or the digest of its json file.
     """
 
     names: list[str]
     vectors: np.ndarray
-    logit_scale: float
+    logit_scale: float | None
     clip_weights: str
     clip_architecture: str
 
@@ -46,24 +48,41 @@ def embed_classes(
 ) -> None:
     """Embed class names and write ``{name: (D,) float32}`` with its identity.
 
-    A class's vector is the mean over the templates of the unit vectors, brought to unit length.
+    A class's vector is the mean over the templates of the unit vectors, brought to unit length; or
+    its row of `settings.file`, brought to unit length.
 
     Raises:
-        LpovodError: if the CLIP model cannot be loaded.
+        LpovodError: if the CLIP model cannot be loaded, or the file's rows are not of the classes.
     """
-    from lpovod.clip import load_clip
+    model = None
+    if clip.weights is not None:
+        from lpovod.clip import load_clip
 
-    model = load_clip(clip, "cpu")
-    prompts = [template.format(name) for name in names for template in settings.templates]
-    vectors = _unit(model.encode_texts(prompts).double().numpy())
-    vectors = _unit(vectors.reshape(len(names), len(settings.templates), -1).mean(axis=1))
-    inputs = {"clip_weights": model.weights_digest, "clip_architecture": clip_architecture(clip)}
-    if clip.vocabulary is not None:
-        inputs["vocabulary"] = clip.vocabulary
-    ident = identity(STAGE, settings, **inputs) | {"logit_scale": float(model.logit_scale)}
+        model = load_clip(clip, "cpu")
+    inputs = {"clip_weights": "none", "clip_architecture": "none"}
+    if model is not None:
+        inputs = {"clip_weights": model.weights_digest}
+        inputs["clip_architecture"] = clip_architecture(clip)
+        if clip.vocabulary is not None:
+            inputs["vocabulary"] = clip.vocabulary
+    if settings.file is None:
+        source = f"{len(settings.templates)} prompts each"
+        prompts = [template.format(name) for name in names for template in settings.templates]
+        rows = _unit(model.encode_texts(prompts).double().numpy())
+        vectors = _unit(rows.reshape(len(names), len(settings.templates), -1).mean(axis=1))
+    else:
+        source = str(settings.file)
+        inputs |= {"file": settings.file, "classes": settings.classes}
+        listed = read_rows(settings.file, settings.classes)
+        if model is not None:
+            check_rows(settings.file, listed, model.encode_texts(list(listed)).double().numpy())
+        if absent := [name for name in names if name not in listed]:
+            raise LpovodError(f"{settings.classes} does not list the class {absent[0]!r}")
+        vectors = [listed[name] for name in names]
+    scale = float(model.logit_scale) if model else None
     tensors = {n: v.astype(np.float32) for n, v in zip(names, vectors, strict=True)}
-    write_tensors(output, tensors, ident)
-    say(f"{len(names)} classes, {len(settings.templates)} prompts each: {output}")
+    write_tensors(output, tensors, identity(STAGE, settings, **inputs) | {"logit_scale": scale})
+    say(f"{len(names)} classes, {source}: {output}")
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 # Stage base_detector
-# IN   train.json, region embeddings of its images, the proposal network (backbone and pyramid)
+# IN   train.json, region embeddings of its images, what it starts from: the proposal
+#      network (backbone and pyramid), or backbone.weights
 # OUT  detector.safetensors, history.jsonl
 # COST COCO: 20 epochs of 118k images, 16 per step (python -m lpovod.plan)
 
@@ -10,11 +11,12 @@ rule base_detector:
         code=code(
             *("base_detector", "detector", "rpn", "pooling"),
             *("backbone", "boxes", "images", "training", "distributed"),
+            *START_CODE,
         ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         shards=shards("train"),
-        network=rules.proposal_network.output.network,
+        network=CONFIG.backbone.weights or rules.proposal_network.output.network,
     output:
         detector=f"{RESULTS}/base_detector/detector.safetensors",
         history=f"{RESULTS}/base_detector/history.jsonl",

@@ -28,6 +28,7 @@ TRAINING_GPUS = CONFIG.training_gpus if CONFIG.gpu else 0
 # A cluster's last warning and Ctrl-C are for the stage, which ends by itself; without its shell and
 # its log it could not.
 shell.prefix("set -euo pipefail; trap '' TERM INT; ")
+START_CODE = ["importers/backbone", "importers/openmmlab"]  # reads what trainings start from
 
 
 wildcard_constraints:
@@ -44,6 +45,28 @@ def block(name):
 def code(*modules):
     """Sources that shape a stage's result; Snakemake compares them by content."""
     return [f"lpovod/{module}.py" for module in modules]
+
+
+def given(path):
+    """An input that may be missing: a file of the user's, or nothing."""
+    return [path] if path else []
+
+
+def of_split(files, split):
+    """The user's file for a split."""
+    if split not in files:
+        raise WorkflowError(f"proposals.files: there is none for {split}, which this run needs")
+    return files[split]
+
+
+def option(flag, value):
+    """An option of a command line, where there is something to give."""
+    return f"{flag} {value}" if value else ""
+
+
+def rules_of(stage, files):
+    """The rule file of a stage: the one that reads its artefacts from files, if they are given."""
+    return f"rules/imported_{stage}.smk" if files else f"rules/{stage}.smk"
 
 
 def shards(split):

@@ -13,7 +13,9 @@ rule evaluation:
         dataset=evaluated(f"{RESULTS}/dataset/{{split}}.json"),
         features=evaluated(f"{RESULTS}/region_features/{{split}}.h5"),
         recall=evaluated(f"{RESULTS}/proposals/{{split}}.recall.json"),
-        embeddings=lambda wildcards: shards(evaluated("{split}")(wildcards)[0]),
+        embeddings=lambda wildcards: (
+            shards(evaluated("{split}")(wildcards)[0]) if CONFIG.evaluation.clip_on_crops else []
+        ),
         detector=rules.base_detector.output.detector,
         probe=rules.linear_probe.output,
         text=[

@@ -8,9 +8,13 @@
 rule proposal_network:
     input:
         script="workflow_scripts/proposals.py",
-        code=code("proposals", "backbone", "boxes", "images", "training", "distributed"),
+        code=code(
+            *("proposals", "backbone", "boxes", "images", "training", "distributed"),
+            *START_CODE,
+        ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
+        weights=given(CONFIG.backbone.weights),
     output:
         network=f"{RESULTS}/proposals/network.safetensors",
         history=f"{RESULTS}/proposals/history.jsonl",

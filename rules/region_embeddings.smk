@@ -7,7 +7,7 @@
 rule region_embeddings:
     input:
         script="workflow_scripts/region_embeddings.py",
-        code=code("region_embeddings", "crops", "clip"),
+        code=code("region_embeddings", "crops", "clip", "importers/torchscript"),
         clip=ancient(CLIP_FILES),
         dataset=f"{RESULTS}/dataset/{{split}}.json",
         images=rules.dataset.output.images,

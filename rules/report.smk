@@ -14,8 +14,12 @@ rule report:
         val=f"{RESULTS}/dataset/val.json",
         train=f"{RESULTS}/dataset/train.json",
         truth=rules.dataset.output.truth,
-        pseudo_labels=expand(rules.pseudo_labels.output, novel=NOVEL),
-        proposals=rules.proposal_network.output.history,
+        pseudo_labels=(
+            []
+            if CONFIG.linear_probe.checkpoint
+            else expand(rules.pseudo_labels.output, novel=NOVEL)
+        ),
+        proposals=[] if CONFIG.proposals.files else rules.proposal_network.output.history,
         base_detector=rules.base_detector.output.history,
     output:
         f"{RESULTS}/report/report.html",
@@ -30,12 +34,13 @@ rule report:
     params:
         settings=block("report"),
         benchmarks=f"{RESULTS}/benchmarks",
+        proposals=lambda wildcards, input: option("--proposals-history", input.proposals),
     message:
         "The report"
     shell:
         "python -m workflow_scripts.report --metrics {input.metrics}"
         " --detections {input.detections} --val {input.val} --train {input.train}"
         " --truth {input.truth} --pseudo-labels {input.pseudo_labels}"
-        " --proposals-history {input.proposals} --detector-history {input.base_detector}"
+        " {params.proposals} --detector-history {input.base_detector}"
         " --benchmarks {params.benchmarks} --settings {params.settings:q} --output {output}"
         " 2>&1 | tee {log}"

@@ -1,5 +1,5 @@
 # Stage text_embeddings
-# IN   class names, CLIP
+# IN   class names, CLIP (or, with text_embeddings.file, rows made elsewhere)
 # OUT  safetensors: a unit vector (D,) float32 per class, keyed by name;
 #      one file for the base classes, one per novel class
 # COST seconds
@@ -8,8 +8,10 @@
 rule text_embeddings:
     input:
         script="workflow_scripts/text_embeddings.py",
-        code=code("text_embeddings", "clip"),
+        code=code("text_embeddings", "clip", "importers/text_rows", "importers/torchscript"),
         clip=ancient(CLIP_FILES),
+        file=given(CONFIG.text_embeddings.file),
+        classes=given(CONFIG.text_embeddings.classes),
     output:
         f"{RESULTS}/text_embeddings/{{classes}}.safetensors",
     log:

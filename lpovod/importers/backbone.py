@@ -1,0 +1,101 @@
+"""Pretrained weights that a training starts from: OpenMMLab's names (SoCo), or torchvision's.
+
+A ResNet-50 of torchvision differs in two ways from the original's: the stride is on the 3 x 3
+convolution, which is an architecture of its own here (``resnet50_torchvision``), and images are
+normalised with other means and deviations, which its first layer is converted for.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lpovod.artifacts import LpovodError, read_tensors
+from lpovod.images import MEAN, STD
+from lpovod.importers.openmmlab import original_name, read_checkpoint, some
+from lpovod.progress import say
+
+TORCHVISION_MEAN = tuple(255 * v for v in (0.485, 0.456, 0.406))
+TORCHVISION_STD = tuple(255 * v for v in (0.229, 0.224, 0.225))
+
+
+def start_from(model: nn.Module, path: Path, architecture: str) -> None:
+    """Fill a network, in place, with all tensors of a file that it has a place for.
+
+    Args:
+        model: with a ``backbone`` and a ``neck``.
+        path: ``.safetensors`` of our proposal network, OpenMMLab's checkpoint with ``backbone.``
+            and perhaps ``neck.`` and ``roi_head.``, or torchvision's ResNet state dict.
+        architecture: of the backbone.
+
+    Raises:
+        LpovodError: if the backbone would stay incomplete, a shape differs, or the file is of
+            another architecture.
+    """
+    state = _read(path, architecture)
+    own = {original_name(name): tensor for name, tensor in model.state_dict().items()}
+    used = {name for name in own if name in state}
+    missing = [
+        name
+        for name in own
+        if name.startswith("backbone.") and name not in state and "num_batches" not in name
+    ]
+    if missing:
+        raise LpovodError(f"{path} lacks {some(missing)} of the backbone {architecture}")
+    wrong = [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(used)
+        if state[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise LpovodError(f"{path} does not fit the settings of backbone: {some(wrong)}")
+    ours = {
+        name: state[original_name(name)]
+        for name in model.state_dict()
+        if original_name(name) in used
+    }
+    model.load_state_dict(ours, strict=False)
+    left = sorted(state.keys() - used)
+    say(f"training starts from {len(used)} tensors of {path}; not used: {some(left) or 'none'}")
+
+
+def _read(path: Path, architecture: str) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        tensors, _ = read_tensors(path, "proposals")
+        return {
+            k: torch.from_numpy(v)
+            for k, v in tensors.items()
+            if k.startswith(("backbone.", "neck."))
+        }
+    state, _ = read_checkpoint(path)
+    if any(name.startswith("backbone.") for name in state):
+        return state
+    if "conv1.weight" not in state:
+        raise LpovodError(
+            f"{path} has neither OpenMMLab's names (backbone.conv1.weight) nor torchvision's "
+            f"(conv1.weight), but {some(sorted(state))}"
+        )
+    if architecture != "resnet50_torchvision":
+        raise LpovodError(
+            f"{path} has torchvision's names. Its stride is on the 3 x 3 convolutions, that of "
+            f"{architecture} is not, and its weights would mean something else there: set "
+            "backbone.architecture to resnet50_torchvision"
+        )
+    return {f"backbone.{k}": v for k, v in _for_our_images(state).items()}
+
+
+def _for_our_images(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first convolution and norm, for images normalised as here instead of torchvision's.
+
+    ``(v - m) / s = (v - M) / S · S / s + (M - m) / s``: the factor goes into the kernel, the shift
+    of its sum into the norm's mean. Equal except at the border, where zeros stand for the mean.
+    """
+    mean, std, their_mean, their_std = (
+        torch.tensor(v, dtype=torch.float64) for v in (MEAN, STD, TORCHVISION_MEAN, TORCHVISION_STD)
+    )
+    kernel = state["conv1.weight"].double()
+    shift = (kernel.sum(dim=(2, 3)) * (mean - their_mean) / their_std).sum(dim=1)
+    return state | {
+        "conv1.weight": (kernel * (std / their_std).view(3, 1, 1)).float(),
+        "bn1.running_mean": (state["bn1.running_mean"].double() - shift).float(),
+    }

@@ -1,0 +1,64 @@
+"""OpenMMLab's checkpoints: how they are read, and how their tensors are named.
+
+Our detector keeps OpenMMLab's names for backbone and pyramid; the heads have names of their own.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpovod.artifacts import LpovodError
+
+HEADS = {
+    "region_branch.convs": "roi_head.bbox_head.shared_convs",
+    "region_branch.fc": "roi_head.bbox_head.shared_fcs.0",
+    "image_branch.convs": "roi_head.bbox_head.shared_convs_for_image",
+    "image_branch.fc": "roi_head.bbox_head.shared_fcs_for_image.0",
+    "box_refinement": "roi_head.bbox_head.fc_reg",
+    "projection": "roi_head.projection_for_image",
+    "prototypes": "roi_head.prototype",
+}
+"""Our names of the heads' parts, and the original's."""
+NOVEL = "roi_head.prototype_novel"
+CARRIED = "rpn_head."
+
+
+def original_name(name: str) -> str:
+    """The original's name of one of our detector's tensors."""
+    for ours, theirs in HEADS.items():
+        if name == ours or name.startswith(f"{ours}."):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint by name, and its ``meta`` (empty if there is none).
+
+    Read with torch's ``weights_only=True``, which builds tensors and plain containers alone.
+
+    Raises:
+        LpovodError: if the file is missing, damaged, holds anything else, or has no state dict.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise LpovodError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LpovodError(
+            f"{path} is no checkpoint of tensors and plain values alone ({reason}); nothing of it "
+            "was run. Is the file whole?"
+        ) from None
+    content = content if isinstance(content, dict) else {}
+    nested = next((content[k] for k in ("state_dict", "model") if k in content), content)
+    state = {k: v for k, v in nested.items() if isinstance(v, Tensor)} if nested else {}
+    if not state or len(state) != len(nested):
+        raise LpovodError(f"{path} has no state dict: no names with tensors")
+    return {k.removeprefix("module."): v for k, v in state.items()}, content.get("meta") or {}
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

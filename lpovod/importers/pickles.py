@@ -1,0 +1,53 @@
+"""Pickles of numpy arrays, read by an unpickler that admits nothing else.
+
+A pickle names the functions it wants called. The ones that rebuild arrays are few; any other name
+ends the reading before anything is called.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy._core.multiarray import _reconstruct
+from numpy._core.numeric import _frombuffer
+
+from lpovod.artifacts import LpovodError
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How protocol 2 writes bytes: characters of latin1."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+_ADMITTED = {("_codecs", "encode"): _encode}
+for _numpy in ("numpy.core", "numpy._core"):  # before and since numpy 2
+    _ADMITTED[f"{_numpy}.multiarray", "_reconstruct"] = _reconstruct
+    _ADMITTED[f"{_numpy}.numeric", "_frombuffer"] = _frombuffer
+_ADMITTED |= {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return _ADMITTED[module, name]
+
+
+def read_pickled_arrays(path: Path) -> Any:
+    """What a pickle holds, if that is plain containers of numbers, strings and numpy arrays.
+
+    Raises:
+        LpovodError: if the file is missing, is damaged, or names anything else.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _ArraysOnly(file).load()
+    except FileNotFoundError:
+        raise LpovodError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise LpovodError(
+            f"{path} is no pickle of numpy arrays alone ({error}); nothing of it was run"
+        ) from None

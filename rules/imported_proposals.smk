@@ -1,0 +1,35 @@
+# Stage proposals, read from files in place of learning (proposals.files).
+# IN   dataset; an OpenMMLab pickle or COCO results of the split
+# OUT  {split}.h5: region store of box and objectness, best first; {split}.recall.json
+# COST a pickle is read whole into memory: 3.5 GB for 1,500 boxes on each image of COCO train
+
+
+rule proposals:
+    input:
+        script="workflow_scripts/importers.py",
+        code=code("proposals", "importers/proposals", "importers/pickles"),
+        dataset=f"{RESULTS}/dataset/{{split}}.json",
+        file=lambda wildcards: of_split(CONFIG.proposals.files, wildcards.split),
+        id_map=lambda wildcards: given(CONFIG.proposals.id_maps.get(wildcards.split)),
+    output:
+        proposals=f"{RESULTS}/proposals/{{split}}.h5",
+        recall=f"{RESULTS}/proposals/{{split}}.recall.json",
+    log:
+        f"{RESULTS}/logs/proposals/{{split}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/proposals/{{split}}.tsv"
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=grows(8000),
+        runtime=grows(60),
+    params:
+        settings=block("proposals"),
+        id_map=lambda wildcards, input: option("--id-map", input.id_map),
+    message:
+        "Proposals of the {wildcards.split} images, from {input.file}"
+    shell:
+        "python -m workflow_scripts.importers import_proposals --dataset {input.dataset}"
+        " --file {input.file} {params.id_map} --settings {params.settings:q}"
+        " --output {output.proposals} --recall {output.recall} 2>&1 | tee {log}"
