@@ -2,7 +2,8 @@
 
 The ids in the index are region keys (`region_key`), so a hit names its image and region. At the
 paper's scale the vectors are 40 GB, so the file is a row of small FAISS indices, each of one block
-of regions, made one after another and searched in place (memory-mapped)::
+of regions, made one after another. An exact search streams through their vectors; the others are
+searched in place (memory-mapped)::
 
     <FAISS index> ... <FAISS index> <json> <length of the json: 8 bytes> <MAGIC: 8 bytes>
 
@@ -13,9 +14,11 @@ Imported for retrieval, which needs no torch: nothing here imports it.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import faiss
 import numpy as np
@@ -30,6 +33,10 @@ MAGIC = b"LPOVODIX"
 INDEX_BITS = 20  # of a region's place in its image; the image id has the other 43
 TRAINING_ROWS = 1 << 18  # sample for the factories that need training
 PROBED_PART = 8  # one in so many lists of an inverted file is searched
+READ_ROWS = 4096  # of an exact search, read at once while the rows before them are compared
+COMPARED_ROWS = 512  # decoded and compared at once: they fit a core's cache
+
+Found = tuple[np.ndarray, np.ndarray]
 
 
 def region_key(image_id: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -168,19 +175,38 @@ class RegionIndex:
     parts: list[faiss.Index]
     content: np.memmap
 
-    def search(self, vector: np.ndarray, k: int, allowed: np.ndarray) -> tuple:
-        """The k rows of largest inner product among the allowed ones.
+    @property
+    def exact(self) -> bool:
+        """Whether a search compares all vectors as they are (Flat, SQfp16)."""
+        inner = faiss.downcast_index(self.parts[0].index)
+        if isinstance(inner, faiss.IndexScalarQuantizer):
+            return inner.sq.qtype == faiss.ScalarQuantizer.QT_fp16
+        return isinstance(inner, faiss.IndexFlat)
+
+    def search(self, vectors: np.ndarray, k: int, allowed: np.ndarray) -> list[Found]:
+        """The k rows of largest inner product with each vector, among the allowed ones.
+
+        An exact index is read once from end to end, whatever number of vectors there is.
 
         Args:
-            vector: (D,) float32.
+            vectors: (q, D) float32.
             k: how many at most.
             allowed: (rows,) bool.
 
         Returns:
-            Inner products (n,) float32, descending, and region keys (n,) int64; n <= k.
+            For each vector inner products (n,) float32, descending, and region keys (n,) int64.
+            Of an exact index they are all rows that rounding lets be among the first k, so n may
+            exceed k; of the others n <= k.
         """
-        query = np.ascontiguousarray(vector, np.float32)[None]
-        scores, keys, start = [], [], 0
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        if self.exact:
+            found = best_rows(vectors, self._stream(), k, allowed)
+        else:
+            found = [self._search_parts(vector[None], k, allowed) for vector in vectors]
+        return [(scores, self.keys[rows]) for scores, rows in found]
+
+    def _search_parts(self, query: np.ndarray, k: int, allowed: np.ndarray) -> Found:
+        scores, rows, start = [np.empty(0, np.float32)], [np.empty(0, np.int64)], 0
         for part in self.parts:
             stop = start + part.ntotal
             if allowed[start:stop].any():
@@ -189,13 +215,94 @@ class RegionIndex:
                 found = inner.search(query, min(k, part.ntotal), params=parameters)
                 real = found[1][0] >= 0
                 scores.append(found[0][0][real])
-                keys.append(self.keys[start:stop][found[1][0][real]])
+                rows.append(start + found[1][0][real])
             start = stop
-        if not scores:
-            return np.empty(0, np.float32), np.empty(0, np.int64)
         merged = np.concatenate(scores)
         best = np.argsort(-merged, kind="stable")[:k]
-        return merged[best], np.concatenate(keys)[best]
+        return merged[best], np.concatenate(rows)[best]
+
+    def _stream(self) -> Iterator[np.ndarray]:
+        """All vectors in order, (n, D) float32, read ahead in a thread into memory of its own."""
+        base = self.content.ctypes.data
+        with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            pending = None
+            for inner, offset, rows in self._pieces(base):
+                coming = pool.submit(_read_codes, file, offset, rows * inner.code_size)
+                if pending:
+                    yield from _decoded(*pending)
+                pending = inner, coming
+            yield from _decoded(*pending)
+
+    def _pieces(self, base: int) -> Iterator[tuple[faiss.Index, int, int]]:
+        """What is read at once: an index, where its codes lie in the file, and how many rows."""
+        for part in self.parts:
+            inner = faiss.downcast_index(part.index)
+            offset = int(inner.codes.data()) - base
+            for start in range(0, part.ntotal, READ_ROWS):
+                rows = min(READ_ROWS, part.ntotal - start)
+                yield inner, offset + start * inner.code_size, rows
+
+
+def _read_codes(file: BinaryIO, offset: int, size: int) -> np.ndarray:
+    codes = np.empty(size, np.uint8)
+    file.seek(offset)
+    read = 0
+    while read < size:
+        read += file.readinto(memoryview(codes)[read:])
+    return codes
+
+
+def _decoded(inner: faiss.Index, coming: Future) -> Iterator[np.ndarray]:
+    codes = coming.result().reshape(-1, inner.code_size)
+    rows = np.empty((COMPARED_ROWS, inner.d), np.float32)
+    for start in range(0, len(codes), COMPARED_ROWS):
+        part = codes[start : start + COMPARED_ROWS]
+        yield inner.sa_decode(part, x=rows[: len(part)])
+
+
+def best_rows(
+    vectors: np.ndarray, blocks: Iterable[np.ndarray], k: int, allowed: np.ndarray
+) -> list[Found]:
+    """The allowed rows that may be among the k of largest inner product with each vector.
+
+    A float32 sum over D terms of two unit vectors differs from the true one by D * 2**-24 at most,
+    whatever its order, and so does another such sum: no row is dropped that lies less than four
+    times as far below the k-th. The caller orders the rows by sums in float64.
+
+    Args:
+        vectors: (q, D) float32, of unit norm, as the rows are (float16's rounding aside).
+        blocks: the rows in order, (n, D) float32.
+        k: how many.
+        allowed: (rows,) bool.
+
+    Returns:
+        For each vector inner products, descending, and rows, int64.
+    """
+    margin = np.float32(4 * vectors.shape[1] * 2.0**-24)
+    scores = [np.empty(0, np.float32) for _ in vectors]
+    rows = [np.empty(0, np.int64) for _ in vectors]
+    floor, start = np.full(len(vectors), -np.inf, np.float32), 0
+    for block in blocks:
+        products = vectors @ block.T
+        products[:, ~allowed[start : start + len(block)]] = -np.inf
+        for query in np.flatnonzero(products.max(axis=1) > floor):
+            near = np.flatnonzero(products[query] > floor[query])
+            scores[query] = np.concatenate([scores[query], products[query, near]])
+            rows[query] = np.concatenate([rows[query], start + near])
+            if len(scores[query]) >= 2 * k:
+                floor[query] = np.partition(scores[query], -k)[-k] - margin
+                kept = scores[query] > floor[query]
+                scores[query], rows[query] = scores[query][kept], rows[query][kept]
+        start += len(block)
+    return [_descending(*found, k, margin) for found in zip(scores, rows, strict=True)]
+
+
+def _descending(scores: np.ndarray, rows: np.ndarray, k: int, margin: np.float32) -> Found:
+    order = np.argsort(-scores, kind="stable")
+    if len(order) > k:
+        order = order[scores[order] > scores[order[k - 1]] - margin]
+    return scores[order], rows[order]
 
 
 def _parameters(inner: faiss.Index, allowed: np.ndarray) -> faiss.SearchParameters:

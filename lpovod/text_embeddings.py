@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lpovod import config
-from lpovod.artifacts import LpovodError, identity, read_tensors, write_tensors
+from lpovod.artifacts import LpovodError, identity, read_tensors, sha256, write_tensors
 from lpovod.progress import say
 
 STAGE = "text_embeddings"
@@ -46,7 +46,25 @@ def embed_classes(
 ) -> None:
     """Embed class names and write ``{name: (D,) float32}`` with its identity.
 
-    A class's vector is the mean over the templates of the unit vectors, brought to unit length.
+    Raises:
+        LpovodError: if the CLIP model cannot be loaded.
+    """
+    classes = embed_texts(names, clip, settings)
+    inputs = {
+        "clip_weights": classes.clip_weights,
+        "clip_architecture": classes.clip_architecture,
+    }
+    if clip.vocabulary is not None:
+        inputs["vocabulary"] = clip.vocabulary
+    ident = identity(STAGE, settings, **inputs) | {"logit_scale": classes.logit_scale}
+    write_tensors(output, dict(zip(names, classes.vectors, strict=True)), ident)
+    say(f"{len(names)} classes, {len(settings.templates)} prompts each: {output}")
+
+
+def embed_texts(
+    names: list[str], clip: config.Clip, settings: config.TextEmbeddings
+) -> ClassEmbeddings:
+    """Embed names: the mean over the templates of the unit vectors, brought to unit length.
 
     Raises:
         LpovodError: if the CLIP model cannot be loaded.
@@ -57,13 +75,14 @@ def embed_classes(
     prompts = [template.format(name) for name in names for template in settings.templates]
     vectors = _unit(model.encode_texts(prompts).double().numpy())
     vectors = _unit(vectors.reshape(len(names), len(settings.templates), -1).mean(axis=1))
-    inputs = {"clip_weights": model.weights_digest, "clip_architecture": clip_architecture(clip)}
-    if clip.vocabulary is not None:
-        inputs["vocabulary"] = clip.vocabulary
-    ident = identity(STAGE, settings, **inputs) | {"logit_scale": float(model.logit_scale)}
-    tensors = {n: v.astype(np.float32) for n, v in zip(names, vectors, strict=True)}
-    write_tensors(output, tensors, ident)
-    say(f"{len(names)} classes, {len(settings.templates)} prompts each: {output}")
+    architecture = clip_architecture(clip)
+    return ClassEmbeddings(
+        names=names,
+        vectors=vectors.astype(np.float32),
+        logit_scale=float(model.logit_scale),
+        clip_weights=model.weights_digest,
+        clip_architecture=sha256(architecture) if isinstance(architecture, Path) else architecture,
+    )
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
