@@ -148,7 +148,7 @@ def top_regions(
     A limit on regions of one image may use up what was searched for: then more is asked for.
 
     Args:
-        searched: what finds candidates, whose cosines are computed anew here.
+        searched: what finds candidates; the cosines of an inexact one are computed anew.
         store: the shards.
         vectors: (q, D) float32 of unit norm.
         settings: K, and how different the regions must be.
@@ -162,8 +162,10 @@ def top_regions(
     taken: dict[int, list[dict]] = {}
     while pending := [query for query in range(len(vectors)) if query not in taken]:
         found = searched.search(vectors[pending], asked, allowed)
-        for query, (_, keys) in zip(pending, found, strict=True):
-            regions = _take(_ranked(store, keys, vectors[query])[:asked], settings)
+        for query, (cosines, keys) in zip(pending, found, strict=True):
+            if not searched.exact:
+                cosines = _cosines(store, keys, vectors[query])
+            regions = _take(_ranked(store, keys, cosines)[:asked], settings)
             if len(regions) == settings.k or len(keys) < asked:
                 taken[query] = regions
         asked *= SPARE
@@ -184,30 +186,32 @@ class _Shards:
         return [(scores, np.concatenate(keys)[rows]) for scores, rows in found]
 
 
-def _ranked(store: RegionStore, keys: np.ndarray, vector: np.ndarray) -> list[dict]:
-    """Regions by cosine and key."""
-    regions = []
+def _cosines(store: RegionStore, keys: np.ndarray, vector: np.ndarray) -> np.ndarray:
     image_ids, places = split_key(keys)
-    for image_id in np.unique(image_ids).tolist():
-        content = store.read(image_id, ["embedding"])
-        for place in places[image_ids == image_id].tolist():
-            x1, y1, x2, y2 = content.box[place].astype(float).tolist()
-            regions.append(
-                {
-                    "key": int(region_key(image_id, place)),
-                    "image_id": image_id,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "score": float(content.objectness[place]),
-                    "cosine": _cosine(content["embedding"][place], vector),
-                }
-            )
-    return sorted(regions, key=lambda region: (-region["cosine"], region["key"]))
+    content = {i: store.read(i, ["embedding"]) for i in np.unique(image_ids).tolist()}
+    pairs = zip(image_ids.tolist(), places, strict=True)
+    rows = [content[image_id]["embedding"][place] for image_id, place in pairs]
+    return (np.stack(rows).astype(np.float64) @ vector.astype(np.float64)).astype(np.float32)
 
 
-def _cosine(embedding: np.ndarray, vector: np.ndarray) -> float:
-    # Summed in float64 and rounded, so that equal vectors are ties whatever the summation order.
-    return float(np.float32(embedding.astype(np.float64) @ vector.astype(np.float64)))
+def _ranked(store: RegionStore, keys: np.ndarray, cosines: np.ndarray) -> list[dict]:
+    """Annotations by cosine and key."""
+    regions = []
+    for row in np.lexsort((keys, -cosines)).tolist():
+        image_id, place = map(int, split_key(keys[row]))
+        content = store.read(image_id, [])
+        x1, y1, x2, y2 = content.box[place].astype(float).tolist()
+        regions.append(
+            {
+                "key": int(keys[row]),
+                "image_id": image_id,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "score": float(content.objectness[place]),
+                "cosine": float(cosines[row]),
+            }
+        )
+    return regions
 
 
 def _take(ranked: list[dict], settings: config.PseudoLabels) -> list[dict]:

@@ -15,7 +15,7 @@ Imported for retrieval, which needs no torch: nothing here imports it.
 import json
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -34,7 +34,8 @@ INDEX_BITS = 20  # of a region's place in its image; the image id has the other 
 TRAINING_ROWS = 1 << 18  # sample for the factories that need training
 PROBED_PART = 8  # one in so many lists of an inverted file is searched
 READ_ROWS = 4096  # of an exact search, read at once while the rows before them are compared
-COMPARED_ROWS = 512  # decoded and compared at once: they fit a core's cache
+COMPARED_ROWS = 512  # widened to float32 and compared at once: they fit a core's cache
+SIGN_AND_VALUE = np.int32(-0x70002000)
 
 Found = tuple[np.ndarray, np.ndarray]
 
@@ -195,8 +196,8 @@ class RegionIndex:
 
         Returns:
             For each vector inner products (n,) float32, descending, and region keys (n,) int64.
-            Of an exact index they are all rows that rounding lets be among the first k, so n may
-            exceed k; of the others n <= k.
+            Of an exact index the products are those of float64, rounded, and all rows that equal
+            the k-th are there; of the others n <= k, and they are FAISS's.
         """
         vectors = np.ascontiguousarray(vectors, np.float32)
         if self.exact:
@@ -222,43 +223,55 @@ class RegionIndex:
         return merged[best], np.concatenate(rows)[best]
 
     def _stream(self) -> Iterator[np.ndarray]:
-        """All vectors in order, (n, D) float32, read ahead in a thread into memory of its own."""
-        base = self.content.ctypes.data
+        """All vectors in order, (n, D) float32, read ahead in a thread into memory of its own.
+
+        Each block is overwritten by the next one.
+        """
         with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            pending = None
-            for inner, offset, rows in self._pieces(base):
-                coming = pool.submit(_read_codes, file, offset, rows * inner.code_size)
-                if pending:
-                    yield from _decoded(*pending)
-                pending = inner, coming
-            yield from _decoded(*pending)
+            pieces = self._pieces()
+            coming = pool.submit(_read_codes, file, *next(pieces))
+            while coming is not None:
+                codes, following = coming.result(), next(pieces, None)
+                coming = following and pool.submit(_read_codes, file, *following)
+                yield from self._float32(codes)
 
-    def _pieces(self, base: int) -> Iterator[tuple[faiss.Index, int, int]]:
-        """What is read at once: an index, where its codes lie in the file, and how many rows."""
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """What is read at once: where codes lie in the file, and how many bytes."""
         for part in self.parts:
             inner = faiss.downcast_index(part.index)
-            offset = int(inner.codes.data()) - base
-            for start in range(0, part.ntotal, READ_ROWS):
-                rows = min(READ_ROWS, part.ntotal - start)
-                yield inner, offset + start * inner.code_size, rows
+            start = int(inner.codes.data()) - self.content.ctypes.data
+            end = start + part.ntotal * inner.code_size
+            for offset in range(start, end, READ_ROWS * inner.code_size):
+                yield offset, min(READ_ROWS * inner.code_size, end - offset)
+
+    def _float32(self, codes: np.ndarray) -> Iterator[np.ndarray]:
+        half = faiss.downcast_index(self.parts[0].index).code_size == 2 * self.dimension
+        rows = codes.view(np.float16 if half else np.float32).reshape(-1, self.dimension)
+        wide = np.empty((COMPARED_ROWS, self.dimension), np.float32)
+        for start in range(0, len(rows), COMPARED_ROWS):
+            part = rows[start : start + COMPARED_ROWS]
+            yield widen(part, wide[: len(part)]) if half else part
+
+
+def widen(half: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Finite float16 as float32, into `out`: exact, and three times as fast as numpy's own.
+
+    Moved by 13 bits, a float16 is the float32 of 2**-112 times its value.
+    """
+    bits = out.view(np.int32)
+    np.copyto(bits, half.view(np.int16))
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, SIGN_AND_VALUE, out=bits)  # the sign was carried into the bits between
+    return np.multiply(out, np.float32(2.0**112), out=out)
 
 
 def _read_codes(file: BinaryIO, offset: int, size: int) -> np.ndarray:
-    codes = np.empty(size, np.uint8)
+    codes, read = np.empty(size, np.uint8), 0
     file.seek(offset)
-    read = 0
     while read < size:
         read += file.readinto(memoryview(codes)[read:])
     return codes
-
-
-def _decoded(inner: faiss.Index, coming: Future) -> Iterator[np.ndarray]:
-    codes = coming.result().reshape(-1, inner.code_size)
-    rows = np.empty((COMPARED_ROWS, inner.d), np.float32)
-    for start in range(0, len(codes), COMPARED_ROWS):
-        part = codes[start : start + COMPARED_ROWS]
-        yield inner.sa_decode(part, x=rows[: len(part)])
 
 
 def best_rows(
@@ -266,9 +279,9 @@ def best_rows(
 ) -> list[Found]:
     """The allowed rows that may be among the k of largest inner product with each vector.
 
-    A float32 sum over D terms of two unit vectors differs from the true one by D * 2**-24 at most,
-    whatever its order, and so does another such sum: no row is dropped that lies less than four
-    times as far below the k-th. The caller orders the rows by sums in float64.
+    A float32 sum over D products of two unit vectors differs from the true one by D * 2**-24 at
+    most, whatever its order. What lies within four times that of the k-th best so far is summed
+    again in float64 and rounded, so that equal rows have equal sums.
 
     Args:
         vectors: (q, D) float32, of unit norm, as the rows are (float16's rounding aside).
@@ -277,31 +290,35 @@ def best_rows(
         allowed: (rows,) bool.
 
     Returns:
-        For each vector inner products, descending, and rows, int64.
+        For each vector inner products, descending, and rows, int64, ascending among equals: k of
+        them, and all that equal the k-th.
     """
     margin = np.float32(4 * vectors.shape[1] * 2.0**-24)
+    exact = vectors.astype(np.float64)
     scores = [np.empty(0, np.float32) for _ in vectors]
     rows = [np.empty(0, np.int64) for _ in vectors]
     floor, start = np.full(len(vectors), -np.inf, np.float32), 0
     for block in blocks:
-        products = vectors @ block.T
-        products[:, ~allowed[start : start + len(block)]] = -np.inf
-        for query in np.flatnonzero(products.max(axis=1) > floor):
-            near = np.flatnonzero(products[query] > floor[query])
-            scores[query] = np.concatenate([scores[query], products[query, near]])
+        products = block @ vectors.T
+        products[~allowed[start : start + len(block)]] = -np.inf
+        for query in np.flatnonzero(products.max(axis=0) > floor):
+            near = np.flatnonzero(products[:, query] > floor[query])
+            summed = (block[near].astype(np.float64) @ exact[query]).astype(np.float32)
+            scores[query] = np.concatenate([scores[query], summed])
             rows[query] = np.concatenate([rows[query], start + near])
             if len(scores[query]) >= 2 * k:
-                floor[query] = np.partition(scores[query], -k)[-k] - margin
-                kept = scores[query] > floor[query]
+                kth = np.partition(scores[query], -k)[-k]
+                floor[query] = kth - margin
+                kept = scores[query] >= kth
                 scores[query], rows[query] = scores[query][kept], rows[query][kept]
         start += len(block)
-    return [_descending(*found, k, margin) for found in zip(scores, rows, strict=True)]
+    return [_descending(*found, k) for found in zip(scores, rows, strict=True)]
 
 
-def _descending(scores: np.ndarray, rows: np.ndarray, k: int, margin: np.float32) -> Found:
+def _descending(scores: np.ndarray, rows: np.ndarray, k: int) -> Found:
     order = np.argsort(-scores, kind="stable")
     if len(order) > k:
-        order = order[scores[order] > scores[order[k - 1]] - margin]
+        order = order[scores[order] >= scores[order[k - 1]]]
     return scores[order], rows[order]
 
 

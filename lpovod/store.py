@@ -162,7 +162,7 @@ class RegionStore:
 
     def __init__(self, paths: Path | Iterable[Path], stage: str):
         self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
-        self._files: dict[tuple[int, int], h5py.File] = {}
+        self._files: dict[tuple[int, int], dict[str, h5py.Dataset]] = {}
         self._where: dict[int, tuple[int, int, int]] = {}
         self.identities: list[Identity] = []
         self.skipped: dict[int, str] = {}
@@ -250,10 +250,10 @@ class RegionStore:
                 f"({len(self._where)} images)"
             ) from None
 
-    def _file(self, number: int) -> h5py.File:
+    def _file(self, number: int) -> dict[str, h5py.Dataset]:
         here = os.getpid(), number  # a file that was open when a worker was forked is not its own
         if here not in self._files:
-            self._files[here] = _open(self.paths[number])
+            self._files[here] = dict(_open(self.paths[number]))  # a lookup costs more than a read
         return self._files[here]
 
     def __getstate__(self):

@@ -141,7 +141,7 @@ def test_equal_regions_are_ordered_by_image_id_and_place(tmp_path):
 @pytest.mark.parametrize("k", [15, 40])
 def test_regions_of_one_image_are_limited(tmp_path, per_image, nms, k):
     """The definition: down the exact ranking of all regions, against torchvision's IoU."""
-    data = make(tmp_path, images=40)
+    data = make(tmp_path, images=12)
     ranked, _ = data.dense(len(data.rows), 0.2)
     iou = box_iou(torch.from_numpy(data.boxes), torch.from_numpy(data.boxes)).numpy()
     taken = []

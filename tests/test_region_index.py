@@ -12,6 +12,7 @@ from lpovod.region_index import (
     open_shards,
     region_key,
     split_key,
+    widen,
 )
 
 SETTINGS = config.RegionIndex(block_rows=50)
@@ -93,14 +94,28 @@ def test_many_vectors_are_searched_at_once(tmp_path, factory, monkeypatch):
         np.testing.assert_allclose(scores, -np.sort(-dense)[:7], atol=1e-6)
 
 
-def test_rows_that_rounding_cannot_tell_apart_are_all_found():
-    query = np.zeros((1, 512), np.float32)
-    query[0, :2] = 0.6, 0.8
-    rows = np.tile(query, (900, 1))
-    rows[:, 0] += np.random.default_rng(0).uniform(-1e-5, 1e-5, 900).astype(np.float32)
-    rows[450:500] *= 0.9
-    ((_, found),) = best_rows(query, np.split(rows, 9), 5, everything(900))
-    assert sorted(found) == [*range(450), *range(500, 900)]
+def test_every_finite_half_is_widened_exactly():
+    bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    half = bits[np.isfinite(bits)].reshape(-1, 2)
+    wide = widen(half, np.empty(half.shape, np.float32))
+    np.testing.assert_array_equal(wide.view(np.uint32), half.astype(np.float32).view(np.uint32))
+
+
+def test_rows_that_float32_cannot_tell_apart_are_ranked_by_exact_sums():
+    random = np.random.default_rng(0)
+    query = random.standard_normal((1, 512)).astype(np.float32)
+    query /= np.linalg.norm(query)
+    rows = np.tile(query, (900, 1)) + random.uniform(-3e-5, 3e-5, (900, 512)).astype(np.float32)
+    rows[300:600] *= 0.9
+    rows[700] = rows[20]
+    exact = (rows.astype(np.float64) @ query[0].astype(np.float64)).astype(np.float32)
+    expected = sorted(range(900), key=lambda n: (-exact[n], n))
+    for k in (1, 5, 60):
+        ((scores, found),) = best_rows(query, np.split(rows, 9), k, everything(900))
+        assert found.tolist()[:k] == expected[:k]
+        assert len(found) >= k
+        assert (exact[found[k:]] == exact[found[k - 1]]).all()
+        np.testing.assert_array_equal(scores, exact[found])
 
 
 def test_quantised_indices_are_not_exact(tmp_path):
