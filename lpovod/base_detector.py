@@ -164,7 +164,7 @@ def train_base_detector(
     data = read_dataset(dataset)
     store = open_shards(region_embeddings)
     check_made_from(store.paths[0], store.identity, "dataset", dataset)
-    image_ids = [i for i in data.images if len(data.boxes(i)[0])]
+    image_ids = [i for i in data.images if len(data.boxes(i)[0]) and i not in store.skipped]
     if not image_ids:
         raise LpovodError(f"{dataset}: no image has an annotation to learn from")
     classes = {category: row for row, category in enumerate(sorted(data.categories))}

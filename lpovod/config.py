@@ -198,6 +198,12 @@ class RegionEmbeddings(Settings):
     )
     batch_size: PositiveInt = key(256, "crops encoded at once, across images")
     shards: PositiveInt = key(2, "files the images are divided over, one job each")
+    precision: Literal["float32", "bfloat16"] = key(
+        "float32", "of CLIP's image tower; bfloat16 pays on GPUs and CPUs with units for it"
+    )
+    bad_images: Literal["fail", "skip"] = key(
+        "fail", "at an image that cannot be read or whose proposals are wrong"
+    )
 
 
 class RegionIndex(Settings):
@@ -230,6 +236,10 @@ class BaseDetector(Settings):
 class PseudoLabels(Settings):
     k: PositiveInt = key(100, "regions retrieved per novel class")
     objectness: Fraction = key(0.6, "floor of a retrieved region's objectness")
+    per_image: PositiveInt | None = key(None, "regions of one image at most; null: any number")
+    nms: Fraction | None = key(
+        None, "IoU above which the worse of two regions of an image is left out; null: none is"
+    )
     file: Path | None = key(
         None, "COCO json of all novel classes' pseudo-labels, read in place of retrieval"
     )

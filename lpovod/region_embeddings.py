@@ -1,21 +1,28 @@
 """Stage `region_embeddings`: a CLIP vector for every proposal, in shards that never split an image.
 
 A region is seen at several scales (its box and 1.5 times its box): the raw CLIP features of the
-crops are summed and brought to unit length, as in the original. Each image is decoded once; the
-next crops are made in a thread while CLIP encodes a batch.
+crops are summed and brought to unit length, as in the original. Each image is decoded once, equal
+crops of it are encoded once, and images are decoded and cropped in threads while CLIP encodes.
+
+The work is done in blocks of whole images that share no batch. A block's vectors are appended to
+the shard's state, so that a killed shard goes on after its last whole block, and since no vector
+depends on where it was killed, it ends with the same bytes.
 """
 
+import json
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
 
 from lpovod import config
-from lpovod.artifacts import LpovodError, identity
+from lpovod.artifacts import Identity, LpovodError, fingerprint, identity, sha256
 from lpovod.clip import Clip, load_clip
 from lpovod.crops import crop_and_resize, crop_boxes
 from lpovod.dataset import CocoDataset, read_dataset
@@ -26,9 +33,26 @@ from lpovod.text_embeddings import clip_architecture
 
 STAGE = "region_embeddings"
 BATCHES_AHEAD = 2  # of crops, waiting to be encoded
+IMAGES_AHEAD = 2  # decoded, waiting to be cropped, beside one in each thread
+BLOCK_BATCHES = 8  # what a kill may cost
 MARGIN = 1.0  # pixels that a proposal may reach beyond its image, for other people's rounding
 
 Item = TypeVar("Item")
+
+
+@dataclass
+class _Block:
+    """Whole images that are embedded together.
+
+    Attributes:
+        counts: regions by image id, in the order of the shard.
+        bad: reasons by image id; these images have no vectors.
+        vectors: (regions of the images, D) float16 of unit norm.
+    """
+
+    counts: dict[int, int]
+    bad: dict[int, str] = field(default_factory=dict)
+    vectors: np.ndarray | None = None
 
 
 def embed_regions(
@@ -37,6 +61,8 @@ def embed_regions(
     clip: config.Clip,
     settings: config.RegionEmbeddings,
     shard: int,
+    state: Path,
+    code: list[Path],
     output: Path,
     device: str = "cpu",
     threads: int = 1,
@@ -44,22 +70,25 @@ def embed_regions(
     """Embed the proposals of one shard's images and write them with their boxes and objectness.
 
     The output is a region store with the column ``embedding``, (n, D) float16 of unit norm, and
-    with all images of the shard, those without proposals included. It gets its name when it is
-    whole: a killed shard is the only work lost.
+    with all images of the shard, those without proposals and skipped ones included.
 
     Args:
         dataset: json of the images.
         proposals: region store of stage `proposals` for exactly these images.
         clip: the model.
-        settings: scales, crops per batch, number of shards.
+        settings: scales, crops per batch, number of shards, precision, what to do at bad images.
         shard: which one, from 0.
+        state: file of an unfinished shard, to go on from; removed at the end.
+        code: source files; a state of other code is not gone on from.
         output: the shard.
-        device: of the model; decoding and cropping stay on the CPU.
-        threads: of torch. Several shards of one thread each beat one shard of several threads.
+        device: of the model and of the crops; images are decoded on the CPU.
+        threads: of torch, and for decoding. Several shards of one thread each beat one shard of
+            several threads.
 
     Raises:
-        LpovodError: if the proposals are of other images, one has no area or lies outside its
-            image (all before the first image is decoded), or an image cannot be read.
+        LpovodError: if the proposals are of other images; and, unless such images are to be
+            skipped, if one has no area or lies outside its image (before the first image is
+            decoded), or an image cannot be read.
     """
     if not 0 <= shard < settings.shards:
         raise LpovodError(f"shard {shard} is not one of 0 ... {settings.shards - 1}")
@@ -68,33 +97,39 @@ def embed_regions(
     store = read_proposals(proposals, dataset)
     _check_images(data, store)
     counts = {image_id: store.count(image_id) for image_id in data.images}
-    mine = divide_images(counts, settings.shards)[shard]
-    boxes = {image_id: _crops_of(data, store, image_id, settings.scales) for image_id in mine}
-    model = load_clip(clip, device)
+    mine = {i: counts[i] for i in divide_images(counts, settings.shards)[shard]}
+    bad = _check_boxes(data, store, mine, settings)
+    model = load_clip(clip, device, settings.precision)
     ident = identity(
         STAGE,
-        {"scales": settings.scales, "shards": settings.shards},
+        settings.model_dump(include={"scales", "shards", "precision"}),
         dataset=dataset,
         proposals=proposals,
         clip_weights=model.weights_digest,
         clip_architecture=clip_architecture(clip),
     )
-    total = sum(counts[image_id] for image_id in mine)
-    say(f"shard {shard} of {settings.shards}: {len(mine)} images, {total} regions")
-    batches = _ahead(_batches(data, boxes, model.image_size, settings.batch_size))
-    features = _encode(model, batches)
+    say(f"shard {shard} of {settings.shards}: {len(mine)} images, {sum(mine.values())} regions")
+    if empty := [i for i, count in mine.items() if count == 0]:
+        say(f"{len(empty)} images have no proposals: {str(empty[:10])[1:-1]}")
+    blocks = _divide_into_blocks(mine, bad, BLOCK_BATCHES * settings.batch_size, settings)
+    run = {"settings": settings.model_dump(), "shard": shard, "device": device, "threads": threads}
+    run = fingerprint(ident | run | {"code": [sha256(path) for path in code]})
     with (
-        write_regions(output, ident) as writer,
-        progress(None, "region embeddings", " regions", total) as bar,
+        _open_state(state, run) as file,
+        progress(None, "region embeddings", " regions", sum(mine.values())) as bar,
     ):
-        for image_id, rows in _by_image(features, boxes, model.dimension):
-            regions = store.read(image_id, [])
-            summed = rows.reshape(len(settings.scales), len(regions), model.dimension).sum(axis=0)
-            summed /= np.linalg.norm(summed, axis=1, keepdims=True)
-            writer.add(
-                image_id, regions.box, regions.objectness, embedding=summed.astype(np.float16)
-            )
-            bar.update(len(regions))
+        for block in _read_blocks(file, model.dimension):
+            bar.update(sum(block.counts.values()))
+            bar.initial = bar.n  # or these would count in the rate
+            blocks.pop(0)
+        if bar.n:
+            say(f"going on after {bar.n} regions of {state}")
+        for block in _embed(data, store, model, blocks, settings, device, threads):
+            _append(file, block)
+            bar.update(sum(block.counts.values()))
+        file.seek(len(run) + 1)
+        _write(output, ident, store, _read_blocks(file, model.dimension))
+    state.unlink()
 
 
 def divide_images(counts: dict[int, int], shards: int) -> list[list[int]]:
@@ -128,6 +163,24 @@ def _check_images(data: CocoDataset, store: RegionStore) -> None:
         )
 
 
+def _check_boxes(
+    data: CocoDataset,
+    store: RegionStore,
+    image_ids: Iterable[int],
+    settings: config.RegionEmbeddings,
+) -> dict[int, str]:
+    """What is wrong with the proposals of images, by image id."""
+    bad = {}
+    for image_id in progress(image_ids, "checking proposals", " images"):
+        try:
+            _crops_of(data, store, image_id, settings.scales)
+        except LpovodError as error:
+            if settings.bad_images == "fail":
+                raise
+            bad[image_id] = str(error)
+    return bad
+
+
 def _crops_of(
     data: CocoDataset, store: RegionStore, image_id: int, scales: list[float]
 ) -> np.ndarray:
@@ -148,24 +201,115 @@ def _crops_of(
         raise LpovodError(f"{where}: {error}") from None
 
 
+def _divide_into_blocks(
+    counts: dict[int, int], bad: dict[int, str], crops: int, settings: config.RegionEmbeddings
+) -> list[_Block]:
+    """Blocks of at least so many crops; where they end depends on the proposals alone."""
+    blocks, filled = [_Block({})], 0
+    for image_id, count in counts.items():
+        if filled >= crops:
+            blocks.append(_Block({}))
+            filled = 0
+        blocks[-1].counts[image_id] = count
+        filled += count * len(settings.scales)
+        if image_id in bad:
+            blocks[-1].bad[image_id] = bad[image_id]
+    return blocks
+
+
+def _embed(
+    data: CocoDataset,
+    store: RegionStore,
+    model: Clip,
+    blocks: list[_Block],
+    settings: config.RegionEmbeddings,
+    device: str,
+    threads: int,
+) -> Iterator[_Block]:
+    """Fill the blocks with vectors."""
+    features: list[np.ndarray] = []
+    for pixels, finished in _ahead(_batches(data, store, model, blocks, settings, device, threads)):
+        features.append(model.encode_crops(pixels).cpu().numpy())
+        if finished is not None:
+            block, rows = finished
+            block.vectors = _vectors(np.concatenate(features), rows)
+            features = []
+            yield block
+
+
+def _vectors(features: np.ndarray, rows: list[np.ndarray]) -> np.ndarray:
+    """Sum the features of each region's crops and normalise: (regions, D) float16.
+
+    Args:
+        features: (crops, D) float32.
+        rows: for each image, (scales, regions) int64: which crops.
+    """
+    parts = [np.empty((0, features.shape[1]), np.float32)]
+    parts += [features[of_image].sum(axis=0) for of_image in rows]
+    summed = np.concatenate(parts)
+    summed /= np.linalg.norm(summed, axis=1, keepdims=True)
+    if not np.isfinite(summed).all():
+        raise LpovodError("CLIP's features are not finite: are its weights damaged?")
+    return summed.astype(np.float16)
+
+
 def _batches(
-    data: CocoDataset, boxes: dict[int, np.ndarray], size: int, rows: int
-) -> Iterator[torch.Tensor]:
-    """All crops in order, in batches of `rows` that are filled across images."""
-    batch, filled = torch.empty((rows, 3, size, size), dtype=torch.uint8), 0
-    for image_id, crops in boxes.items():
-        if len(crops) == 0:
-            continue
-        pixels, start = data.load(image_id), 0
-        while start < len(crops):
-            part = crops[start : start + rows - filled]
-            batch[filled : filled + len(part)] = crop_and_resize(pixels, part, size)
-            start, filled = start + len(part), filled + len(part)
-            if filled == rows:
-                yield batch
-                batch, filled = torch.empty_like(batch), 0
-    if filled:
-        yield batch[:filled]
+    data: CocoDataset,
+    store: RegionStore,
+    model: Clip,
+    blocks: list[_Block],
+    settings: config.RegionEmbeddings,
+    device: str,
+    threads: int,
+) -> Iterator[tuple[torch.Tensor, tuple[_Block, list[np.ndarray]] | None]]:
+    """Batches of different crops, filled across the images of a block.
+
+    With the last batch of a block comes the block, and for each of its images that is not bad the
+    places of its crops among those of the block, (scales, regions) int64.
+    """
+    shape = (settings.batch_size, 3, model.image_size, model.image_size)
+    to_decode = [i for b in blocks for i, n in b.counts.items() if n and i not in b.bad]
+    with ThreadPoolExecutor(threads) as pool:
+        images = _decode(data, to_decode, pool, threads + IMAGES_AHEAD)
+        for block in blocks:
+            batch, filled, rows, total = _empty(shape, device), 0, [], 0
+            for image_id in [i for i, n in block.counts.items() if n and i not in block.bad]:
+                try:
+                    pixels = next(images).result()
+                except LpovodError as error:
+                    if settings.bad_images == "fail":
+                        raise
+                    block.bad[image_id] = str(error)
+                    continue
+                crops = _crops_of(data, store, image_id, settings.scales)
+                crops, places = np.unique(crops, axis=0, return_inverse=True)
+                rows.append(total + places.reshape(len(settings.scales), -1))
+                total, start = total + len(crops), 0
+                while start < len(crops):
+                    part = crops[start : start + len(batch) - filled]
+                    made = crop_and_resize(pixels, part, model.image_size, device)
+                    batch[filled : filled + len(part)] = made
+                    start, filled = start + len(part), filled + len(part)
+                    if filled == len(batch):
+                        yield batch, None
+                        batch, filled = _empty(shape, device), 0
+            yield batch[:filled], (block, rows)
+
+
+def _empty(shape: tuple[int, ...], device: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device=device)
+
+
+def _decode(
+    data: CocoDataset, image_ids: list[int], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[Future]:
+    """The images in order, `ahead` of them being decoded before they are asked for."""
+    pending: deque[Future] = deque()
+    for image_id in image_ids:
+        pending.append(pool.submit(data.load, image_id))
+        if len(pending) > ahead:
+            yield pending.popleft()
+    yield from pending
 
 
 def _ahead(items: Iterable[Item]) -> Iterator[Item]:
@@ -178,21 +322,58 @@ def _ahead(items: Iterable[Item]) -> Iterator[Item]:
             yield item
 
 
-def _encode(model: Clip, batches: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
-    for batch in batches:
-        yield model.encode_crops(batch).cpu().numpy()
+@contextmanager
+def _open_state(path: Path, run: str) -> Iterator[BinaryIO]:
+    """Open the state of an unfinished shard behind its first line, or begin a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        file.seek(0)
+        if file.readline() != f"{run}\n".encode():
+            if file.tell():
+                say(f"{path} belongs to other settings, inputs or code: the shard starts afresh")
+            file.seek(0)
+            file.truncate()
+            file.write(f"{run}\n".encode())
+        yield file
 
 
-def _by_image(
-    features: Iterator[np.ndarray], boxes: dict[int, np.ndarray], dimension: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Cut the stream of feature rows where images end: (image id, (crops, D) float32)."""
-    waiting = np.empty((0, dimension), np.float32)
-    for image_id, crops in boxes.items():
-        parts, missing = [waiting[: len(crops)]], len(crops) - len(waiting)
-        waiting = waiting[len(crops) :]
-        while missing > 0:
-            block = next(features)
-            parts.append(block[:missing])
-            waiting, missing = block[missing:], missing - len(block)
-        yield image_id, np.concatenate(parts)
+def _append(file: BinaryIO, block: _Block) -> None:
+    """Append a block: a line of json, then its vectors."""
+    head = {"counts": list(block.counts.items()), "bad": list(block.bad.items())}
+    file.write(json.dumps(head).encode() + b"\n" + block.vectors.tobytes())
+    file.flush()
+
+
+def _read_blocks(file: BinaryIO, dimension: int) -> Iterator[_Block]:
+    """The whole blocks from here on; half a block behind them, of a killed job, is cut off."""
+    end = file.tell()
+    while (line := file.readline()).endswith(b"\n"):
+        head = json.loads(line)
+        block = _Block(dict(head["counts"]), dict(head["bad"]))
+        rows = sum(count for i, count in block.counts.items() if i not in block.bad)
+        content = file.read(2 * rows * dimension)
+        if len(content) < 2 * rows * dimension:
+            break
+        block.vectors = np.frombuffer(content, np.float16).reshape(rows, dimension)
+        end = file.tell()
+        yield block
+    file.seek(end)
+    file.truncate()
+
+
+def _write(output: Path, ident: Identity, store: RegionStore, blocks: Iterable[_Block]) -> None:
+    skipped = 0
+    with write_regions(output, ident) as writer:
+        for block in blocks:
+            start = 0
+            for image_id, count in block.counts.items():
+                if image_id in block.bad:
+                    say(f"WARNING: skipped: {block.bad[image_id]}")
+                    writer.skip(image_id, block.bad[image_id])
+                    skipped += 1
+                    continue
+                regions, vectors = store.read(image_id, []), block.vectors[start : start + count]
+                writer.add(image_id, regions.box, regions.objectness, embedding=vectors)
+                start += count
+    if skipped:
+        say(f"WARNING: {skipped} images were skipped (region_embeddings.bad_images)")

@@ -2,7 +2,8 @@
 
 The ids in the index are region keys (`region_key`), so a hit names its image and region. At the
 paper's scale the vectors are 40 GB, so the file is a row of small FAISS indices, each of one block
-of regions, made one after another and searched in place (memory-mapped)::
+of regions, made one after another. An exact search streams through their vectors; the others are
+searched in place (memory-mapped)::
 
     <FAISS index> ... <FAISS index> <json> <length of the json: 8 bytes> <MAGIC: 8 bytes>
 
@@ -13,9 +14,11 @@ Imported for retrieval, which needs no torch: nothing here imports it.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import faiss
 import numpy as np
@@ -30,6 +33,11 @@ MAGIC = b"LPOVODIX"
 INDEX_BITS = 20  # of a region's place in its image; the image id has the other 43
 TRAINING_ROWS = 1 << 18  # sample for the factories that need training
 PROBED_PART = 8  # one in so many lists of an inverted file is searched
+READ_ROWS = 4096  # of an exact search, read at once while the rows before them are compared
+COMPARED_ROWS = 512  # widened to float32 and compared at once: they fit a core's cache
+SIGN_AND_VALUE = np.int32(-0x70002000)
+
+Found = tuple[np.ndarray, np.ndarray]
 
 
 def region_key(image_id: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -168,19 +176,38 @@ class RegionIndex:
     parts: list[faiss.Index]
     content: np.memmap
 
-    def search(self, vector: np.ndarray, k: int, allowed: np.ndarray) -> tuple:
-        """The k rows of largest inner product among the allowed ones.
+    @property
+    def exact(self) -> bool:
+        """Whether a search compares all vectors as they are (Flat, SQfp16)."""
+        inner = faiss.downcast_index(self.parts[0].index)
+        if isinstance(inner, faiss.IndexScalarQuantizer):
+            return inner.sq.qtype == faiss.ScalarQuantizer.QT_fp16
+        return isinstance(inner, faiss.IndexFlat)
+
+    def search(self, vectors: np.ndarray, k: int, allowed: np.ndarray) -> list[Found]:
+        """The k rows of largest inner product with each vector, among the allowed ones.
+
+        An exact index is read once from end to end, whatever number of vectors there is.
 
         Args:
-            vector: (D,) float32.
+            vectors: (q, D) float32.
             k: how many at most.
             allowed: (rows,) bool.
 
         Returns:
-            Inner products (n,) float32, descending, and region keys (n,) int64; n <= k.
+            For each vector inner products (n,) float32, descending, and region keys (n,) int64.
+            Of an exact index the products are those of float64, rounded, and all rows that equal
+            the k-th are there; of the others n <= k, and they are FAISS's.
         """
-        query = np.ascontiguousarray(vector, np.float32)[None]
-        scores, keys, start = [], [], 0
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        if self.exact:
+            found = best_rows(vectors, self._stream(), k, allowed)
+        else:
+            found = [self._search_parts(vector[None], k, allowed) for vector in vectors]
+        return [(scores, self.keys[rows]) for scores, rows in found]
+
+    def _search_parts(self, query: np.ndarray, k: int, allowed: np.ndarray) -> Found:
+        scores, rows, start = [np.empty(0, np.float32)], [np.empty(0, np.int64)], 0
         for part in self.parts:
             stop = start + part.ntotal
             if allowed[start:stop].any():
@@ -189,13 +216,110 @@ class RegionIndex:
                 found = inner.search(query, min(k, part.ntotal), params=parameters)
                 real = found[1][0] >= 0
                 scores.append(found[0][0][real])
-                keys.append(self.keys[start:stop][found[1][0][real]])
+                rows.append(start + found[1][0][real])
             start = stop
-        if not scores:
-            return np.empty(0, np.float32), np.empty(0, np.int64)
         merged = np.concatenate(scores)
         best = np.argsort(-merged, kind="stable")[:k]
-        return merged[best], np.concatenate(keys)[best]
+        return merged[best], np.concatenate(rows)[best]
+
+    def _stream(self) -> Iterator[np.ndarray]:
+        """All vectors in order, (n, D) float32, read ahead in a thread into memory of its own.
+
+        Each block is overwritten by the next one.
+        """
+        with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            pieces = self._pieces()
+            coming = pool.submit(_read_codes, file, *next(pieces))
+            while coming is not None:
+                codes, following = coming.result(), next(pieces, None)
+                coming = following and pool.submit(_read_codes, file, *following)
+                yield from self._float32(codes)
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """What is read at once: where codes lie in the file, and how many bytes."""
+        for part in self.parts:
+            inner = faiss.downcast_index(part.index)
+            start = int(inner.codes.data()) - self.content.ctypes.data
+            end = start + part.ntotal * inner.code_size
+            for offset in range(start, end, READ_ROWS * inner.code_size):
+                yield offset, min(READ_ROWS * inner.code_size, end - offset)
+
+    def _float32(self, codes: np.ndarray) -> Iterator[np.ndarray]:
+        half = faiss.downcast_index(self.parts[0].index).code_size == 2 * self.dimension
+        rows = codes.view(np.float16 if half else np.float32).reshape(-1, self.dimension)
+        wide = np.empty((COMPARED_ROWS, self.dimension), np.float32)
+        for start in range(0, len(rows), COMPARED_ROWS):
+            part = rows[start : start + COMPARED_ROWS]
+            yield widen(part, wide[: len(part)]) if half else part
+
+
+def widen(half: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Finite float16 as float32, into `out`: exact, and three times as fast as numpy's own.
+
+    Moved by 13 bits, a float16 is the float32 of 2**-112 times its value.
+    """
+    bits = out.view(np.int32)
+    np.copyto(bits, half.view(np.int16))
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, SIGN_AND_VALUE, out=bits)  # the sign was carried into the bits between
+    return np.multiply(out, np.float32(2.0**112), out=out)
+
+
+def _read_codes(file: BinaryIO, offset: int, size: int) -> np.ndarray:
+    codes, read = np.empty(size, np.uint8), 0
+    file.seek(offset)
+    while read < size:
+        read += file.readinto(memoryview(codes)[read:])
+    return codes
+
+
+def best_rows(
+    vectors: np.ndarray, blocks: Iterable[np.ndarray], k: int, allowed: np.ndarray
+) -> list[Found]:
+    """The allowed rows that may be among the k of largest inner product with each vector.
+
+    A float32 sum over D products of two unit vectors differs from the true one by D * 2**-24 at
+    most, whatever its order. What lies within four times that of the k-th best so far is summed
+    again in float64 and rounded, so that equal rows have equal sums.
+
+    Args:
+        vectors: (q, D) float32, of unit norm, as the rows are (float16's rounding aside).
+        blocks: the rows in order, (n, D) float32.
+        k: how many.
+        allowed: (rows,) bool.
+
+    Returns:
+        For each vector inner products, descending, and rows, int64, ascending among equals: k of
+        them, and all that equal the k-th.
+    """
+    margin = np.float32(4 * vectors.shape[1] * 2.0**-24)
+    exact = vectors.astype(np.float64)
+    scores = [np.empty(0, np.float32) for _ in vectors]
+    rows = [np.empty(0, np.int64) for _ in vectors]
+    floor, start = np.full(len(vectors), -np.inf, np.float32), 0
+    for block in blocks:
+        products = block @ vectors.T
+        products[~allowed[start : start + len(block)]] = -np.inf
+        for query in np.flatnonzero(products.max(axis=0) > floor):
+            near = np.flatnonzero(products[:, query] > floor[query])
+            summed = (block[near].astype(np.float64) @ exact[query]).astype(np.float32)
+            scores[query] = np.concatenate([scores[query], summed])
+            rows[query] = np.concatenate([rows[query], start + near])
+            if len(scores[query]) >= 2 * k:
+                kth = np.partition(scores[query], -k)[-k]
+                floor[query] = kth - margin
+                kept = scores[query] >= kth
+                scores[query], rows[query] = scores[query][kept], rows[query][kept]
+        start += len(block)
+    return [_descending(*found, k) for found in zip(scores, rows, strict=True)]
+
+
+def _descending(scores: np.ndarray, rows: np.ndarray, k: int) -> Found:
+    order = np.argsort(-scores, kind="stable")
+    if len(order) > k:
+        order = order[scores[order] >= scores[order[k - 1]]]
+    return scores[order], rows[order]
 
 
 def _parameters(inner: faiss.Index, allowed: np.ndarray) -> faiss.SearchParameters:

@@ -6,6 +6,7 @@ Layout of a file, `rows` being all regions of all its images and images written 
     box         (rows, 4)   float32    xyxy, absolute pixels of the original image, half-open
     objectness  (rows,)     float32
     <column>    (rows, d)   float16 or float32, any number of them
+    skipped     json: reasons by image id, where images were skipped; they have no regions
     attrs       identity: json (see `lpovod.artifacts`), format: int
 
 Proposals are a store without columns; region embeddings and region features have some. A region's
@@ -13,6 +14,7 @@ key is its image id and box; its vectors are stored beside the key and are only 
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +60,7 @@ class RegionWriter:
     def __init__(self, file: h5py.File):
         self._file = file
         self._seen: set[int] = set()
+        self._skipped: dict[int, str] = {}
 
     def add(
         self, image_id: int, box: np.ndarray, objectness: np.ndarray, **columns: np.ndarray
@@ -67,8 +70,6 @@ class RegionWriter:
         Raises:
             LpovodError: if the image is there already, lengths differ, or a value is not finite.
         """
-        if image_id in self._seen:
-            raise LpovodError(f"image {image_id} is written to {self._file.filename} twice")
         arrays = {"box": np.asarray(box).reshape(-1, 4), "objectness": objectness, **columns}
         for name, array in arrays.items():
             if len(array) != len(arrays["box"]):
@@ -79,12 +80,27 @@ class RegionWriter:
                 raise LpovodError(f"image {image_id}: {name} holds NaN or infinite values")
         start = self._file["box"].shape[0]
         self._check_columns(image_id, columns, len(arrays["box"]), start)
-        self._seen.add(image_id)
+        count = len(arrays["box"])
+        self._list(image_id, start, count)
         for name, array in arrays.items():
             dataset = self._file[name] if name in self._file else self._column(name, array)
-            dataset.resize(start + len(array), axis=0)
+            dataset.resize(start + count, axis=0)
             dataset[start:] = array
-        count = len(arrays["box"])
+
+    def skip(self, image_id: int, reason: str) -> None:
+        """Record that an image has no regions because something is wrong with it."""
+        self._list(image_id, self._file["box"].shape[0], 0)
+        self._skipped[image_id] = reason
+
+    def finish(self) -> None:
+        """Write what is known at the end alone."""
+        if self._skipped:
+            self._file["skipped"] = json.dumps(self._skipped)
+
+    def _list(self, image_id: int, start: int, count: int) -> None:
+        if image_id in self._seen:
+            raise LpovodError(f"image {image_id} is written to {self._file.filename} twice")
+        self._seen.add(image_id)
         for name, value in (("image_id", image_id), ("start", start), ("count", count)):
             self._file[name].resize(len(self._seen), axis=0)
             self._file[name][-1] = value
@@ -121,7 +137,9 @@ def write_regions(path: Path, ident: Identity) -> Iterator[RegionWriter]:
         ):
             chunk = (CHUNK_ROWS * (8 if shape == () else 1), *shape)
             file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunk)
-        yield RegionWriter(file)
+        writer = RegionWriter(file)
+        yield writer
+        writer.finish()
 
 
 class RegionStore:
@@ -134,6 +152,9 @@ class RegionStore:
         paths: a file or several with different images.
         stage: the stage that must have written them.
 
+    Attributes:
+        skipped: reasons by image id, of images that have no regions because of them.
+
     Raises:
         LpovodError: if a file is missing, damaged, of another stage or format, or if two files
             hold the same image or were made with different settings.
@@ -141,9 +162,10 @@ class RegionStore:
 
     def __init__(self, paths: Path | Iterable[Path], stage: str):
         self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
-        self._files: dict[int, h5py.File] = {}
+        self._files: dict[tuple[int, int], dict[str, h5py.Dataset]] = {}
         self._where: dict[int, tuple[int, int, int]] = {}
         self.identities: list[Identity] = []
+        self.skipped: dict[int, str] = {}
         for number, path in enumerate(self.paths):
             self._read_header(number, path, stage)
 
@@ -160,6 +182,8 @@ class RegionStore:
             self.identities.append(ident)
             if ident != {**self.identities[0], "inputs": ident["inputs"]}:
                 raise LpovodError(f"{path} and {self.paths[0]} were made with different settings")
+            skipped = json.loads(file["skipped"][()]) if "skipped" in file else {}
+            self.skipped |= {int(image_id): reason for image_id, reason in skipped.items()}
             columns = (file[name][:].tolist() for name in ("image_id", "start", "count"))
             for image_id, start, count in zip(*columns, strict=True):
                 if image_id in self._where:
@@ -226,16 +250,17 @@ class RegionStore:
                 f"({len(self._where)} images)"
             ) from None
 
-    def _file(self, number: int) -> h5py.File:
-        if number not in self._files:
-            self._files[number] = _open(self.paths[number])
-        return self._files[number]
+    def _file(self, number: int) -> dict[str, h5py.Dataset]:
+        here = os.getpid(), number  # a file that was open when a worker was forked is not its own
+        if here not in self._files:
+            self._files[here] = dict(_open(self.paths[number]))  # a lookup costs more than a read
+        return self._files[here]
 
     def __getstate__(self):
         return {**self.__dict__, "_files": {}}
 
 
-_FIXED = ("box", "objectness", "image_id", "start", "count")
+_FIXED = ("box", "objectness", "image_id", "start", "count", "skipped")
 
 
 def _open(path: Path) -> h5py.File:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lpovod import config
-from lpovod.artifacts import LpovodError, identity, read_tensors, write_tensors
+from lpovod.artifacts import LpovodError, identity, read_tensors, sha256, write_tensors
 from lpovod.importers.text_rows import check_rows, read_rows
 from lpovod.progress import say
 
@@ -48,41 +48,69 @@ def embed_classes(
 ) -> None:
     """Embed class names and write ``{name: (D,) float32}`` with its identity.
 
-    A class's vector is the mean over the templates of the unit vectors, brought to unit length; or
-    its row of `settings.file`, brought to unit length.
+    The vectors are CLIP's of the names, or the names' rows of `settings.file`.
 
     Raises:
         LpovodError: if the CLIP model cannot be loaded, or the file's rows are not of the classes.
     """
-    model = None
+    inputs: dict[str, Path | str] = {}
+    if settings.file is None:
+        classes, source = embed_texts(names, clip, settings), f"{len(settings.templates)} prompts"
+    else:
+        classes, source = _embeddings_of_file(names, clip, settings), str(settings.file)
+        inputs |= {"file": settings.file, "classes": settings.classes}
+    inputs |= {
+        "clip_weights": classes.clip_weights,
+        "clip_architecture": classes.clip_architecture,
+    }
+    if clip.weights is not None and clip.vocabulary is not None:
+        inputs["vocabulary"] = clip.vocabulary
+    ident = identity(STAGE, settings, **inputs) | {"logit_scale": classes.logit_scale}
+    write_tensors(output, dict(zip(names, classes.vectors, strict=True)), ident)
+    say(f"{len(names)} classes, {source}: {output}")
+
+
+def embed_texts(
+    names: list[str], clip: config.Clip, settings: config.TextEmbeddings
+) -> ClassEmbeddings:
+    """Embed names: the mean over the templates of the unit vectors, brought to unit length.
+
+    Raises:
+        LpovodError: if the CLIP model cannot be loaded.
+    """
+    from lpovod.clip import load_clip
+
+    model = load_clip(clip, "cpu")
+    prompts = [template.format(name) for name in names for template in settings.templates]
+    vectors = _unit(model.encode_texts(prompts).double().numpy())
+    vectors = _unit(vectors.reshape(len(names), len(settings.templates), -1).mean(axis=1))
+    return _described(names, vectors, model, clip)
+
+
+def _embeddings_of_file(
+    names: list[str], clip: config.Clip, settings: config.TextEmbeddings
+) -> ClassEmbeddings:
+    """The names' rows of a file, held against what CLIP says of them if there is a CLIP."""
+    listed, model = read_rows(settings.file, settings.classes), None
     if clip.weights is not None:
         from lpovod.clip import load_clip
 
         model = load_clip(clip, "cpu")
-    inputs = {"clip_weights": "none", "clip_architecture": "none"}
-    if model is not None:
-        inputs = {"clip_weights": model.weights_digest}
-        inputs["clip_architecture"] = clip_architecture(clip)
-        if clip.vocabulary is not None:
-            inputs["vocabulary"] = clip.vocabulary
-    if settings.file is None:
-        source = f"{len(settings.templates)} prompts each"
-        prompts = [template.format(name) for name in names for template in settings.templates]
-        rows = _unit(model.encode_texts(prompts).double().numpy())
-        vectors = _unit(rows.reshape(len(names), len(settings.templates), -1).mean(axis=1))
-    else:
-        source = str(settings.file)
-        inputs |= {"file": settings.file, "classes": settings.classes}
-        listed = read_rows(settings.file, settings.classes)
-        if model is not None:
-            check_rows(settings.file, listed, model.encode_texts(list(listed)).double().numpy())
-        if absent := [name for name in names if name not in listed]:
-            raise LpovodError(f"{settings.classes} does not list the class {absent[0]!r}")
-        vectors = [listed[name] for name in names]
-    scale = float(model.logit_scale) if model else None
-    tensors = {n: v.astype(np.float32) for n, v in zip(names, vectors, strict=True)}
-    write_tensors(output, tensors, identity(STAGE, settings, **inputs) | {"logit_scale": scale})
-    say(f"{len(names)} classes, {source}: {output}")
+        check_rows(settings.file, listed, model.encode_texts(list(listed)).double().numpy())
+    if absent := [name for name in names if name not in listed]:
+        raise LpovodError(f"{settings.classes} does not list the class {absent[0]!r}")
+    return _described(names, np.stack([listed[name] for name in names]), model, clip)
+
+
+def _described(names, vectors: np.ndarray, model, clip: config.Clip) -> ClassEmbeddings:
+    architecture = clip_architecture(clip) if model else "none"
+    return ClassEmbeddings(
+        names=names,
+        vectors=vectors.astype(np.float32),
+        logit_scale=float(model.logit_scale) if model else None,
+        clip_weights=model.weights_digest if model else "none",
+        clip_architecture=sha256(architecture) if isinstance(architecture, Path) else architecture,
+    )
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 # Stage region_embeddings
 # IN   dataset, proposals, CLIP
 # OUT  {split}/{shard}.h5: region store with the column embedding (n, D) float16, unit rows
-# COST 1 KB per region at D = 512; COCO train with 300 regions per image: 36 GB
+# COST 1,044 bytes per region at D = 512 (vector 1,024, box and objectness 20) and 24 per image;
+#      COCO train with 300 regions per image: 37 GB, and as much again while a shard is unfinished
 
 
 rule region_embeddings:
@@ -30,10 +31,12 @@ rule region_embeddings:
         clip=block("clip"),
         clip_files=CLIP_DIGESTS,
         settings=block("region_embeddings"),
+        state=subpath(output[0], with_suffix=".resume"),
     message:
         "CLIP on the {wildcards.split} proposals, shard {wildcards.shard}"
     shell:
         "python -m workflow_scripts.region_embeddings --dataset {input.dataset}"
         " --proposals {input.proposals} --clip {params.clip:q} --settings {params.settings:q}"
-        " --shard {wildcards.shard} --output {output} --device {params.device} --threads {threads}"
+        " --shard {wildcards.shard} --state {params.state} --code {input.script} {input.code}"
+        " --output {output} --device {params.device} --threads {threads}"
         " 2>&1 | tee {log}"

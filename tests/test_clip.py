@@ -155,6 +155,13 @@ def test_a_text_that_does_not_fit_is_refused(tiny):
         load_clip(tiny[1]).encode_texts(["cat", "elephant"])
 
 
+def test_only_the_class_token_leaves_the_last_block(tiny):
+    """Equal to the whole model in the tests above; here: nothing else is computed."""
+    _, source = tiny
+    tower = load_clip(source).model.visual
+    assert tower.transformer(torch.randn(3, 17, 32)).shape == (3, 1, 32)
+
+
 # ----------------------------------------------------------------------------- forms of weights
 
 

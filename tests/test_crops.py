@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from lpovod.artifacts import LpovodError
-from lpovod.crops import crop_and_resize, crop_boxes
+from lpovod.crops import crop_and_resize, crop_and_resize_batched, crop_boxes
 
 RECORDED = np.load(Path(__file__).parent / "data" / "crops.npz")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -29,7 +29,16 @@ def pil_crop(image: np.ndarray, box, size: int) -> np.ndarray:
 
 
 def assert_same_as_pil(image, boxes, size, part=0.001):
-    ours = crop_and_resize(image, np.asarray(boxes, np.int64), size)
+    """Both forms: the one for a CPU, and the batched one for an accelerator."""
+    boxes = np.asarray(boxes, np.int64)
+    for crops in (
+        crop_and_resize(image, boxes, size),
+        crop_and_resize_batched(torch.from_numpy(image), boxes, size),
+    ):
+        assert_near(crops, image, boxes, size, part)
+
+
+def assert_near(ours, image, boxes, size, part):
     assert (ours.dtype, ours.shape) == (torch.uint8, (len(boxes), 3, size, size))
     for box, crop in zip(boxes, ours.numpy(), strict=True):
         difference = np.abs(crop.astype(int) - pil_crop(image, box, size))
@@ -68,6 +77,14 @@ def test_slivers_border_boxes_and_extreme_aspects_equal_pil():
     assert_same_as_pil(noise(300, 400), boxes, 224)
 
 
+def test_wide_crops_that_are_resized_to_1684_pixels_equal_pil():
+    """Of an aspect of 7.5 the centre seventh is all that is seen."""
+    boxes = np.array([[3, 20, 424, 76], [0, 44, 421, 100], [79, 0, 500, 56]])
+    assert 224 * 421 // 56 == 1684
+    assert_same_as_pil(noise(100, 500), boxes, 224)
+    assert_same_as_pil(noise(500, 100), boxes[:, [1, 0, 3, 2]], 224)
+
+
 def test_a_box_of_the_result_s_size_is_the_crop_itself():
     image = noise(90, 80)
     crop = crop_and_resize(image, np.array([[11, 5, 59, 53]]), 48)[0]
@@ -81,6 +98,7 @@ def test_crops_come_in_the_order_of_the_boxes():
     for n in (0, 63, 64, 149):
         assert torch.equal(together[n], crop_and_resize(image, boxes[n : n + 1], 16)[0])
     assert crop_and_resize(image, boxes[:0], 16).shape == (0, 3, 16, 16)
+    assert crop_and_resize_batched(torch.from_numpy(image), boxes[:0], 16).shape == (0, 3, 16, 16)
 
 
 def test_crops_equal_those_recorded_with_pillow_11():

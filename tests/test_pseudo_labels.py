@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_shards
+from torchvision.ops import box_iou
 
 from lpovod import config
 from lpovod.artifacts import LpovodError, identity, read_json, write_tensors
@@ -29,14 +31,14 @@ class Retrieval:
     boxes: np.ndarray
     objectness: np.ndarray
 
-    def run(self, k=10, floor=0.0, **changed) -> dict:
+    def run(self, k=10, floor=0.0, per_image=None, nms=None, **changed) -> dict:
         given = {
             "name": "traffic light",
             "text_embeddings": [self.folder / "text.safetensors"],
             "index": self.folder / "index",
             "shards": self.shards,
             "dataset": self.dataset,
-            "settings": config.PseudoLabels(k=k, objectness=floor),
+            "settings": config.PseudoLabels(k=k, objectness=floor, per_image=per_image, nms=nms),
             "output": self.folder / "out.json",
         } | changed
         retrieve(**given)
@@ -113,7 +115,17 @@ def test_the_layout_is_the_original_s(tmp_path):
     assert {i["id"] for i in content["images"]} == retrieved
     assert len(content["images"]) == len(retrieved) < 20
     assert content["images"][0].keys() == {"id", "file_name", "width", "height"}
-    assert content["info"]["identity"]["settings"] == {"k": 20, "objectness": 0.0}
+    assert content["info"]["identity"]["settings"] == {
+        "k": 20,
+        "objectness": 0.0,
+        "per_image": None,
+        "nms": None,
+        "file": None,
+    }
+    assert content["annotations"][0].keys() == {
+        *("id", "image_id", "category_id", "iscrowd", "segmentation"),
+        *("bbox", "area", "score", "cosine"),
+    }
 
 
 def test_equal_regions_are_ordered_by_image_id_and_place(tmp_path):
@@ -124,6 +136,45 @@ def test_equal_regions_are_ordered_by_image_id_and_place(tmp_path):
     assert [a["image_id"] for a in labels] == [4] + [9] * 40 + [300] * 9
     np.testing.assert_allclose(labels[-1]["bbox"][:2], data.boxes[48][:2])
     assert {a["cosine"] for a in labels} == {1.0}
+
+
+@pytest.mark.parametrize(("per_image", "nms"), [(1, None), (2, None), (None, 0.2), (2, 0.1)])
+@pytest.mark.parametrize("k", [15, 40])
+def test_regions_of_one_image_are_limited(tmp_path, per_image, nms, k):
+    """The definition: down the exact ranking of all regions, against torchvision's IoU."""
+    data = make(tmp_path, images=12)
+    ranked, _ = data.dense(len(data.rows), 0.2)
+    iou = box_iou(torch.from_numpy(data.boxes), torch.from_numpy(data.boxes)).numpy()
+    taken = []
+    for n in ranked:
+        mine = [m for m in taken if data.rows[m][0] == data.rows[n][0]]
+        if len(mine) < (per_image or 99) and all(iou[n, m] <= (nms or 1) for m in mine):
+            taken.append(n)
+    assert taken[:k] != ranked[:k]
+    labels = data.run(k, 0.2, per_image, nms)["annotations"]
+    assert [a["image_id"] for a in labels] == [data.rows[n][0] for n in taken[:k]]
+    corners = np.array([a["bbox"][:2] for a in labels])
+    np.testing.assert_allclose(corners, data.boxes[taken[:k]][:, :2])
+
+
+def test_a_limit_is_kept_where_one_image_has_all_that_is_near(tmp_path):
+    """More than what is asked for at first: 4 * K regions of image 9 come first."""
+    text = np.eye(DIMENSION, dtype=np.float32)[3]
+    same = np.tile(text, (60, 1)).astype(np.float16)
+    data = make(tmp_path, vectors={9: same, 300: same / 2, 4: -same}, text=text)
+    labels = data.run(3, per_image=1)["annotations"]
+    assert [a["image_id"] for a in labels] == [9, 300, 4]
+
+
+def test_an_index_that_is_not_exact_states_its_recall(tmp_path, capsys):
+    exact = make(tmp_path / "a", images=80).run(50)
+    assert "recall" not in exact["info"]
+    rough = make(tmp_path / "b", images=80, factory="IVF32,PQ2x4").run(50)
+    pairs = [{(a["image_id"], *a["bbox"]) for a in c["annotations"]} for c in (exact, rough)]
+    recall = len(pairs[0] & pairs[1]) / 50
+    assert rough["info"]["recall"] == recall
+    assert 0 < recall < 1
+    assert f"recall {recall:.3f} of the exact top 50" in capsys.readouterr().err
 
 
 def test_the_floor_itself_is_above_the_floor(tmp_path):

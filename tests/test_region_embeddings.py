@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,9 @@ SETTINGS = config.RegionEmbeddings(shards=1, batch_size=7)
 
 
 def embed(world, clip, output, settings=SETTINGS, shard=0):
-    embed_regions(world.dataset, world.proposals, clip, settings, shard, output)
+    state, code = output.with_suffix(".resume"), [Path(__file__)]
+    embed_regions(world.dataset, world.proposals, clip, settings, shard, state, code, output)
+    assert not state.exists()
     return RegionStore(output, "region_embeddings")
 
 
@@ -99,7 +104,7 @@ def test_the_shard_says_what_it_was_made_from(world, tiny_clip, tmp_path):
     check_made_from(path, ident, "dataset", world.dataset)
     check_made_from(path, ident, "proposals", world.proposals)
     check_made_from(path, ident, "clip_weights", sha256(tiny_clip.weights))
-    assert ident["settings"] == {"scales": [1.0, 1.5], "shards": 1}
+    assert ident["settings"] == {"scales": [1.0, 1.5], "shards": 1, "precision": "float32"}
 
 
 def test_images_are_divided_by_their_regions():
@@ -124,7 +129,15 @@ def fails_before_clip_is_loaded(world, tmp_path, message, **changed):
     nowhere = config.Clip.model_construct(architecture="none.json", weights=tmp_path / "none")
     files = {"dataset": world.dataset, "proposals": world.proposals} | changed
     with pytest.raises(LpovodError, match=message):
-        embed_regions(**files, clip=nowhere, settings=SETTINGS, shard=0, output=tmp_path / "s.h5")
+        embed_regions(
+            **files,
+            clip=nowhere,
+            settings=SETTINGS,
+            shard=0,
+            state=tmp_path / "s.resume",
+            code=[],
+            output=tmp_path / "s.h5",
+        )
     assert not (tmp_path / "s.h5").exists()
 
 
@@ -161,3 +174,86 @@ def test_other_weights_give_another_identity(world, tiny_clip, tmp_path):
     one = embed(world, tiny_clip, tmp_path / "a.h5").identity
     two = embed(world, make_clip(tmp_path / "other", seed=1), tmp_path / "b.h5").identity
     assert one["inputs"]["clip_weights"] != two["inputs"]["clip_weights"]
+
+
+def test_equal_crops_have_equal_vectors(world, tiny_clip, tmp_path):
+    boxes = {i: b.copy() for i, b in world.boxes.items()}
+    height, width = world.images[20].shape[:2]
+    boxes[20][[1, 4]] = [[0, 0, width, height], [0.1, 0.2, width, height]]
+    boxes[20][5] = boxes[20][2]
+    write_proposals(world.proposals, world.dataset, boxes, world.objectness)
+    changed = replace(world, boxes=boxes)
+    rows = embed(changed, tiny_clip, tmp_path / "s.h5").read(20)["embedding"]
+    np.testing.assert_array_equal(rows[1], rows[4])
+    np.testing.assert_array_equal(rows[2], rows[5])
+    expected = reference(changed, tiny_clip, 20, [1.0, 1.5])
+    np.testing.assert_allclose(rows, expected, atol=2e-3)
+
+
+def test_half_precision_is_near(world, tiny_clip, tmp_path):
+    exact = embed(world, tiny_clip, tmp_path / "a.h5")
+    settings = config.RegionEmbeddings(shards=1, batch_size=7, precision="bfloat16")
+    near = embed(world, tiny_clip, tmp_path / "b.h5", settings)
+    assert near.identity["settings"]["precision"] == "bfloat16"
+    one, two = (next(s.blocks(100))["embedding"].astype(np.float64) for s in (exact, near))
+    assert not np.array_equal(one, two)
+    cosine = (one * two).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(two, axis=1)
+    assert (1 - cosine).max() <= 1e-3
+
+
+# A block is then 8 crops, so each of the images 3, 7 and 20 is one, and 41 and 900 are the last.
+SMALL_BLOCKS = config.RegionEmbeddings(shards=1, batch_size=1)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 150])
+def test_a_killed_shard_goes_on_after_its_last_whole_block(world, tiny_clip, tmp_path, capsys, cut):
+    """The state may end anywhere within a block; `cut` bytes of its end are missing."""
+    images = tmp_path / "images" / "train"
+    whole = embed(world, tiny_clip, tmp_path / "whole.h5", SMALL_BLOCKS).paths[0]
+    (images / "000041.png").rename(tmp_path / "41.png")
+    with pytest.raises(LpovodError, match="image 41"):
+        embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
+    assert not (tmp_path / "s.h5").exists()
+    state = tmp_path / "s.resume"
+    state.write_bytes(state.read_bytes()[: -cut or None])
+    (tmp_path / "41.png").rename(images / "000041.png")
+    (images / "000003.png").unlink()  # is not needed any more
+    (images / "000007.png").unlink()
+    embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
+    assert f"going on after {13 if cut else 19} regions" in capsys.readouterr().err
+    assert (tmp_path / "s.h5").read_bytes() == whole.read_bytes()
+
+
+def test_a_state_of_another_run_is_not_gone_on_from(world, tiny_clip, tmp_path, capsys):
+    (tmp_path / "images" / "train" / "000041.png").rename(tmp_path / "41.png")
+    with pytest.raises(LpovodError, match="image 41"):
+        embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
+    (tmp_path / "41.png").rename(tmp_path / "images" / "train" / "000041.png")
+    other = config.RegionEmbeddings(shards=1, batch_size=1, scales=[1.0])
+    fresh = embed(world, tiny_clip, tmp_path / "fresh.h5", other).paths[0].read_bytes()
+    embed(world, tiny_clip, tmp_path / "s.h5", other)
+    assert "s.resume belongs to other settings" in capsys.readouterr().err
+    assert (tmp_path / "s.h5").read_bytes() == fresh
+
+
+def test_bad_images_are_recorded_and_skipped_when_asked_for(world, tiny_clip, tmp_path, capsys):
+    good = embed(world, tiny_clip, tmp_path / "good.h5")
+    images = tmp_path / "images" / "train"
+    (images / "000041.png").write_bytes((images / "000041.png").read_bytes()[:500])
+    (images / "000003.png").unlink()
+    boxes = {i: b.copy() for i, b in world.boxes.items()}
+    boxes[20][3] = [500, 5, 520, 20]
+    write_proposals(world.proposals, world.dataset, boxes, world.objectness)
+    settings = config.RegionEmbeddings(shards=1, batch_size=7, bad_images="skip")
+    store = embed(world, tiny_clip, tmp_path / "s.h5", settings)
+    log = capsys.readouterr().err
+    assert store.image_ids == good.image_ids
+    assert sorted(store.skipped) == [3, 20, 41]
+    for image_id, message in ((3, "no such file"), (20, r"500.0"), (41, "cannot be decoded")):
+        assert store.count(image_id) == 0
+        assert message in store.skipped[image_id]
+        assert f"skipped: {store.skipped[image_id]}" in log
+    assert "3 images were skipped" in log
+    assert "1 images have no proposals: 900" in log
+    np.testing.assert_allclose(store.read(7)["embedding"], good.read(7)["embedding"], atol=1e-3)
+    assert good.skipped == {}

@@ -2,15 +2,17 @@ import numpy as np
 import pytest
 from conftest import write_shards
 
-from lpovod import config
+from lpovod import config, region_index
 from lpovod.artifacts import LpovodError
 from lpovod.region_index import (
     INDEX_BITS,
+    best_rows,
     build_region_index,
     open_index,
     open_shards,
     region_key,
     split_key,
+    widen,
 )
 
 SETTINGS = config.RegionIndex(block_rows=50)
@@ -65,10 +67,63 @@ def test_search_equals_the_dense_product(tmp_path, factory):
     index = open_index(tmp_path / "i")
     assert sorted(index.keys) == sorted(keys)
     query = np.random.default_rng(1).standard_normal(24).astype(np.float32)
-    scores, found = index.search(query, 10, everything(len(keys)))
+    query /= np.linalg.norm(query)
+    ((scores, found),) = index.search(query[None], 10, everything(len(keys)))
     best = np.argsort(-(vectors @ query))[:10]
     assert found.tolist() == keys[best].tolist()
     np.testing.assert_allclose(scores, (vectors @ query)[best], atol=1e-5)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
+def test_many_vectors_are_searched_at_once(tmp_path, factory, monkeypatch):
+    """Pieces smaller than the index's parts, and results that are pruned on the way."""
+    monkeypatch.setattr(region_index, "READ_ROWS", 30)
+    monkeypatch.setattr(region_index, "COMPARED_ROWS", 8)
+    shards, keys, vectors = random_shards(tmp_path, images=60)
+    build_region_index(shards, config.RegionIndex(factory=factory, block_rows=64), tmp_path / "i")
+    index = open_index(tmp_path / "i")
+    assert index.exact
+    place = {key: n for n, key in enumerate(keys.tolist())}
+    allowed = np.random.default_rng(3).uniform(size=len(keys)) < 0.7
+    mine = np.array([place[key] for key in index.keys[allowed].tolist()])
+    queries = np.random.default_rng(4).standard_normal((9, 24)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    for query, (scores, found) in zip(queries, index.search(queries, 7, allowed), strict=True):
+        dense = vectors[mine] @ query
+        assert found.tolist() == keys[mine[np.argsort(-dense)[:7]]].tolist()
+        np.testing.assert_allclose(scores, -np.sort(-dense)[:7], atol=1e-6)
+
+
+def test_every_finite_half_is_widened_exactly():
+    bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    half = bits[np.isfinite(bits)].reshape(-1, 2)
+    wide = widen(half, np.empty(half.shape, np.float32))
+    np.testing.assert_array_equal(wide.view(np.uint32), half.astype(np.float32).view(np.uint32))
+
+
+def test_rows_that_float32_cannot_tell_apart_are_ranked_by_exact_sums():
+    random = np.random.default_rng(0)
+    query = random.standard_normal((1, 512)).astype(np.float32)
+    query /= np.linalg.norm(query)
+    rows = np.tile(query, (900, 1)) + random.uniform(-3e-5, 3e-5, (900, 512)).astype(np.float32)
+    rows[300:600] *= 0.9
+    rows[700] = rows[20]
+    exact = (rows.astype(np.float64) @ query[0].astype(np.float64)).astype(np.float32)
+    expected = sorted(range(900), key=lambda n: (-exact[n], n))
+    for k in (1, 5, 60):
+        ((scores, found),) = best_rows(query, np.split(rows, 9), k, everything(900))
+        assert found.tolist()[:k] == expected[:k]
+        assert len(found) >= k
+        assert (exact[found[k:]] == exact[found[k - 1]]).all()
+        np.testing.assert_array_equal(scores, exact[found])
+
+
+def test_quantised_indices_are_not_exact(tmp_path):
+    shards, _, _ = random_shards(tmp_path, images=80)
+    for factory, exact in (("SQ8", False), ("IVF2,SQfp16", False), ("SQfp16", True)):
+        settings = config.RegionIndex(factory=factory, block_rows=50)
+        build_region_index(shards, settings, tmp_path / "i")
+        assert open_index(tmp_path / "i").exact == exact
 
 
 def test_search_returns_allowed_rows_alone(tmp_path):
@@ -76,7 +131,7 @@ def test_search_returns_allowed_rows_alone(tmp_path):
     build_region_index(shards, SETTINGS, tmp_path / "i")
     index = open_index(tmp_path / "i")
     allowed = np.random.default_rng(2).uniform(size=len(keys)) < 0.1
-    scores, found = index.search(vectors[0], 50, allowed)
+    ((scores, found),) = index.search(vectors[:1], 50, allowed)
     assert sorted(found) == sorted(index.keys[allowed])
     assert (np.diff(scores) <= 0).all()
 
@@ -88,7 +143,8 @@ def test_trained_factories_find_most_of_what_is_near(tmp_path, factory):
     build_region_index(shards, settings, tmp_path / "i")
     index = open_index(tmp_path / "i")
     key_of = keys.tolist()
-    hits = [key_of[n] in index.search(vectors[n], 20, everything(len(keys)))[1] for n in range(50)]
+    found = index.search(vectors[:50], 20, everything(len(keys)))
+    hits = [key_of[n] in hits for n, (_, hits) in enumerate(found)]
     assert np.mean(hits) > 0.8
 
 

@@ -2,6 +2,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 from lpovod.artifacts import LpovodError, identity
 from lpovod.store import RegionStore, write_regions
@@ -152,6 +153,50 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
         RegionStore([one, write(tmp_path / "c.h5", {6: 1}, other)], "region_embeddings")
     with pytest.raises(LpovodError, match="written by stage region_embeddings, not proposals"):
         RegionStore(one, "proposals")
+
+
+def test_skipped_images_are_listed_with_their_reasons(tmp_path):
+    for number, image_id in enumerate((4, 9)):
+        with write_regions(tmp_path / f"{number}.h5", IDENT) as writer:
+            writer.skip(image_id, f"no such file {image_id}")
+            writer.add(image_id + 1, **regions_of(image_id + 1, 2))
+            with pytest.raises(LpovodError, match=f"image {image_id} .* twice"):
+                writer.skip(image_id, "again")
+    store = RegionStore([tmp_path / "0.h5", tmp_path / "1.h5"], "region_embeddings")
+    assert store.skipped == {4: "no such file 4", 9: "no such file 9"}
+    assert store.image_ids == [4, 5, 9, 10]
+    assert store.count(9) == 0
+    assert_is(store.read(10), 10, 2)
+    assert list(store.read(10).columns) == ["embedding"]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Reads a store in the workers of a data loader."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __len__(self):
+        return len(self.store.image_ids)
+
+    def __getitem__(self, number):
+        image_id = self.store.image_ids[number]
+        return image_id, self.store.read(image_id)["embedding"]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_read_what_is_there(tmp_path, start):
+    paths = [write(tmp_path / f"{n}.h5", {2 * n + 1: 40, 2 * n: 300}) for n in range(3)]
+    store = RegionStore(paths, "region_embeddings")
+    store.read(0)  # a file is open when the workers start
+    loader = torch.utils.data.DataLoader(
+        Rows(store), batch_size=None, num_workers=2, multiprocessing_context=start
+    )
+    read = [(i, v.numpy()) for i, v in loader]
+    assert [i for i, _ in read] == store.image_ids
+    for image_id, vectors in read:
+        expected = regions_of(image_id, store.count(image_id))["embedding"]
+        np.testing.assert_array_equal(vectors, expected)
 
 
 def test_a_missing_image_or_file_is_named(tmp_path):

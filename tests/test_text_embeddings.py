@@ -41,7 +41,7 @@ def test_templates_are_averaged_as_unit_vectors(tiny_clip, tmp_path):
 def test_the_file_says_what_it_was_made_from(tiny_clip, tmp_path):
     embed_classes(["dog"], tiny_clip, ENSEMBLE, tmp_path / "t")
     ident = read_identity(tmp_path / "t")
-    assert ident["settings"] == {"templates": ENSEMBLE.templates}
+    assert ident["settings"]["templates"] == ENSEMBLE.templates
     assert ident["inputs"] == {
         "clip_weights": sha256(tiny_clip.weights),
         "clip_architecture": sha256(tmp_path / tiny_clip.architecture),

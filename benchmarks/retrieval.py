@@ -1,0 +1,189 @@
+"""Time and memory of exact retrieval from 1, 2 and 5 million regions, over one read of the index.
+
+Run as ``python -m benchmarks.retrieval``; 5 million regions need 11 GB in the temporary folder.
+Ends with one JSON line.
+
+Every measured run begins with the files out of the page cache (posix_fadvise, DONTNEED), as they
+are where they exceed the memory: reads are cold, ours and the sequential one alike. Times are
+the least of several, one kind after the other. A retrieval opens index and shards, applies the
+objectness floor and returns the top 100 of each query with their boxes; its memory is that of a
+process of its own.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import tyro
+
+from lpovod import config
+from lpovod.artifacts import identity
+from lpovod.pseudo_labels import allowed_rows, top_regions
+from lpovod.region_index import build_region_index, open_index, open_shards
+from lpovod.store import RegionStore, write_regions
+
+DIMENSION = 512
+PER_IMAGE = 250
+QUERIES = 17  # novel classes of COCO; LVIS has 1,203 classes
+LVIS_QUERIES = 1203
+SETTINGS = config.PseudoLabels(k=100, objectness=0.6)
+BLOCK_IMAGES, BLOCK_TOP = 5000, 300  # of the original
+
+
+@dataclass
+class Options:
+    millions: tuple[int, ...] = (1, 2, 5)
+    """regions"""
+    repeats: int = 3
+    """of each measurement"""
+
+
+def make_files(folder: Path, rows: int) -> None:
+    """Two shards of random unit vectors, and their index."""
+    random = np.random.default_rng(rows)
+    noise = random.standard_normal((1 << 16, DIMENSION), np.float32)
+    noise = (noise / np.linalg.norm(noise, axis=1, keepdims=True)).astype(np.float16)
+    images = rows // PER_IMAGE
+    settings = {"scales": [1.0, 1.5], "shards": 2, "precision": "float32"}
+    for shard in range(2):
+        with write_regions(folder / f"{shard}.h5", identity("region_embeddings", settings)) as file:
+            for image in range(shard * images // 2, (shard + 1) * images // 2):
+                place = image * PER_IMAGE % (len(noise) - PER_IMAGE)
+                vectors = np.roll(noise[place : place + PER_IMAGE], image // 200, axis=1)
+                box = np.tile(np.float32([0, 0, 9, 9]), (PER_IMAGE, 1))
+                file.add(image, box, random.random(PER_IMAGE, np.float32), embedding=vectors)
+    build_region_index(shards_of(folder), config.RegionIndex(), folder / "index")
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return [folder / "0.h5", folder / "1.h5"]
+
+
+def queries(count: int) -> np.ndarray:
+    rows = np.random.default_rng(1).standard_normal((count, DIMENSION), np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def make_cold(folder: Path) -> None:
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_once(folder: Path) -> float:
+    """Seconds to read the index from end to end."""
+    make_cold(folder)
+    buffer = bytearray(4 << 20)
+    start = time.perf_counter()
+    with open(folder / "index", "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - start
+
+
+def retrieve(folder: Path, count: int) -> tuple[float, float, list[list[int]]]:
+    """Seconds and GiB of a retrieval in a process of its own, and the keys of the regions."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_retrieve, (folder, count))
+
+
+def _retrieve(folder: Path, count: int) -> tuple[float, float, list[list[int]]]:
+    make_cold(folder)
+    start = time.perf_counter()
+    store, index = open_shards(shards_of(folder)), open_index(folder / "index")
+    allowed = allowed_rows(store, index, SETTINGS.objectness)
+    found = top_regions(index, store, queries(count), SETTINGS, allowed)
+    seconds = time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return seconds, memory, [[region["key"] for region in regions] for regions in found]
+
+
+def flat_index(store: RegionStore) -> tuple[float, np.ndarray]:
+    """Seconds of FAISS's IndexFlatIP, filled and in memory, and the rows it finds."""
+    index = faiss.IndexFlatIP(DIMENSION)
+    reached = []
+    for block in store.blocks(1 << 16, ["embedding"]):
+        index.add(block["embedding"].astype(np.float32))
+        reached.append(block.objectness >= np.float32(SETTINGS.objectness))
+    bits = np.packbits(np.concatenate(reached), bitorder="little")
+    only = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+    start = time.perf_counter()
+    _, rows = index.search(queries(QUERIES), SETTINGS.k, params=only)
+    return time.perf_counter() - start, rows
+
+
+def original(store: RegionStore) -> tuple[float, np.ndarray]:
+    """Seconds of the original's block procedure, and the rows it finds.
+
+    A flat index for every 5,000 images, of its regions above the floor, the best 300 of each, of
+    these the best 300, of these the first 100 (prepare/, retrieval by blocks).
+    """
+    start, before = time.perf_counter(), 0
+    scores, rows = [], []
+    for block in store.blocks(BLOCK_IMAGES * PER_IMAGE, ["embedding"]):
+        reached = np.flatnonzero(block.objectness >= np.float32(SETTINGS.objectness))
+        index = faiss.IndexFlatIP(DIMENSION)
+        index.add(block["embedding"][reached].astype(np.float32))
+        score, row = index.search(queries(QUERIES), BLOCK_TOP)
+        scores.append(score)
+        rows.append(before + reached[row])
+        before += len(block)
+    merged, rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
+    best = np.argsort(-merged, axis=1)[:, :BLOCK_TOP]
+    found = np.take_along_axis(rows, best, axis=1)[:, : SETTINGS.k]
+    return time.perf_counter() - start, found
+
+
+def main(options: Options) -> None:
+    ratios, peak = {}, 0.0
+    for millions in options.millions:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            make_files(folder, millions * 1_000_000)
+            reads, searches = [], []
+            for _ in range(options.repeats):
+                reads.append(read_once(folder))
+                seconds, memory, keys = retrieve(folder, QUERIES)
+                searches.append(seconds)
+                peak = max(peak, memory)
+            read, search = min(reads), min(searches)
+            ratios[f"ratio_to_read_{millions}M"] = round(search / read, 3)
+            size = (folder / "index").stat().st_size
+            print(
+                f"{millions} M regions: reading {read:.2f} s ({size / read / 1e9:.2f} GB/s), "
+                f"{QUERIES} queries {search:.2f} s, ratio {search / read:.2f}, {memory:.2f} GiB",
+                flush=True,
+            )
+            if millions == min(options.millions):
+                compare(folder, keys, search)
+    print(json.dumps(ratios | {"peak_memory_gib": round(peak, 3)}))
+
+
+def compare(folder: Path, keys: list[list[int]], seconds: float) -> None:
+    """Other ways to the same regions, and more queries."""
+    many, memory, _ = retrieve(folder, LVIS_QUERIES)
+    print(f"    {LVIS_QUERIES} queries: {many:.1f} s, {memory:.2f} GiB")
+    store = open_shards(shards_of(folder))
+    index = open_index(folder / "index")
+    for name, find in (("IndexFlatIP in memory", flat_index), ("the original's blocks", original)):
+        make_cold(folder)
+        other, rows = find(store)
+        same = [set(index.keys[r]) == set(k) for r, k in zip(rows, keys, strict=True)]
+        print(
+            f"    {name}: {other:.2f} s (ours {seconds:.2f}); the same regions for "
+            f"{sum(same)} of {QUERIES} queries",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,98 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_clip, make_world
+from PIL import Image
+
+from lpovod import config
+from lpovod.artifacts import LpovodError
+from lpovod.clip import load_clip
+from lpovod.region_embeddings import embed_regions
+from lpovod.region_index import build_region_index
+from lpovod.retrieve import Options, retrieve
+from lpovod.store import RegionStore
+
+COUNTS = {7: 4, 3: 9, 900: 0, 41: 1, 20: 6}
+
+
+@pytest.fixture
+def run(tmp_path, tiny_clip, monkeypatch):
+    """A folder as a run leaves it, with index but without detector."""
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results" / "tried"
+    world = make_world(results / "dataset", COUNTS)
+    settings = config.RegionEmbeddings(shards=2, batch_size=16)
+    shards = [results / "region_embeddings" / "train" / f"{n}.h5" for n in range(2)]
+    for number, path in enumerate(shards):
+        state = path.with_suffix(".resume")
+        given = (world.dataset, world.proposals, tiny_clip, settings, number, state, [], path)
+        embed_regions(*given)
+    build_region_index(shards, config.RegionIndex(), results / "region_index" / "train.index")
+    content = {
+        "name": "other",
+        "classes": {"base": ["square"], "novel": ["star"]},
+        "clip": tiny_clip.model_dump(mode="json"),
+        "text_embeddings": {"templates": ["a photo of a {}"]},
+        "pseudo_labels": {"objectness": 0.99},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "mine.yaml").write_text("name: tried\npseudo_labels: {objectness: 0}\n")
+    return world, RegionStore(shards, "region_embeddings")
+
+
+def test_the_regions_nearest_to_each_text_are_printed_and_drawn(run, tmp_path, tiny_clip, capsys):
+    world, store = run
+    texts, sheet = ("a unicycle", "dog"), tmp_path / "drawn" / "sheet.png"
+    found = retrieve(Options(texts, (tmp_path / "mine.yaml",), k=7, sheet=sheet))
+    blocks = list(store.blocks(100))
+    vectors = np.concatenate([b["embedding"] for b in blocks]).astype(np.float64)
+    boxes, image_ids = (
+        np.concatenate([getattr(b, a) for b in blocks]) for a in ("box", "image_id")
+    )
+    text = load_clip(tiny_clip).encode_texts([f"a photo of a {t}" for t in texts]).numpy()
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    printed = capsys.readouterr().out
+    for regions, vector, name in zip(found, text, texts, strict=True):
+        best = np.argsort(-(vectors @ vector))[:7]
+        assert [r["image_id"] for r in regions] == image_ids[best].tolist()
+        np.testing.assert_allclose([r["bbox"][:2] for r in regions], boxes[best][:, :2])
+        np.testing.assert_allclose(
+            [r["cosine"] for r in regions], (vectors @ vector)[best], atol=1e-6
+        )
+        assert name in printed
+        assert all(f"{r['cosine']:.4f}" in printed for r in regions)
+    picture = np.asarray(Image.open(sheet)).astype(int)
+    assert ((picture - [255, 0, 0]) == 0).all(axis=2).sum() > 14 * 20  # outlines of the boxes
+
+
+def test_the_floor_and_the_folder_can_be_given(run, tmp_path):
+    world, _ = run
+    floor = float(np.sort(np.concatenate(list(world.objectness.values())))[-3])
+    options = Options(("dog",), results=tmp_path / "results" / "tried", objectness=floor)
+    (regions,) = retrieve(options)
+    assert len(regions) == 3
+    assert min(r["score"] for r in regions) == np.float32(floor)
+
+
+def test_a_run_without_an_index_is_named(run, tmp_path):
+    with pytest.raises(LpovodError, match=r"other/region_index/train.index: no such file"):
+        retrieve(Options(("dog",)))
+
+
+def test_other_clip_weights_are_refused(run, tmp_path):
+    (tmp_path / "clip").mkdir()
+    other = make_clip(tmp_path / "clip", seed=1).model_dump(mode="json")
+    overlay = yaml.safe_load((tmp_path / "mine.yaml").read_text()) | {"clip": other}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
+    with pytest.raises(LpovodError, match="other clip_weights"):
+        retrieve(Options(("dog",), (tmp_path / "mine.yaml",)))
+
+
+def test_the_command_line_says_what_is_wrong():
+    command = [sys.executable, "-m", "lpovod.retrieve", "dog", "--configfile", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: nowhere.yaml: no such file" in done.stderr
