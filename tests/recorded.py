@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import lpovod.base_detector
 import lpovod.boxes
 from lpovod.backbone import freeze_statistics, level_of
 from lpovod.base_detector import training_losses
@@ -444,11 +445,37 @@ def sampled_evenly() -> Iterator[None]:
         lpovod.boxes.take = random
 
 
-def training_step(model: Detector, state: Path) -> tuple[Arrays, dict[str, float]]:
+@contextmanager
+def proposed_in_order_of(recorded: list[np.ndarray]) -> Iterator[None]:
+    """The RPN's own boxes stand in the recorded order.
+
+    `evenly` counts places, and a handful of neighbours in the ranking have scores that differ in
+    the last bit, if at all: their order is that of rounding errors.
+    """
+
+    def ordered(*arguments) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for (boxes, scores), like in zip(rpn_proposals(*arguments), recorded, strict=True):
+            distance = torch.cdist(torch.from_numpy(like[:, :4]), boxes, torch.inf)
+            row = distance.argmin(dim=1)
+            found.append((boxes[row], scores[row]))
+        return found
+
+    lpovod.base_detector.rpn_proposals = ordered
+    try:
+        yield
+    finally:
+        lpovod.base_detector.rpn_proposals = rpn_proposals
+
+
+def training_step(
+    model: Detector, order: list[np.ndarray], state: Path
+) -> tuple[Arrays, dict[str, float]]:
     """One step of base training on A and B: losses, gradients, weights and statistics after it.
 
     Args:
         model: as `build_detector` returns it; it is changed.
+        order: the recorded proposals of the RPN, for their order alone.
         state: a file for the loop's state; it is removed.
 
     Returns:
@@ -475,7 +502,7 @@ def training_step(model: Detector, state: Path) -> tuple[Arrays, dict[str, float
     model.rpn_head.register_forward_hook(propose)
     settings = BaseDetector(regions="rpn")
     schedule = Training(epochs=1, warmup_steps=0, learning_rate=0.02, weight_decay=2.5e-5)
-    with sampled_evenly():
+    with sampled_evenly(), proposed_in_order_of(order):
         (history,) = train(
             model,
             lambda batch: training_losses(model, data, batch, classes, settings, "cpu"),

@@ -83,7 +83,10 @@ def evaluated() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, np.ndarray]:
-    arrays, norms = training_step(build_detector(), tmp_path_factory.mktemp("step") / "state")
+    recorded = np.load(FILE)
+    order = [recorded[f"train_base/train_proposals_{number}"] for number in (0, 1)]
+    state = tmp_path_factory.mktemp("step") / "state"
+    arrays, norms = training_step(build_detector(), order, state)
     return arrays | {f"gradient_norms/{key}": np.array(norm) for key, norm in norms.items()}
 
 

@@ -48,7 +48,7 @@ THINNED = {
 """Which part of an array is kept; what is not listed is kept whole."""
 
 UNUSED = ("shipped", "ft_gt", "ft_cat", "per_level", "kd_rois", "kd_emb", "input_shape", "_is_gt")
-UNUSED += ("roi_rois", "roi_label", "pos_rows", "roi_bbox", "base/roi_emb", "assigned_pos_all")
+UNUSED += ("roi_rois", "roi_label", "pos_rows", "roi_bbox", "base/roi_emb", "gap50")
 """No test compares arrays with one of these in their names; the losses depend on all of them."""
 
 
