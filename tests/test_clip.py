@@ -212,7 +212,7 @@ def test_openai_archive(tiny):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_an_archive_is_read_as_torchscript_reads_it(tiny):
     model, source = tiny
-    _save_archive(model.half(), source.weights)
+    _save_archive(model, source.weights)
     found, expected = read_torchscript(source.weights), torch.jit.load(source.weights).state_dict()
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():

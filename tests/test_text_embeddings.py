@@ -94,7 +94,7 @@ def test_a_vector_that_is_not_of_unit_length_is_refused(tmp_path, vector):
 
 def test_rows_of_a_file_stand_in_for_prompts(tiny_clip, tmp_path):
     names = ["dog", "cat", "bus", "traffic light"]
-    raw = load_clip(tiny_clip).encode_texts([f"a {name}" for name in names]).numpy() * 10
+    raw = load_clip(tiny_clip).encode_texts(names).numpy() * 10
     np.save(tmp_path / "rows.npy", raw)
     (tmp_path / "names.json").write_text(json.dumps(names))
     settings = config.TextEmbeddings(file=tmp_path / "rows.npy", classes=tmp_path / "names.json")
