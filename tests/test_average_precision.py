@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,14 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from lpovod.average_precision import ap50, ap50_by_class, coco_results, ground_truth
+from lpovod.artifacts import LpovodError
+from lpovod.average_precision import (
+    ap50,
+    ap50_by_class,
+    coco_results,
+    evaluate_files,
+    ground_truth,
+)
 from lpovod.dataset import read_dataset
 
 ORACLE = Path("../shared/data/coco_eval_oracle")
@@ -123,3 +132,90 @@ def test_results_are_xywh():
     boxes = np.array([[1, 2, 4, 8]], np.float32)
     (found,) = coco_results({7: (boxes, np.array([0.5]), np.array([3]))})
     assert found == {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 6], "score": 0.5}
+
+
+def printed(table: str) -> dict[str, str]:
+    """The last column by what stands before it."""
+    return {line[:32].strip(): line[32:].strip() for line in table.splitlines()}
+
+
+@pytest.fixture()
+def submitted(made_up, tmp_path):
+    """The made-up detections as a file, some of them on images without any object."""
+    path, results, names = made_up
+    content = json.loads(path.read_text())
+    empty = {i["id"] for i in content["images"]} - {a["image_id"] for a in content["annotations"]}
+    assert empty
+    results += [
+        {"image_id": i, "category_id": c, "bbox": [5.0, 5.0, 20.0, 20.0], "score": 0.95}
+        for i in sorted(empty)
+        for c in (1, 2, 3)
+    ]
+    file = tmp_path / "detections.json"
+    file.write_text(json.dumps(results))
+    return path, file, results
+
+
+def test_anybody_s_detections_get_pycocotools_numbers(submitted):
+    path, file, results = submitted
+    expected, found = reference(path, results), printed(evaluate_files(path, file))
+    assert {
+        n: found[f"{n:24}{s:>8}".strip()]
+        for n, s in (("cat", "base"), ("dog", "base"), ("cow", "novel"))
+    } == {name: f"{value:.2f}" for name, value in expected.items()}
+    assert found[f"{'nothing':24}{'base':>8}"] == "-"
+    assert found["mean of novel"] == f"{expected['cow']:.2f}"
+    assert float(found["mean of base"]) == pytest.approx(
+        (expected["cat"] + expected["dog"]) / 2, abs=0.006
+    )
+    # Without the empty images, as OV-COCO has it, their false positives count for nothing.
+    some = printed(evaluate_files(path, file, annotated_images=True))
+    assert float(some["mean of all"]) > float(found["mean of all"])
+
+
+def test_a_split_is_named_where_the_categories_have_none(submitted):
+    path, file, _ = submitted
+    by_file = evaluate_files(path, file)
+    content = json.loads(path.read_text())
+    for category in content["categories"]:
+        category["split"] = {"base": "seen", "novel": "unseen"}[category["split"]]
+    path.write_text(json.dumps(content))
+    assert evaluate_files(path, file) == by_file  # as the original's files say it
+    for category in content["categories"]:
+        del category["split"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(LpovodError, match="category 'cat' has the split None.*--novel CLASS"):
+        evaluate_files(path, file)
+    assert evaluate_files(path, file, novel=["cow"]) == by_file
+    few = printed(evaluate_files(path, file, base=["dog"], novel=["cow"]))
+    assert not any(line.startswith("cat") for line in few)
+    with pytest.raises(LpovodError, match="no category 'unicorn'"):
+        evaluate_files(path, file, novel=["unicorn"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 99}, "detection 0: .* has no image 99"),
+        ({"bbox": [1, 2, 3]}, "detection 0 is not of the form"),
+        ({"score": "high"}, "detection 0 is not of the form"),
+        ({"score": float("nan")}, "detection 0: bbox or score is no possible value"),
+        ({"bbox": [1, 2, -3, 4]}, "detection 0: bbox or score is no possible value"),
+    ],
+)
+def test_detections_of_another_form_are_refused(submitted, change, message):
+    path, file, results = submitted
+    file.write_text(json.dumps([results[0] | change, *results[1:]]))
+    with pytest.raises(LpovodError, match=message):
+        evaluate_files(path, file)
+
+
+def test_the_command_line(submitted):
+    path, file, _ = submitted
+    command = [sys.executable, "-m", "lpovod.evaluation", "--ground-truth", str(path)]
+    done = subprocess.run(
+        [*command, "--detections", str(file)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == evaluate_files(path, file) + "\n"
+    done = subprocess.run([*command, "--detections", "none.json"], capture_output=True, text=True)
+    assert done.returncode != 0 and "none.json: no such file" in done.stderr

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from lpovod import small_clip
 from lpovod.artifacts import LpovodError
 from lpovod.clip import load_clip
+from lpovod.importers.torchscript import read_torchscript
 from lpovod.miniature import CLASSES
 
 ROOT = Path(__file__).parents[1]
@@ -215,11 +217,42 @@ def test_openai_archive(tiny):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_openai_archive_without_quick_gelu_warns(tiny):
+def test_an_archive_is_read_as_torchscript_reads_it(tiny):
     model, source = tiny
     _save_archive(model, source.weights)
+    found, expected = read_torchscript(source.weights), torch.jit.load(source.weights).state_dict()
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_an_archive_that_names_a_function_is_refused_and_runs_nothing(tiny, tmp_path):
+    model, source = tiny
+    _save_archive(model, source.weights)
+    evil = f"cpathlib\nPath.touch\n(cpathlib\nPath\n(S'{tmp_path / 'ran'}'\ntRtR."
+    with zipfile.ZipFile(source.weights) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(source.weights, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, evil.encode() if name.endswith("/data.pkl") else data)
+    with pytest.raises(LpovodError, match="it names pathlib"):
+        load_clip(source)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("form", ["archive", "state dict"])
+def test_openai_s_weights_without_quick_gelu_are_refused(tiny, form):
+    model, source = tiny
+    if form == "archive":
+        _save_archive(model, source.weights)
+    else:
+        attributes = {"input_resolution": torch.tensor(32), "vocab_size": torch.tensor(514)}
+        torch.save(model.state_dict() | attributes, source.weights)
+    _check_round_trip(model, source)
     Path(source.architecture).write_text(json.dumps(TINY | {"quick_gelu": False}))
-    with pytest.warns(UserWarning, match="QuickGELU"):
+    with pytest.raises(LpovodError, match="input_resolution.* need QuickGELU"):
         load_clip(source)
 
 

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -89,6 +90,31 @@ def test_a_vector_that_is_not_of_unit_length_is_refused(tmp_path, vector):
     write_tensors(tmp_path / "t", tensors, ident | {"logit_scale": 100.0})
     with pytest.raises(LpovodError, match="embedding of 'dog'"):
         read_text_embeddings(tmp_path / "t")
+
+
+def test_rows_of_a_file_stand_in_for_prompts(tiny_clip, tmp_path):
+    names = ["dog", "cat", "bus", "traffic light"]
+    raw = load_clip(tiny_clip).encode_texts(names).numpy() * 10
+    np.save(tmp_path / "rows.npy", raw)
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    settings = config.TextEmbeddings(file=tmp_path / "rows.npy", classes=tmp_path / "names.json")
+    embed_classes(["bus", "dog"], tiny_clip, settings, tmp_path / "t")
+    read = read_text_embeddings(tmp_path / "t")
+    for name, vector in zip(read.names, read.vectors, strict=True):
+        row = raw[names.index(name)]
+        np.testing.assert_allclose(vector, row / np.linalg.norm(row), atol=1e-6)
+    assert read.clip_weights == sha256(tiny_clip.weights)  # retrieval checks it
+    with pytest.raises(LpovodError, match="does not list the class 'cow'"):
+        embed_classes(["cow"], tiny_clip, settings, tmp_path / "u")
+
+    without = tiny_clip.model_copy(update={"weights": None})
+    embed_classes(["bus"], without, settings, tmp_path / "v")
+    alone = read_text_embeddings(tmp_path / "v")
+    assert alone.logit_scale is None and alone.clip_weights == "none"
+
+    (tmp_path / "names.json").write_text(json.dumps(names[1:] + names[:1]))
+    with pytest.raises(LpovodError, match="of 4 rows are most similar"):
+        embed_classes(["bus"], tiny_clip, settings, tmp_path / "w")
 
 
 def test_reading_and_retrieval_load_no_torch():

@@ -22,7 +22,16 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_ADMITTED = {("_codecs", "encode"): _encode}
+def _no_bytes() -> bytes:
+    """How protocol 2 writes no bytes at all, those of an array without rows."""
+    return b""
+
+
+_ADMITTED = {
+    ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
+    ("builtins", "bytes"): _no_bytes,
+}
 for _numpy in ("numpy.core", "numpy._core"):  # before and since numpy 2
     _ADMITTED[f"{_numpy}.multiarray", "_reconstruct"] = _reconstruct
     _ADMITTED[f"{_numpy}.numeric", "_frombuffer"] = _frombuffer
