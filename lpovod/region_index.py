@@ -277,7 +277,10 @@ def _read_codes(file: BinaryIO, offset: int, size: int) -> np.ndarray:
     codes, read = np.empty(size, np.uint8), 0
     file.seek(offset)
     while read < size:
-        read += file.readinto(memoryview(codes)[read:])
+        count = file.readinto(memoryview(codes)[read:])
+        if not count:
+            raise LpovodError(f"{file.name} ends while it is read: was it replaced meanwhile?")
+        read += count
     return codes
 
 
