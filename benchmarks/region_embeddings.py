@@ -15,7 +15,7 @@ Starting (imports, model) is left out everywhere: all processes wait for one ano
 import json
 import multiprocessing
 import os
-import resource
+import re
 import tempfile
 import time
 from dataclasses import dataclass
@@ -88,8 +88,12 @@ def make_inputs(folder: Path, options: Options) -> config.Clip:
             writer.add(number, box, np.ones(len(box), np.float32))
     torch.manual_seed(0)
     model = open_clip.create_model(ARCHITECTURE)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "clip")
-    return config.Clip(architecture=ARCHITECTURE, weights=folder / "clip", vocabulary=None)
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "clip.safetensors"
+    )
+    return config.Clip(
+        architecture=ARCHITECTURE, weights=folder / "clip.safetensors", vocabulary=None
+    )
 
 
 def side_by_side(work, count: int, *args) -> tuple[list, float]:
@@ -106,12 +110,25 @@ def side_by_side(work, count: int, *args) -> tuple[list, float]:
     found = [results.get() for _ in processes]
     for process in processes:
         process.join()
+    for result, _ in found:
+        if isinstance(result, Exception):
+            raise result
     return [result for result, _ in found], max(size for _, size in found)
 
 
 def _report(results, work, number, ready, *args) -> None:
-    result = work(number, ready, *args)
-    results.put((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+    try:
+        result = work(number, ready, *args)
+    except Exception as error:
+        ready.abort()  # or the others would wait for this one
+        result = error
+    results.put((result, peak_gib()))
+
+
+def peak_gib() -> float:
+    """Of this process alone; getrusage also counts what its parent had when it was forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
 def embed(number, ready, folder, clip, settings, device) -> tuple[float, float]:

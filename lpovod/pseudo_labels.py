@@ -7,7 +7,6 @@ region's objectness) and ``cosine`` (its similarity to the name). Needs no torch
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,11 @@ from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.progress import say
 from lpovod.region_index import (
     READ_ROWS,
-    Found,
     RegionIndex,
     best_rows,
     digest_of_shards,
     open_index,
     open_shards,
-    region_key,
     split_key,
 )
 from lpovod.store import RegionStore
@@ -32,7 +29,6 @@ from lpovod.text_embeddings import ClassEmbeddings, read_text_embeddings
 
 STAGE = "pseudo_labels"
 CATEGORY_ID = 1  # of the one class of a file; readers go by its name
-BLOCK_ROWS = 1 << 20  # objectness values read at once
 SPARE = 4  # times K candidates, where some may be dropped or are ranked roughly
 
 
@@ -71,8 +67,7 @@ def retrieve(
     vector = classes.vectors[classes.names.index(name)]
     store, searched = open_shards(shards), open_index(index)
     check_belong(classes, store, searched, dataset)
-    allowed = allowed_rows(store, searched, settings.objectness)
-    (regions,) = top_regions(searched, store, vector[None], settings, allowed)
+    (regions,) = top_regions(searched, store, vector[None], settings)
     if not regions:
         raise LpovodError(
             f"class {name!r}: none of {len(store)} regions has an objectness of "
@@ -93,7 +88,7 @@ def retrieve(
     )
     info: dict = {"identity": ident}
     if not searched.exact:
-        (exact,) = top_regions(_Shards(store), store, vector[None], settings, allowed)
+        (exact,) = top_regions(searched, store, vector[None], settings, exact=True)
         hits = {r["key"] for r in regions} & {r["key"] for r in exact}
         info["recall"] = len(hits) / len(exact)
         say(f"{name}: recall {info['recall']:.3f} of the exact top {len(exact)}")
@@ -121,94 +116,73 @@ def check_belong(
     check_made_from(searched.path, searched.identity, "region_embeddings", digest)
 
 
-def allowed_rows(store: RegionStore, searched: RegionIndex, floor: float) -> np.ndarray:
-    """Which rows of the index hold regions that reach the objectness floor, (rows,) bool."""
-    reached, start = [], 0
-    for block in store.blocks(BLOCK_ROWS, []):
-        keys = region_key(block.image_id, block.index)
-        if not np.array_equal(keys, searched.keys[start : start + len(block)]):
-            raise LpovodError(
-                f"{searched.path} holds other regions than {store.paths[0].parent}. Make it "
-                "again: snakemake --forcerun region_index"
-            )
-        reached.append(block.objectness >= np.float32(floor))
-        start += len(block)
-    return np.concatenate(reached)
-
-
 def top_regions(
-    searched: "RegionIndex | _Shards",
+    index: RegionIndex,
     store: RegionStore,
     vectors: np.ndarray,
     settings: config.PseudoLabels,
-    allowed: np.ndarray,
+    exact: bool = False,
 ) -> list[list[dict]]:
     """The best regions for each of several vectors, with one pass over an exact index.
 
     A limit on regions of one image may use up what was searched for: then more is asked for.
 
     Args:
-        searched: what finds candidates; the cosines of an inexact one are computed anew.
-        store: the shards.
+        index: what is searched.
+        store: the shards it was made from; read only where the index is inexact.
         vectors: (q, D) float32 of unit norm.
-        settings: K, and how different the regions must be.
-        allowed: (rows,) bool, see `allowed_rows`.
+        settings: K, the floor, and how different the regions must be.
+        exact: search the shards themselves, whatever the index.
 
     Returns:
         For each vector at most K annotations, and the ``key`` of each; best first.
     """
+    exact = exact or index.exact
     limited = settings.per_image is not None or settings.nms is not None
-    asked = settings.k if searched.exact and not limited else SPARE * settings.k
+    asked = settings.k if exact and not limited else SPARE * settings.k
+    allowed = index.objectness >= np.float32(settings.objectness)
     taken: dict[int, list[dict]] = {}
     while pending := [query for query in range(len(vectors)) if query not in taken]:
-        found = searched.search(vectors[pending], asked, allowed)
-        for query, (cosines, keys) in zip(pending, found, strict=True):
-            if not searched.exact:
-                cosines = _cosines(store, keys, vectors[query])
-            regions = _take(_ranked(store, keys, cosines)[:asked], settings)
-            if len(regions) == settings.k or len(keys) < asked:
+        if exact and not index.exact:
+            blocks = (b["embedding"].astype(np.float32) for b in store.blocks(READ_ROWS))
+            found = best_rows(vectors[pending], blocks, asked, allowed)
+        else:
+            found = index.search(vectors[pending], asked, allowed)
+        for query, (cosines, rows) in zip(pending, found, strict=True):
+            if not exact:
+                cosines = _cosines(store, index.keys[rows], vectors[query])
+            regions = _take(_ranked(index, rows, cosines)[:asked], settings)
+            if len(regions) == settings.k or len(rows) < asked:
                 taken[query] = regions
         asked *= SPARE
     return [taken[query] for query in range(len(vectors))]
 
 
-@dataclass(frozen=True)
-class _Shards:
-    """The shards themselves, searched exactly: what an inexact index is measured against."""
-
-    store: RegionStore
-    exact = True
-
-    def search(self, vectors: np.ndarray, k: int, allowed: np.ndarray) -> list[Found]:
-        blocks = (b["embedding"].astype(np.float32) for b in self.store.blocks(READ_ROWS))
-        keys = [region_key(b.image_id, b.index) for b in self.store.blocks(BLOCK_ROWS, [])]
-        found = best_rows(vectors, blocks, k, allowed)
-        return [(scores, np.concatenate(keys)[rows]) for scores, rows in found]
-
-
 def _cosines(store: RegionStore, keys: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """Summed in float64 and rounded, as an exact search does it."""
     image_ids, places = split_key(keys)
     content = {i: store.read(i, ["embedding"]) for i in np.unique(image_ids).tolist()}
-    pairs = zip(image_ids.tolist(), places, strict=True)
-    rows = [content[image_id]["embedding"][place] for image_id, place in pairs]
-    return (np.stack(rows).astype(np.float64) @ vector.astype(np.float64)).astype(np.float32)
+    cosines = [
+        content[image_id]["embedding"][place].astype(np.float64) @ vector.astype(np.float64)
+        for image_id, place in zip(image_ids.tolist(), places.tolist(), strict=True)
+    ]
+    return np.array(cosines, np.float32)
 
 
-def _ranked(store: RegionStore, keys: np.ndarray, cosines: np.ndarray) -> list[dict]:
+def _ranked(index: RegionIndex, rows: np.ndarray, cosines: np.ndarray) -> list[dict]:
     """Annotations by cosine and key."""
     regions = []
-    for row in np.lexsort((keys, -cosines)).tolist():
-        image_id, place = map(int, split_key(keys[row]))
-        content = store.read(image_id, [])
-        x1, y1, x2, y2 = content.box[place].astype(float).tolist()
+    for place in np.lexsort((index.keys[rows], -cosines)).tolist():
+        row = rows[place]
+        x1, y1, x2, y2 = index.box[row].astype(float).tolist()
         regions.append(
             {
-                "key": int(keys[row]),
-                "image_id": image_id,
+                "key": int(index.keys[row]),
+                "image_id": int(split_key(index.keys[row])[0]),
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": (x2 - x1) * (y2 - y1),
-                "score": float(content.objectness[place]),
-                "cosine": float(cosines[row]),
+                "score": float(index.objectness[row]),
+                "cosine": float(cosines[place]),
             }
         )
     return regions

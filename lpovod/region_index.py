@@ -5,8 +5,10 @@ paper's scale the vectors are 40 GB, so the file is a row of small FAISS indices
 of regions, made one after another. An exact search streams through their vectors; the others are
 searched in place (memory-mapped)::
 
-    <FAISS index> ... <FAISS index> <json> <length of the json: 8 bytes> <MAGIC: 8 bytes>
+    <FAISS index> ... <FAISS index> <regions> <json> <length of the json: 8 bytes> <MAGIC: 8 bytes>
 
+The regions are (rows, 5) float32, box and objectness: 20 bytes beside a vector's 1,024 (D = 512, in
+half precision) and a key's 8, and the only other thing that a retrieval reads of all regions.
 The json holds the identity, number and length of the vectors, and where each index ends. Index and
 identity can thus be neither separated nor mixed, and half a file is recognised.
 Imported for retrieval, which needs no torch: nothing here imports it.
@@ -29,7 +31,8 @@ from lpovod.progress import progress, say
 from lpovod.store import RegionStore
 
 STAGE = "region_index"
-MAGIC = b"LPOVODIX"
+MAGIC = b"LPOVODI2"
+REGION_BYTES = 20  # of box and objectness
 INDEX_BITS = 20  # of a region's place in its image; the image id has the other 43
 TRAINING_ROWS = 1 << 18  # sample for the factories that need training
 PROBED_PART = 8  # one in so many lists of an inverted file is searched
@@ -129,6 +132,8 @@ def build_region_index(shards: list[Path], settings: config.RegionIndex, output:
             file.write(faiss.serialize_index(index).data)
             header["ends"].append(file.tell())
             bar.update(len(block))
+        for block in store.blocks(settings.block_rows, []):
+            file.write(np.column_stack([block.box, block.objectness]).astype("<f4").tobytes())
         footer = json.dumps(header, sort_keys=True).encode()
         file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
 
@@ -165,6 +170,8 @@ class RegionIndex:
         identity: what it was made from.
         dimension: of the vectors.
         keys: (rows,) int64, the region key of each row.
+        box: (rows, 4) float32, mapped.
+        objectness: (rows,) float32, mapped.
         parts: FAISS's indices, over consecutive rows.
         content: the mapped file, which the parts point into.
     """
@@ -173,6 +180,8 @@ class RegionIndex:
     identity: Identity
     dimension: int
     keys: np.ndarray
+    box: np.ndarray
+    objectness: np.ndarray
     parts: list[faiss.Index]
     content: np.memmap
 
@@ -195,16 +204,14 @@ class RegionIndex:
             allowed: (rows,) bool.
 
         Returns:
-            For each vector inner products (n,) float32, descending, and region keys (n,) int64.
+            For each vector inner products (n,) float32, descending, and rows (n,) int64.
             Of an exact index the products are those of float64, rounded, and all rows that equal
             the k-th are there; of the others n <= k, and they are FAISS's.
         """
         vectors = np.ascontiguousarray(vectors, np.float32)
         if self.exact:
-            found = best_rows(vectors, self._stream(), k, allowed)
-        else:
-            found = [self._search_parts(vector[None], k, allowed) for vector in vectors]
-        return [(scores, self.keys[rows]) for scores, rows in found]
+            return best_rows(vectors, self._stream(), k, allowed)
+        return [self._search_parts(vector[None], k, allowed) for vector in vectors]
 
     def _search_parts(self, query: np.ndarray, k: int, allowed: np.ndarray) -> Found:
         scores, rows, start = [np.empty(0, np.float32)], [np.empty(0, np.int64)], 0
@@ -270,7 +277,10 @@ def _read_codes(file: BinaryIO, offset: int, size: int) -> np.ndarray:
     codes, read = np.empty(size, np.uint8), 0
     file.seek(offset)
     while read < size:
-        read += file.readinto(memoryview(codes)[read:])
+        count = file.readinto(memoryview(codes)[read:])
+        if not count:
+            raise LpovodError(f"{file.name} ends while it is read: was it replaced meanwhile?")
+        read += count
     return codes
 
 
@@ -348,7 +358,18 @@ def open_index(path: Path) -> RegionIndex:
             f"{path} holds {len(keys)} vectors, its footer states {header['rows']}. Make it "
             f"again: snakemake --forcerun {STAGE}"
         )
-    return RegionIndex(path, header["identity"], header["dimension"], keys, parts, content)
+    start = header["ends"][-1]
+    regions = content[start : start + REGION_BYTES * len(keys)].view("<f4").reshape(-1, 5)
+    return RegionIndex(
+        path,
+        header["identity"],
+        header["dimension"],
+        keys,
+        regions[:, :4],
+        regions[:, 4],
+        parts,
+        content,
+    )
 
 
 def _open_part(path: Path, content: np.ndarray) -> faiss.Index:
@@ -368,7 +389,7 @@ def _read_footer(path: Path) -> dict:
             if magic == MAGIC and start >= 0:
                 file.seek(start)
                 header = json.loads(file.read(length))
-                if header["ends"][-1] == start:
+                if header["ends"][-1] + REGION_BYTES * header["rows"] == start:
                     return header
         raise LpovodError(
             f"{path} is not a whole index of this project. Make it again: "

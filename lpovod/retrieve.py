@@ -19,7 +19,7 @@ from lpovod.artifacts import LpovodError
 from lpovod.config import Config, PseudoLabels, load_config
 from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.progress import say
-from lpovod.pseudo_labels import allowed_rows, check_belong, top_regions
+from lpovod.pseudo_labels import check_belong, top_regions
 from lpovod.region_index import open_index, open_shards
 from lpovod.text_embeddings import embed_texts
 
@@ -64,8 +64,7 @@ def retrieve(options: Options) -> list[list[dict]]:
     if options.objectness is not None:
         limits["objectness"] = options.objectness
     limits = PseudoLabels.model_validate(limits)
-    allowed = allowed_rows(store, searched, limits.objectness)
-    found = top_regions(searched, store, classes.vectors, limits, allowed)
+    found = top_regions(searched, store, classes.vectors, limits)
     for text, regions in zip(options.texts, found, strict=True):
         _print(text, regions)
     _draw(options.texts, found, read_dataset(dataset), options.sheet)

@@ -291,6 +291,7 @@ def test_the_recorded_top_100_of_the_original_s_retrieval(tmp_path, monkeypatch)
     boxes = {i: p[:, :4] for i, p in zip(ids, proposals, strict=True)}
     vectors = dict(zip(ids, features, strict=True))
     data.shards = write_shards(data.folder, data.dataset, vectors, boxes, objectness)
+    build_region_index(data.shards, config.RegionIndex(), data.folder / "index")
     labels = data.run(100, 0.5)["annotations"]
     taken = [boxes[i][n][:2].tolist() for i, n in golden["exact_top100"][number].tolist()]
     assert sorted(a["bbox"][:2] for a in labels) == sorted(taken)
