@@ -26,7 +26,8 @@ def copy_project(folder: Path) -> Path:
 def _command(folder: Path, config: str, overlay: dict, arguments: tuple[str, ...]) -> list[str]:
     overlay_file = folder / "overlay.yaml"
     overlay_file.write_text(yaml.safe_dump(overlay))
-    return ["snakemake", "--configfile", f"configs/{config}", overlay_file.name, *arguments]
+    # Last, or it would take a target for a file of settings.
+    return ["snakemake", *arguments, "--configfile", f"configs/{config}", overlay_file.name]
 
 
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
