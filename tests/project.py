@@ -72,16 +72,19 @@ def start_snakemake(folder: Path, config: str, overlay: dict, *arguments: str) -
 
 
 def wait_until(
-    ready: Callable[[], bool], process: subprocess.Popen, seconds: float = 600, pause: float = 0.02
+    ready: Callable[[], bool],
+    process: subprocess.Popen | None = None,
+    seconds: float = 600,
+    pause: float = 0.02,
 ) -> None:
-    """Wait for something that a running process does, looking every `pause` seconds.
+    """Wait for something (that a running process does), looking every `pause` seconds.
 
     Raises:
         AssertionError: if the process ends first, or time is over.
     """
     deadline = time.monotonic() + seconds
     while not ready():
-        assert process.poll() is None, "the process ended before"
+        assert process is None or process.poll() is None, "the process ended before"
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(pause)
 
