@@ -98,19 +98,36 @@ def atomic(path: Path) -> Iterator[Path]:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # HDF5 and torch tell of it in words alone
-        if os.strerror(errno.ENOSPC) not in str(error) and _room(path.parent) > LITTLE_ROOM:
-            raise
-        raise LpovodError(
-            f"{path} cannot be written: {os.strerror(errno.ENOSPC)}. Make room, then run the same "
-            "command again"
-        ) from error
+    except (OSError, RuntimeError) as error:
+        need_room(path, LITTLE_ROOM)
+        # HDF5 and torch tell of a full disk or an exhausted quota in words alone.
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                raise _no_room(path, number) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _room(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+def need_room(path: Path, size: int) -> None:
+    """Refuse to write where less is free.
+
+    Args:
+        path: what is to be written; its folder exists.
+        size: in bytes.
+
+    Raises:
+        LpovodError: if the disk is full.
+    """
+    if shutil.disk_usage(path.parent).free < size:
+        raise _no_room(path, errno.ENOSPC)
+
+
+def _no_room(path: Path, number: int) -> LpovodError:
+    return LpovodError(
+        f"{path} cannot be written: {os.strerror(number)}. Make room, then run the same command "
+        "again"
+    )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -23,10 +23,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lpovod.artifacts import Identity, LpovodError, atomic
+from lpovod.artifacts import Identity, LpovodError, atomic, need_room
 
 FORMAT = 1
 CHUNK_ROWS = 128
+MARGIN = 1 << 25  # bytes that must stay free: HDF5 crashes on a full disk, or loses rows unsaid
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class RegionWriter:
 
     def __init__(self, file: h5py.File):
         self._file = file
+        # Held open: a dataset that is closed with every image cannot tell that its writing failed.
+        self._data: dict[str, h5py.Dataset] = dict(file.items())
         self._seen: set[int] = set()
         self._skipped: dict[int, str] = {}
 
@@ -68,7 +71,8 @@ class RegionWriter:
         """Append all regions of one image (there may be none of them).
 
         Raises:
-            LpovodError: if the image is there already, lengths differ, or a value is not finite.
+            LpovodError: if the image is there already, lengths differ, a value is not finite, or
+                the disk is full.
         """
         arrays = {"box": np.asarray(box).reshape(-1, 4), "objectness": objectness, **columns}
         for name, array in arrays.items():
@@ -78,12 +82,13 @@ class RegionWriter:
                 )
             if not np.isfinite(array).all():
                 raise LpovodError(f"image {image_id}: {name} holds NaN or infinite values")
-        start = self._file["box"].shape[0]
+        start = self._data["box"].shape[0]
         self._check_columns(image_id, columns, len(arrays["box"]), start)
         count = len(arrays["box"])
+        need_room(Path(self._file.filename), sum(a.nbytes for a in arrays.values()) + MARGIN)
         self._list(image_id, start, count)
         for name, array in arrays.items():
-            dataset = self._file[name] if name in self._file else self._column(name, array)
+            dataset = self._data[name] if name in self._data else self._column(name, array)
             dataset.resize(start + count, axis=0)
             dataset[start:] = array
 
@@ -102,12 +107,12 @@ class RegionWriter:
             raise LpovodError(f"image {image_id} is written to {self._file.filename} twice")
         self._seen.add(image_id)
         for name, value in (("image_id", image_id), ("start", start), ("count", count)):
-            self._file[name].resize(len(self._seen), axis=0)
-            self._file[name][-1] = value
+            self._data[name].resize(len(self._seen), axis=0)
+            self._data[name][-1] = value
 
     def _check_columns(self, image_id: int, columns: dict, rows: int, start: int) -> None:
         """A column that some image lacks would be shorter than the boxes, and its rows shifted."""
-        there = {n: d.shape[1:] for n, d in self._file.items() if n not in _FIXED}
+        there = {n: d.shape[1:] for n, d in self._data.items() if n not in _FIXED}
         given = {name: array.shape[1:] for name, array in columns.items()}
         if given != there and (start > 0 or there) and (rows > 0 or given):
             raise LpovodError(
@@ -117,9 +122,10 @@ class RegionWriter:
     def _column(self, name: str, like: np.ndarray) -> h5py.Dataset:
         shape = like.shape[1:]
         # Rows of earlier images, all without regions, need no filling.
-        return self._file.create_dataset(
+        self._data[name] = self._file.create_dataset(
             name, (0, *shape), like.dtype, maxshape=(None, *shape), chunks=(CHUNK_ROWS, *shape)
         )
+        return self._data[name]
 
 
 @contextmanager
@@ -140,6 +146,7 @@ def write_regions(path: Path, ident: Identity) -> Iterator[RegionWriter]:
         writer = RegionWriter(file)
         yield writer
         writer.finish()
+        file.flush()
 
 
 class RegionStore:

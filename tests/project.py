@@ -26,7 +26,8 @@ def copy_project(folder: Path) -> Path:
 def _command(folder: Path, config: str, overlay: dict, arguments: tuple[str, ...]) -> list[str]:
     overlay_file = folder / "overlay.yaml"
     overlay_file.write_text(yaml.safe_dump(overlay))
-    return ["snakemake", "--configfile", f"configs/{config}", overlay_file.name, *arguments]
+    # Last, or it would take a target for a file of settings.
+    return ["snakemake", *arguments, "--configfile", f"configs/{config}", overlay_file.name]
 
 
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -71,16 +72,19 @@ def start_snakemake(folder: Path, config: str, overlay: dict, *arguments: str) -
 
 
 def wait_until(
-    ready: Callable[[], bool], process: subprocess.Popen, seconds: float = 600, pause: float = 0.02
+    ready: Callable[[], bool],
+    process: subprocess.Popen | None = None,
+    seconds: float = 600,
+    pause: float = 0.02,
 ) -> None:
-    """Wait for something that a running process does, looking every `pause` seconds.
+    """Wait for something (that a running process does), looking every `pause` seconds.
 
     Raises:
         AssertionError: if the process ends first, or time is over.
     """
     deadline = time.monotonic() + seconds
     while not ready():
-        assert process.poll() is None, "the process ended before"
+        assert process is None or process.poll() is None, "the process ended before"
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(pause)
 

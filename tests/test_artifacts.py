@@ -1,3 +1,6 @@
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -131,3 +134,19 @@ def test_json_is_sorted_and_damage_is_named(tmp_path):
         read_json(path)
     with pytest.raises(LpovodError, match="no such file"):
         read_json(tmp_path / "y.json")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_full_disk_is_told_and_the_old_file_stays(tmp_path, number, kind):
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    with pytest.raises(LpovodError, match=r"a\.json cannot be written: .*Make room"), atomic(path):
+        raise kind(f"write failed, errno = {number}, '{os.strerror(number)}'")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert read_json(path) == 1
+
+
+def test_another_error_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), atomic(tmp_path / "a"):
+        raise RuntimeError("something else")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lpovod import store
 from lpovod.artifacts import LpovodError, identity
 from lpovod.store import RegionStore, write_regions
 
@@ -214,3 +215,14 @@ def test_a_missing_image_or_file_is_named(tmp_path):
         pass
     with pytest.raises(LpovodError, match="not a region store"):
         RegionStore(tmp_path / "c.h5", "region_embeddings")
+
+
+def test_a_full_disk_is_told_before_hdf5_meets_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "MARGIN", 1 << 62)  # no disk has that much room
+    path = tmp_path / "regions.h5"
+    with (
+        pytest.raises(LpovodError, match="No space left on device. Make room"),
+        write_regions(path, identity("proposals")) as writer,
+    ):
+        writer.add(1, np.zeros((2, 4), np.float32), np.zeros(2, np.float32))
+    assert list(tmp_path.iterdir()) == []

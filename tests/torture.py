@@ -51,7 +51,7 @@ STAGES = {
     "proposal_network": Stage(
         ("proposals/network.safetensors", "proposals/history.jsonl"),
         "proposal_network.log",
-        "proposals/network.resume",
+        "proposals/network.safetensors.resume",
     ),
     "proposals": Stage(
         ("proposals/train.h5", "proposals/train.recall.json"), "proposals/train.log"
@@ -61,7 +61,7 @@ STAGES = {
     "base_detector": Stage(
         ("base_detector/detector.safetensors", "base_detector/history.jsonl"),
         "base_detector.log",
-        "base_detector/detector.resume",
+        "base_detector/detector.safetensors.resume",
     ),
     "pseudo_labels": Stage(("pseudo_labels/star.json",), "pseudo_labels/star.log"),
     "region_features": Stage(("region_features/val.h5",), "region_features/val.log"),
