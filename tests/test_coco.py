@@ -41,6 +41,7 @@ def test_the_settings_are_the_original_s():
     }
     assert {key: training[key] for key in original} == original
     detector = config.base_detector
+    assert detector.regions == "rpn"
     assert (detector.samples, detector.positives) == (512, 0.25)
     assert (detector.branch_convolutions, detector.dimension) == (4, 1024)
     assert (detector.finest_scale, detector.sampling_ratio) == (56, 0)
