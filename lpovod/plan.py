@@ -20,7 +20,7 @@ from lpovod.download import COCO
 TRAIN_IMAGES, VAL_IMAGES = 118_287, 5_000  # of COCO 2017
 # Counted by torch.utils.flop_counter (a multiplication and an addition are two), forward:
 PYRAMID = 232.4  # GFLOP, ResNet-50 and pyramid on 800 x 1088 pixels
-PROPOSAL_HEAD = 85.7  # GFLOP, on that pyramid
+PROPOSAL_HEAD = 85.7  # GFLOP, on that pyramid; the detector's own RPN takes as much
 BRANCH = 0.257  # GFLOP, one of the detector's two branches on one region
 CROP = 8.8  # GFLOP, CLIP ViT-B/32 on a crop
 TRAINING = 3  # forward and backward pass, in forward passes
@@ -55,6 +55,7 @@ def costs(config: Config) -> list[Cost]:
         raise LpovodError("a plan is made for COCO and ResNet-50 (configs/coco.yaml) alone")
     images, per_image = TRAIN_IMAGES + VAL_IMAGES, config.proposals.per_image
     detector, embeddings = config.base_detector, config.region_embeddings
+    rpn = PROPOSAL_HEAD if detector.regions == "rpn" else 0
     learned = detector.samples + min(per_image, detector.distillation_regions)
     described = PYRAMID + per_image * 2 * BRANCH  # GFLOP of an image
     features = per_image * (BOX + 16 + 2 * (detector.dimension + DIMENSION))  # bytes of an image
@@ -84,7 +85,7 @@ def costs(config: Config) -> list[Cost]:
         ),
         Cost(
             "base_detector",
-            detector.training.epochs * TRAIN_IMAGES * TRAINING * (PYRAMID + learned * BRANCH),
+            detector.training.epochs * TRAIN_IMAGES * TRAINING * (PYRAMID + rpn + learned * BRANCH),
             0.3e9,
         ),
         Cost(

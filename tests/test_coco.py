@@ -41,16 +41,14 @@ def test_the_settings_are_the_original_s():
     }
     assert {key: training[key] for key in original} == original
     detector = config.base_detector
+    assert detector.regions == "rpn"
     assert (detector.samples, detector.positives) == (512, 0.25)
     assert (detector.branch_convolutions, detector.dimension) == (4, 1024)
     assert (detector.finest_scale, detector.sampling_ratio) == (56, 0)
     assert detector.distillation_weight == 256
-    assert config.backbone.model_dump() == {
-        "architecture": "resnet50",
-        "channels": 256,
-        "short_side": 800,
-        "long_side": 1333,
-    }
+    backbone = config.backbone
+    assert (backbone.architecture, backbone.channels) == ("resnet50", 256)
+    assert (backbone.short_side, backbone.long_side) == (800, 1333)
     assert config.region_embeddings.scales == [1.0, 1.5]
     assert config.text_embeddings.templates == ["{}"]
     assert (config.pseudo_labels.k, config.pseudo_labels.objectness) == (100, 0.6)
