@@ -39,8 +39,9 @@ class Miniature(Settings):
     val_images: PositiveInt = key(500, "drawn images that the metrics are measured on")
     tune_images: PositiveInt = key(200, "drawn images to choose settings on, never reported")
     nuisance: Fraction = key(
-        0.5, "strength of rotation, texture and clutter; the small CLIP has seen 1"
+        0.5, "strength of rotation, texture and clutter; the small CLIP has seen .3 to 1"
     )
+    nested: Fraction = key(0.8, "part of the objects that carry a smaller copy of themselves")
 
 
 class CocoFiles(Settings):

@@ -175,7 +175,7 @@ def _draw(output: Path, settings: Miniature, seed: int) -> dict[str, dict]:
     }
     return {
         split: miniature.draw_split(
-            output / "images" / split, count, seed, split, settings.nuisance
+            output / "images" / split, count, seed, split, settings.nuisance, settings.nested
         )
         for split, count in counts.items()
     }

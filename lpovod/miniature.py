@@ -33,7 +33,6 @@ IMAGE_SIZE = 160
 SPLITS = ("train", "val", "tune", "clip")
 
 CLUSTER_PROBABILITY = 0.52  # half of the items once some members have found no room
-NESTED_PROBABILITY = 0.4
 SINGLE_SIDES = (28, 72)  # longest side in pixels
 MEMBER_SIDES = (22, 44)
 LARGEST_OCCLUSION = 0.08  # of a cluster member, by the members drawn after it
@@ -437,7 +436,10 @@ class _Canvas:
 
 
 def compose_scene(
-    rng: np.random.Generator, classes: tuple[str, ...] = CLASSES, nuisance: float = 1.0
+    rng: np.random.Generator,
+    classes: tuple[str, ...] = CLASSES,
+    nuisance: float = 1.0,
+    nested: float = 0.4,
 ) -> Scene:
     """Draw one image with all that is known of it; `draw_scene` returns the short form.
 
@@ -445,6 +447,7 @@ def compose_scene(
         rng: the only source of chance; equal states give equal scenes.
         classes: what may be drawn, each with equal probability per item.
         nuisance: strength, 0 to 1, of rotation, aspect, texture, ground and clutter.
+        nested: probability that an object carries a smaller copy of itself.
 
     Raises:
         ValueError: a class is not one of `CLASSES`.
@@ -454,7 +457,7 @@ def compose_scene(
         raise ValueError(f"cannot draw {unknown or 'no class at all'}; choose from {CLASSES}")
     canvas = _Canvas(rng, nuisance)
     for item in range(int(rng.integers(2, 5))):
-        _place_item(rng, canvas, item, str(rng.choice(classes)))
+        _place_item(rng, canvas, item, str(rng.choice(classes)), nested)
     _paint_all(rng, canvas)
     image = Image.fromarray(canvas.pixels).convert("RGB").reduce(_SUPERSAMPLING)
     noise = rng.integers(-6, 7, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.int16)
@@ -463,14 +466,16 @@ def compose_scene(
     return Scene(pixels, objects, canvas.visible)
 
 
-def _place_item(rng: np.random.Generator, canvas: _Canvas, item: int, name: str) -> None:
+def _place_item(
+    rng: np.random.Generator, canvas: _Canvas, item: int, name: str, nested: float
+) -> None:
     members = int(rng.integers(2, 5)) if rng.random() < CLUSTER_PROBABILITY else 1
     low, high = SINGLE_SIDES if members == 1 else MEMBER_SIDES
     side = rng.uniform(low, high)
     first = len(canvas.placed)
     for _ in range(members):
-        own_side, nested = side * rng.uniform(0.85, 1.15), rng.random() < NESTED_PROBABILITY
-        stamp = _stamp(rng, name, own_side, nested, canvas.nuisance)
+        own_side, copied = side * rng.uniform(0.85, 1.15), rng.random() < nested
+        stamp = _stamp(rng, name, own_side, copied, canvas.nuisance)
         count = len(canvas.placed)
         neighbour = int(rng.integers(first, count)) if count > first else None
         canvas.place(name, item, stamp, neighbour)
@@ -542,7 +547,14 @@ def _known(split: str) -> str:
     return split
 
 
-def draw_split(directory: Path, images: int, seed: int, split: str, nuisance: float = 1.0) -> dict:
+def draw_split(
+    directory: Path,
+    images: int,
+    seed: int,
+    split: str,
+    nuisance: float = 1.0,
+    nested: float = 0.4,
+) -> dict:
     """Draw the images of a split as JPEG files and return their COCO annotations.
 
     Args:
@@ -550,7 +562,7 @@ def draw_split(directory: Path, images: int, seed: int, split: str, nuisance: fl
         images: how many.
         seed: of the world; the splits of one seed share no stream.
         split: one of `SPLITS`.
-        nuisance: see `compose_scene`.
+        nuisance: see `compose_scene`; nested: likewise.
 
     Returns:
         COCO's `images`, `annotations` (bbox xywh in absolute pixels) and `categories` (all of
@@ -565,7 +577,7 @@ def draw_split(directory: Path, images: int, seed: int, split: str, nuisance: fl
     first_id = 1_000_000 * (SPLITS.index(_known(split)) + 1)
     records, annotations = [], []
     for index in range(images):
-        scene = compose_scene(scene_rng(seed, split, index), nuisance=nuisance)
+        scene = compose_scene(scene_rng(seed, split, index), nuisance=nuisance, nested=nested)
         image_id = first_id + 7 * index + 1
         name = f"{image_id:012d}.jpg"
         _write_jpeg(directory / name, scene.image)

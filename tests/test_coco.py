@@ -103,3 +103,16 @@ def test_the_number_of_base_boxes_is_checked(tmp_path):
     files = CocoFiles(root=COCO_TINY, base_boxes={"val": boxes + 1})
     with pytest.raises(LpovodError, match=f"has {boxes} boxes of base classes"):
         make_dataset(tmp_path / "wrong", Dataset(source="coco", coco=files), base, 0)
+
+
+def test_nothing_of_the_default_run_reaches_the_paper_s():
+    """Overlays are laid over config.yaml: what it sets, the paper's has to set again."""
+
+    def keys(content, path=()):
+        if not isinstance(content, dict):
+            return {path}
+        return {key for name, value in content.items() for key in keys(value, (*path, name))}
+
+    default, paper = (yaml.safe_load(Path(p).read_text()) for p in ("config.yaml", PAPER))
+    drawn = {key for key in keys(default) if key[:2] == ("dataset", "miniature")}
+    assert keys(default) - drawn <= keys(paper)
