@@ -219,12 +219,11 @@ def _digest(vector: np.ndarray) -> str:
 def as_coco(name: str, regions: list[dict], dataset: Path) -> dict:
     """The regions of a class in the layout of this stage's files."""
     images = read_dataset(dataset).images
+    told = [{key: value for key, value in r.items() if key != "key"} for r in regions]
     annotations = [
         {"id": i, "category_id": CATEGORY_ID, "iscrowd": 0, "segmentation": [], **region}
-        for i, region in enumerate(regions, start=1)
+        for i, region in enumerate(told, start=1)
     ]
-    for annotation in annotations:
-        del annotation["key"]
     return {
         "images": [images[i] for i in dict.fromkeys(r["image_id"] for r in regions)],
         "annotations": annotations,

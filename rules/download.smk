@@ -40,7 +40,7 @@ rule download:
 
 
 # Weights that are there are never an output: they may be the user's own.
-if not CONFIG.clip.weights.is_file():
+if CONFIG.clip.weights and not CONFIG.clip.weights.is_file():
 
     rule download_weights:
         input:

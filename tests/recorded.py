@@ -506,10 +506,9 @@ def training_step(
         (history,) = train(
             model,
             lambda batch: training_losses(model, data, batch, classes, settings, "cpu"),
-            lambda epoch: [views],
+            lambda epoch, step: [views],
             1,
             schedule,
-            0,
             state,
             "",
         )

@@ -113,6 +113,8 @@ def test_nothing_of_the_default_run_reaches_the_paper_s():
             return {path}
         return {key for name, value in content.items() for key in keys(value, (*path, name))}
 
-    default, paper = (yaml.safe_load(Path(p).read_text()) for p in ("config.yaml", "configs/coco.yaml"))
+    default, paper = (
+        yaml.safe_load(Path(p).read_text()) for p in ("config.yaml", "configs/coco.yaml")
+    )
     drawn = {key for key in keys(default) if key[:2] == ("dataset", "miniature")}
     assert keys(default) - drawn <= keys(paper)

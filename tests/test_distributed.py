@@ -92,7 +92,7 @@ def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance
     losses, expected = (
         json.loads((path / f"{stage}.jsonl").read_text()) for path in (folder / "two", tmp_path)
     )
-    assert len(expected) == {"proposals": 3, "base_detector": 4}[stage]
+    assert len(expected) == {"proposals": 3, "base_detector": 6}[stage]
     assert losses == pytest.approx(expected, rel=1e-5)
 
 

@@ -36,7 +36,9 @@ def directly(model, data, image_id, boxes):
     """Features, embeddings and refined boxes of one image, alone in its batch."""
     shown = show(data.load(image_id), View(image_id, 96, 128))
     given = shown.to_view(boxes)
-    outputs = model.describe(model.pool(model.pyramid(batch([shown], "cpu")), [given]))
+    outputs = model.describe(
+        model.pool(model.pyramid(batch([shown], "cpu", pad_with_black=True)), [given])
+    )
     size = data.images[image_id]
     refined = decode(given, outputs.deltas) / shown.scale.repeat(2)
     return outputs.feature, outputs.embedding, clip(refined, size["width"], size["height"])

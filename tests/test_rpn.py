@@ -113,7 +113,5 @@ def test_an_image_s_proposals_do_not_depend_on_its_neighbour():
     network, maps = RegionProposalNetwork(4), pyramid(images=2)
     with torch.no_grad():
         both = rpn_proposals(network(maps), make_anchors(maps), [(64, 96)] * 2)[1]
-        alone = rpn_proposals(network([m[1:] for m in maps]), make_anchors(maps), [(64, 96)], [0])[
-            0
-        ]
+        alone = rpn_proposals(network([m[1:] for m in maps]), make_anchors(maps), [(64, 96)])[0]
     assert torch.allclose(both[0], alone[0], atol=1e-3)
