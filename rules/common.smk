@@ -65,7 +65,7 @@ def option(flag, value):
 
 
 def rules_of(stage, files):
-    """The rule file of a stage: the one that reads its artefacts from files, if they are given."""
+    """Where a stage stands: in the file that reads its artefacts from files, if they are given."""
     return f"rules/imported_{stage}.smk" if files else f"rules/{stage}.smk"
 
 
