@@ -19,6 +19,8 @@ from pathlib import Path
 
 import yaml
 
+from lpovod.download import COCO_IMAGES
+
 RATIO = 4
 SMALLEST_GROWTH = 2.0  # seconds; below it an exponent is noise
 
@@ -82,7 +84,7 @@ def measure(base: int, factors: list[int]) -> dict:
 # --- prediction -----------------------------------------------------------------------------------
 
 WORLDS = {  # training images, validation images, novel classes
-    "COCO": (118_287, 5_000, 17),
+    "COCO": (*COCO_IMAGES.values(), 17),
     "2 M images": (2_000_000, 40_000, 300),
     "100 M images": (100_000_000, 100_000, 1_000),
 }

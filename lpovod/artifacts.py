@@ -190,3 +190,8 @@ def _open_tensors(path: Path) -> tuple[Any, Identity]:
         raise LpovodError(f"{path} carries no identity: it was not written by lpovod") from None
     except Exception as error:
         raise LpovodError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -26,7 +26,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lpovod.artifacts import LpovodError, read_json, sha256
+from lpovod.artifacts import LpovodError, read_json, sha256, some
 from lpovod.importers.torchscript import is_torchscript, read_torchscript
 
 # Per forward pass, whatever number a caller hands over. A CPU is fastest where the activations of
@@ -234,15 +234,11 @@ def _read_state_dict(path: Path, config: dict) -> dict[str, Tensor]:
     marks = [key for key in state if key.split(".")[-1] in _ARCHIVE_ATTRIBUTES]
     if marks and not config.get("quick_gelu"):
         raise LpovodError(
-            f"{path} is one of OpenAI's models (it has {_some(marks)}), which need QuickGELU; "
+            f"{path} is one of OpenAI's models (it has {some(marks)}), which need QuickGELU; "
             "without it they would lose accuracy silently: set clip.architecture to the "
             "-quickgelu variant"
         )
     return {key: value for key, value in state.items() if key not in marks}
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def _fill_model(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
@@ -253,16 +249,16 @@ def _fill_model(model: nn.Module, state: dict[str, Tensor], path: Path, architec
         state = state | {"logit_scale": scale.reshape(expected["logit_scale"].shape)}
     problems = []
     if missing := sorted(expected.keys() - state.keys()):
-        problems.append(f"missing: {_some(missing)}")
+        problems.append(f"missing: {some(missing)}")
     if left_over := sorted(state.keys() - expected.keys()):
-        problems.append(f"not of this architecture: {_some(left_over)}")
+        problems.append(f"not of this architecture: {some(left_over)}")
     wrong = [
         f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
         for key in sorted(expected.keys() & state.keys())
         if state[key].shape != expected[key].shape
     ]
     if wrong:
-        problems.append(f"of another shape: {_some(wrong)}")
+        problems.append(f"of another shape: {some(wrong)}")
     if problems:
         raise LpovodError(
             f"the CLIP weights {path} do not fit the architecture {architecture}; "

@@ -8,9 +8,11 @@ Imported while the DAG is built: nothing heavy may be imported here.
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lpovod import miniature
@@ -332,6 +334,33 @@ class Config(Settings):
 def slug(name: str) -> str:
     """A class name as part of a file name: ``traffic light`` is ``traffic_light``."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def read_config(paths: Iterable[Path]) -> Config:
+    """Read and validate a configuration: the first file, and the overlays laid over it in order.
+
+    Raises:
+        LpovodError: if a file is missing or no yaml, and as `load_config` does.
+    """
+    content: dict[str, Any] = {}
+    for path in paths:
+        try:
+            content = merge(content, yaml.safe_load(path.read_text()) or {})
+        except FileNotFoundError:
+            raise LpovodError(f"{path}: no such file; run this from the project's folder") from None
+        except yaml.YAMLError as error:
+            raise LpovodError(f"{path} is not valid yaml: {error}") from None
+    return load_config(content)
+
+
+def merge(content: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """An overlay laid over a configuration, block by block, as Snakemake does it."""
+    merged = dict(content)
+    for name, value in overlay.items():
+        below = merged.get(name)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        merged[name] = merge(below, value) if both else value
+    return merged
 
 
 def load_config(content: dict[str, Any]) -> Config:

@@ -3,9 +3,9 @@
 A download goes on where it was cut off, unless the server's file has changed since (its ETag or
 date says so): bytes of two versions are never joined. What is in its place already is used.
 
-COCO publishes sizes but no digests; those here are the SHA-1 that GluonCV's download script has
-recorded, and the sizes are those the server states. OpenAI's address of a CLIP model contains the
-file's SHA-256.
+COCO publishes no digests: those here are the SHA-1 that GluonCV's download script has recorded, and
+the sizes those of other public code; neither was checked against the server. OpenAI's address of a
+CLIP model contains the file's SHA-256.
 """
 
 import errno
@@ -64,6 +64,9 @@ COCO = {
     ),
 }
 """The archives of COCO 2017 by their names."""
+
+COCO_IMAGES = {"train": 118_287, "val": 5_000}
+"""How many images its splits have."""
 
 COCO_CONTENT = {
     "annotations_trainval2017.zip": (

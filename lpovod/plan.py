@@ -9,15 +9,13 @@ is assumed. For the paper's networks, ResNet-50 and CLIP ViT-B/32, on COCO 2017.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from lpovod.artifacts import LpovodError
-from lpovod.config import Config, load_config
-from lpovod.download import COCO
+from lpovod.config import Config, read_config
+from lpovod.download import COCO, COCO_IMAGES
 
-TRAIN_IMAGES, VAL_IMAGES = 118_287, 5_000  # of COCO 2017
+TRAIN_IMAGES, VAL_IMAGES = COCO_IMAGES.values()
 # Counted by torch.utils.flop_counter (a multiplication and an addition are two), forward:
 PYRAMID = 232.4  # GFLOP, ResNet-50 and pyramid on 800 x 1088 pixels
 PROPOSAL_HEAD = 85.7  # GFLOP, on that pyramid; the detector's own RPN takes as much
@@ -118,27 +116,14 @@ def table(rows: list[Cost], tflops: float, gpus: int) -> str:
     )
 
 
-def merge(content: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """An overlay laid over a configuration, block by block, as Snakemake does it."""
-    merged = dict(content)
-    for key, value in overlay.items():
-        below = merged.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[key] = merge(below, value) if both else value
-    return merged
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lpovod.plan", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", nargs="+", type=Path, help="configuration and overlays, in order")
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="of one GPU, sustained")
     arguments = parser.parse_args()
-    content: dict[str, Any] = {}
     try:
-        for path in arguments.config:
-            content = merge(content, yaml.safe_load(path.read_text()) or {})
-        config = load_config(content)
+        config = read_config(arguments.config)
         gpus = config.training_gpus if config.gpu else 1
         print(table(costs(config), arguments.tflops, gpus))
     except (LpovodError, OSError) as error:

@@ -55,6 +55,9 @@ class _Block:
     vectors: np.ndarray | None = None
 
 
+_Batch = tuple[torch.Tensor, tuple[_Block, list[np.ndarray]] | None]
+
+
 def embed_regions(
     dataset: Path,
     proposals: Path,
@@ -124,7 +127,8 @@ def embed_regions(
             blocks.pop(0)
         if bar.n:
             say(f"going on after {bar.n} regions of {state}")
-        for block in _embed(data, store, model, blocks, settings, device, threads):
+        batches = _batches(data, store, model, blocks, settings, device, threads)
+        for block in _embed(model, batches):
             _append(file, block)
             bar.update(sum(block.counts.values()))
         file.seek(len(run) + 1)
@@ -217,18 +221,10 @@ def _divide_into_blocks(
     return blocks
 
 
-def _embed(
-    data: CocoDataset,
-    store: RegionStore,
-    model: Clip,
-    blocks: list[_Block],
-    settings: config.RegionEmbeddings,
-    device: str,
-    threads: int,
-) -> Iterator[_Block]:
-    """Fill the blocks with vectors."""
+def _embed(model: Clip, batches: Iterator[_Batch]) -> Iterator[_Block]:
+    """Fill the blocks of `_batches` with vectors."""
     features: list[np.ndarray] = []
-    for pixels, finished in _ahead(_batches(data, store, model, blocks, settings, device, threads)):
+    for pixels, finished in _ahead(batches):
         features.append(model.encode_crops(pixels).cpu().numpy())
         if finished is not None:
             block, rows = finished
@@ -261,7 +257,7 @@ def _batches(
     settings: config.RegionEmbeddings,
     device: str,
     threads: int,
-) -> Iterator[tuple[torch.Tensor, tuple[_Block, list[np.ndarray]] | None]]:
+) -> Iterator[_Batch]:
     """Batches of different crops, filled across the images of a block.
 
     With the last batch of a block comes the block, and for each of its images that is not bad the

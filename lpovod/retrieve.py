@@ -12,11 +12,10 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-import yaml
 from PIL import Image, ImageDraw
 
 from lpovod.artifacts import LpovodError
-from lpovod.config import Config, PseudoLabels, load_config
+from lpovod.config import PseudoLabels, read_config
 from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.progress import say
 from lpovod.pseudo_labels import check_belong, top_regions
@@ -51,7 +50,7 @@ def retrieve(options: Options) -> list[list[dict]]:
     Raises:
         LpovodError: if the run has no index yet, or its files do not belong together.
     """
-    settings = _read_config(options.configfile)
+    settings = read_config([Path("config.yaml"), *options.configfile])
     results = options.results or Path("results") / settings.name
     dataset, index = results / "dataset" / "train.json", results / "region_index" / "train.index"
     if not index.exists():
@@ -70,27 +69,6 @@ def retrieve(options: Options) -> list[list[dict]]:
     _draw(options.texts, found, read_dataset(dataset), options.sheet)
     say(f"drawn: {options.sheet}")
     return found
-
-
-def _read_config(overlays: tuple[Path, ...]) -> Config:
-    merged: dict = {}
-    for path in (Path("config.yaml"), *overlays):
-        try:
-            _merge(merged, yaml.safe_load(path.read_text()) or {})
-        except FileNotFoundError:
-            raise LpovodError(f"{path}: no such file; run this from the project's folder") from None
-        except yaml.YAMLError as error:
-            raise LpovodError(f"{path} is not valid yaml: {error}") from None
-    return load_config(merged)
-
-
-def _merge(content: dict, overlay: dict) -> None:
-    """Lay one over the other, block by block, as Snakemake does."""
-    for name, value in overlay.items():
-        if isinstance(value, dict) and isinstance(content.get(name), dict):
-            _merge(content[name], value)
-        else:
-            content[name] = value
 
 
 def _print(text: str, regions: list[dict]) -> None:

@@ -4,9 +4,10 @@
 
 from math import ceil
 
+from lpovod.download import COCO_IMAGES
+
 # Bytes of annotations per image; COCO's have four to five thousand, outlines included.
 JSON_PER_IMAGE = 4000
-COCO_IMAGES = {"train": 118_287, "val": 5_000}
 
 
 def images(split):

@@ -9,9 +9,8 @@ import yaml
 from project import copy_project, snakemake
 
 from lpovod.artifacts import LpovodError, read_json
-from lpovod.config import CocoFiles, Dataset, load_config
+from lpovod.config import CocoFiles, Dataset, load_config, merge
 from lpovod.dataset import make_dataset
-from lpovod.plan import merge
 
 COCO_TINY = Path("../shared/data/coco_tiny")
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from project import copy_project, snakemake
+from recorded import original_name
 
 from lpovod.config import Backbone, BaseDetector
 from lpovod.detector import Detector
@@ -25,15 +26,6 @@ OVERLAY = {
     "evaluation": {"score_threshold": 0},
     "report": {"images": 2},
 }
-HEADS = {
-    "region_branch.convs.": "roi_head.bbox_head.shared_convs.",
-    "region_branch.fc.": "roi_head.bbox_head.shared_fcs.0.",
-    "image_branch.convs.": "roi_head.bbox_head.shared_convs_for_image.",
-    "image_branch.fc.": "roi_head.bbox_head.shared_fcs_for_image.0.",
-    "box_refinement.": "roi_head.bbox_head.fc_reg.",
-    "projection.": "roi_head.projection_for_image.",
-    "prototypes": "roi_head.prototype",
-}
 
 
 def original_layout() -> dict[str, torch.Tensor]:
@@ -43,10 +35,8 @@ def original_layout() -> dict[str, torch.Tensor]:
     model = Detector(backbone, BaseDetector(**SIZES), len(BASE), 512)
     state = {}
     for name, tensor in model.state_dict().items():
-        for ours, theirs in HEADS.items():
-            name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
         # Else sixteen blocks would double the features sixteen times.
-        state[name] = tensor * 0.2 if name.endswith("bn3.weight") else tensor
+        state[original_name(name)] = tensor * 0.2 if name.endswith("bn3.weight") else tensor
     shapes = {"rpn_conv": (256, 256, 3, 3), "rpn_cls": (3, 256, 1, 1), "rpn_reg": (12, 256, 1, 1)}
     for part, shape in shapes.items():
         state[f"rpn_head.{part}.weight"] = torch.randn(shape)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lpovod.artifacts import LpovodError, read_tensors
+from lpovod.artifacts import LpovodError, read_tensors, some
 from lpovod.images import MEAN, STD
-from lpovod.importers.openmmlab import original_name, read_checkpoint, some
+from lpovod.importers.openmmlab import original_name, read_checkpoint
 from lpovod.progress import say
 
 TORCHVISION_MEAN = tuple(255 * v for v in (0.485, 0.456, 0.406))

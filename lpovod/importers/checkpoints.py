@@ -19,12 +19,13 @@ from lpovod.artifacts import (
     identity,
     read_tensors,
     sha256,
+    some,
     write_tensors,
 )
 from lpovod.config import Backbone, BaseDetector, LinearProbe
 from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.detector import Detector
-from lpovod.importers.openmmlab import CARRIED, NOVEL, original_name, read_checkpoint, some
+from lpovod.importers.openmmlab import CARRIED, NOVEL, original_name, read_checkpoint
 from lpovod.progress import say
 
 

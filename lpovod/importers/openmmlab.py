@@ -57,8 +57,3 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not state or len(state) != len(nested):
         raise LpovodError(f"{path} has no state dict: no names with tensors")
     return {k.removeprefix("module."): v for k, v in state.items()}, content.get("meta") or {}
-
-
-def some(names: list[str]) -> str:
-    """The first few of many names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
