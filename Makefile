@@ -23,7 +23,7 @@ lint: $(VENV)/.installed
 
 # Every stage killed in every way; see docs/torture.md.
 torture: $(VENV)/.installed
-	python tests/torture.py --output docs/torture.md
+	PYTHONPATH=. python tests/torture.py --output docs/torture.md
 
 # Moved into place when whole: an interrupted installation starts again.
 $(VENV)/.installed: requirements.lock
