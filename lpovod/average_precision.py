@@ -52,12 +52,13 @@ def coco_results(detections: Detections) -> list[dict[str, Any]]:
     return [
         {
             "image_id": image_id,
-            "category_id": int(category),
-            "bbox": [float(x1), float(y1), float(x2 - x1), float(y2 - y1)],
-            "score": float(score),
+            "category_id": category,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
         }
-        for image_id, (boxes, scores, categories) in detections.items()
-        for (x1, y1, x2, y2), score, category in zip(boxes, scores, categories, strict=True)
+        for image_id, found in detections.items()
+        # As lists: numbers taken out of the arrays one by one take three times as long.
+        for (x1, y1, x2, y2), score, category in zip(*(a.tolist() for a in found), strict=True)
     ]
 
 

@@ -47,7 +47,7 @@ from lpovod.store import RegionStore
 from lpovod.summary import table
 from lpovod.text_embeddings import read_text_embeddings
 
-TEMPERATURES = (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Tried for the row of the CLIP head at its best temperature."""
 
 
