@@ -140,12 +140,15 @@ def top_regions(
     exact = exact or index.exact
     limited = settings.per_image is not None or settings.nms is not None
     asked = settings.k if exact and not limited else SPARE * settings.k
-    allowed = index.objectness >= np.float32(settings.objectness)
+    floor = np.float32(settings.objectness)
+    allowed = index.objectness >= floor
     taken: dict[int, list[dict]] = {}
     while pending := [query for query in range(len(vectors)) if query not in taken]:
         if exact and not index.exact:
-            blocks = (b["embedding"].astype(np.float32) for b in store.blocks(READ_ROWS))
-            found = best_rows(vectors[pending], blocks, asked, allowed)
+            blocks = store.blocks(READ_ROWS)
+            above = (b["embedding"][b.objectness >= floor].astype(np.float32) for b in blocks)
+            found = best_rows(vectors[pending], above, asked)
+            found = [(cosines, np.flatnonzero(allowed)[places]) for cosines, places in found]
         else:
             found = index.search(vectors[pending], asked, allowed)
         for query, (cosines, rows) in zip(pending, found, strict=True):

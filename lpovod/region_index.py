@@ -193,6 +193,11 @@ class RegionIndex:
             return inner.sq.qtype == faiss.ScalarQuantizer.QT_fp16
         return isinstance(inner, faiss.IndexFlat)
 
+    @property
+    def code_size(self) -> int:
+        """Bytes of a vector."""
+        return faiss.downcast_index(self.parts[0].index).code_size
+
     def search(self, vectors: np.ndarray, k: int, allowed: np.ndarray) -> list[Found]:
         """The k rows of largest inner product with each vector, among the allowed ones.
 
@@ -210,7 +215,9 @@ class RegionIndex:
         """
         vectors = np.ascontiguousarray(vectors, np.float32)
         if self.exact:
-            return best_rows(vectors, self._stream(), k, allowed)
+            rows = np.flatnonzero(allowed)
+            found = best_rows(vectors, self._stream(allowed), k)
+            return [(scores, rows[places]) for scores, places in found]
         return [self._search_parts(vector[None], k, allowed) for vector in vectors]
 
     def _search_parts(self, query: np.ndarray, k: int, allowed: np.ndarray) -> Found:
@@ -229,11 +236,12 @@ class RegionIndex:
         best = np.argsort(-merged, kind="stable")[:k]
         return merged[best], np.concatenate(rows)[best]
 
-    def _stream(self) -> Iterator[np.ndarray]:
-        """All vectors in order, (n, D) float32, read ahead in a thread into memory of its own.
+    def _stream(self, allowed: np.ndarray) -> Iterator[np.ndarray]:
+        """The allowed vectors in order, (n, D) float32, with a thread that reads ahead.
 
         Each block is overwritten by the next one.
         """
+        start = 0
         with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             pieces = self._pieces()
@@ -241,23 +249,25 @@ class RegionIndex:
             while coming is not None:
                 codes, following = coming.result(), next(pieces, None)
                 coming = following and pool.submit(_read_codes, file, *following)
-                yield from self._float32(codes)
+                count = len(codes) // self.code_size
+                yield from self._float32(codes, np.flatnonzero(allowed[start : start + count]))
+                start += count
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
         """What is read at once: where codes lie in the file, and how many bytes."""
         for part in self.parts:
             inner = faiss.downcast_index(part.index)
             start = int(inner.codes.data()) - self.content.ctypes.data
-            end = start + part.ntotal * inner.code_size
-            for offset in range(start, end, READ_ROWS * inner.code_size):
-                yield offset, min(READ_ROWS * inner.code_size, end - offset)
+            end = start + part.ntotal * self.code_size
+            for offset in range(start, end, READ_ROWS * self.code_size):
+                yield offset, min(READ_ROWS * self.code_size, end - offset)
 
-    def _float32(self, codes: np.ndarray) -> Iterator[np.ndarray]:
-        half = faiss.downcast_index(self.parts[0].index).code_size == 2 * self.dimension
-        rows = codes.view(np.float16 if half else np.float32).reshape(-1, self.dimension)
+    def _float32(self, codes: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+        half = self.code_size == 2 * self.dimension
+        vectors = codes.view(np.float16 if half else np.float32).reshape(-1, self.dimension)
         wide = np.empty((COMPARED_ROWS, self.dimension), np.float32)
         for start in range(0, len(rows), COMPARED_ROWS):
-            part = rows[start : start + COMPARED_ROWS]
+            part = vectors[rows[start : start + COMPARED_ROWS]]
             yield widen(part, wide[: len(part)]) if half else part
 
 
@@ -284,10 +294,8 @@ def _read_codes(file: BinaryIO, offset: int, size: int) -> np.ndarray:
     return codes
 
 
-def best_rows(
-    vectors: np.ndarray, blocks: Iterable[np.ndarray], k: int, allowed: np.ndarray
-) -> list[Found]:
-    """The allowed rows that may be among the k of largest inner product with each vector.
+def best_rows(vectors: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> list[Found]:
+    """The rows that may be among the k of largest inner product with each vector.
 
     A float32 sum over D products of two unit vectors differs from the true one by D * 2**-24 at
     most, whatever its order. What lies within four times that of the k-th best so far is summed
@@ -297,7 +305,6 @@ def best_rows(
         vectors: (q, D) float32, of unit norm, as the rows are (float16's rounding aside).
         blocks: the rows in order, (n, D) float32.
         k: how many.
-        allowed: (rows,) bool.
 
     Returns:
         For each vector inner products, descending, and rows, int64, ascending among equals: k of
@@ -310,8 +317,7 @@ def best_rows(
     floor, start = np.full(len(vectors), -np.inf, np.float32), 0
     for block in blocks:
         products = block @ vectors.T
-        products[~allowed[start : start + len(block)]] = -np.inf
-        for query in np.flatnonzero(products.max(axis=0) > floor):
+        for query in np.flatnonzero(products.max(axis=0, initial=-np.inf) > floor):
             near = np.flatnonzero(products[:, query] > floor[query])
             summed = (block[near].astype(np.float64) @ exact[query]).astype(np.float32)
             scores[query] = np.concatenate([scores[query], summed])
