@@ -44,6 +44,9 @@ class Miniature(Settings):
         0.5, "strength of rotation, texture and clutter; the small CLIP has seen .3 to 1"
     )
     nested: Fraction = key(0.8, "part of the objects that carry a smaller copy of themselves")
+    distractors: Fraction = key(
+        0.0, "probability, three times per image, of an item of no class, never annotated"
+    )
 
 
 class CocoFiles(Settings):

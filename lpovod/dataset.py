@@ -175,7 +175,13 @@ def _draw(output: Path, settings: Miniature, seed: int) -> dict[str, dict]:
     }
     return {
         split: miniature.draw_split(
-            output / "images" / split, count, seed, split, settings.nuisance, settings.nested
+            output / "images" / split,
+            count,
+            seed,
+            split,
+            settings.nuisance,
+            settings.nested,
+            settings.distractors,
         )
         for split, count in counts.items()
     }

@@ -176,6 +176,41 @@ _PICTOGRAMS: dict[str, list[Part]] = {
     ],
 }
 
+# Of no class and never annotated, like most things in a photograph. They share their parts with the
+# novel classes, and CLIP, which has never seen them, names them all the same.
+_DISTRACTORS: dict[str, list[Part]] = {
+    "cone": [
+        Part(_polygon((-0.6, -0.1), (0.6, -0.1), (0, 1)), _ACCENT),
+        Part(_ellipse(0, -0.4, 0.66), _MAIN),
+    ],
+    "frame": [
+        Part(_rectangle(-1, -0.8, 1, 0.8), _MAIN),
+        Part(_rectangle(-0.6, -0.4, 0.6, 0.4), _HOLE),
+    ],
+    "hourglass": [
+        Part(_polygon((-0.7, -1), (0.7, -1), (0, 0.1)), _MAIN),
+        Part(_polygon((-0.7, 1), (0.7, 1), (0, -0.1)), _ACCENT),
+    ],
+    "gear": [
+        *(Part(_turned(_rectangle(-0.18, -1, 0.18, 1), 45 * k), _ACCENT) for k in range(4)),
+        Part(_ellipse(0, 0, 0.68), _MAIN),
+        Part(_ellipse(0, 0, 0.24), _HOLE),
+    ],
+    "bottle": [
+        Part(_rectangle(-0.2, -1, 0.2, -0.2), _ACCENT),
+        Part(_rectangle(-0.48, -0.3, 0.48, 1), _MAIN),
+        Part(_rectangle(-0.48, 0.1, 0.48, 0.6), _DETAIL),
+    ],
+    "dumbbell": [
+        Part(_rectangle(-0.6, -0.12, 0.6, 0.12), _ACCENT),
+        Part(_ellipse(-0.62, 0, 0.38, 0.5), _MAIN),
+        Part(_ellipse(0.62, 0, 0.38, 0.5), _MAIN),
+    ],
+}
+
+CLASSES, DISTRACTORS = tuple(_PICTOGRAMS), tuple(_DISTRACTORS)
+_PICTOGRAMS |= _DISTRACTORS
+
 # One array of corners per pictogram, so that it is turned and scaled in one go.
 _POINTS = {
     name: np.concatenate([part.outline for part in parts]) for name, parts in _PICTOGRAMS.items()
@@ -185,7 +220,6 @@ _STARTS = {
     for name, parts in _PICTOGRAMS.items()
 }
 
-CLASSES = tuple(_PICTOGRAMS)
 BASE_CLASSES, NOVEL_CLASSES = CLASSES[:12], CLASSES[12:]
 
 
@@ -440,6 +474,7 @@ def compose_scene(
     classes: tuple[str, ...] = CLASSES,
     nuisance: float = 1.0,
     nested: float = 0.4,
+    distractors: float = 0.0,
 ) -> Scene:
     """Draw one image with all that is known of it; `draw_scene` returns the short form.
 
@@ -448,6 +483,8 @@ def compose_scene(
         classes: what may be drawn, each with equal probability per item.
         nuisance: strength, 0 to 1, of rotation, aspect, texture, ground and clutter.
         nested: probability that an object carries a smaller copy of itself.
+        distractors: probability, for each of three items more, that it is there; they are drawn
+            from `DISTRACTORS`.
 
     Raises:
         ValueError: a class is not one of `CLASSES`.
@@ -456,8 +493,12 @@ def compose_scene(
     if unknown or not classes:
         raise ValueError(f"cannot draw {unknown or 'no class at all'}; choose from {CLASSES}")
     canvas = _Canvas(rng, nuisance)
-    for item in range(int(rng.integers(2, 5))):
+    items = int(rng.integers(2, 5))
+    for item in range(items):
         _place_item(rng, canvas, item, str(rng.choice(classes)), nested)
+    # No chance is used up where there are none: a world without them stays as it is.
+    for item in range(items, items + (int(rng.binomial(3, distractors)) if distractors else 0)):
+        _place_item(rng, canvas, item, str(rng.choice(DISTRACTORS)), nested)
     _paint_all(rng, canvas)
     image = Image.fromarray(canvas.pixels).convert("RGB").reduce(_SUPERSAMPLING)
     noise = rng.integers(-6, 7, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.int16)
@@ -554,6 +595,7 @@ def draw_split(
     split: str,
     nuisance: float = 1.0,
     nested: float = 0.4,
+    distractors: float = 0.0,
 ) -> dict:
     """Draw the images of a split as JPEG files and return their COCO annotations.
 
@@ -562,7 +604,7 @@ def draw_split(
         images: how many.
         seed: of the world; the splits of one seed share no stream.
         split: one of `SPLITS`.
-        nuisance: see `compose_scene`; nested: likewise.
+        nuisance: see `compose_scene`; nested: likewise; distractors: likewise.
 
     Returns:
         COCO's `images`, `annotations` (bbox xywh in absolute pixels) and `categories` (all of
@@ -577,7 +619,12 @@ def draw_split(
     first_id = 1_000_000 * (SPLITS.index(_known(split)) + 1)
     records, annotations = [], []
     for index in range(images):
-        scene = compose_scene(scene_rng(seed, split, index), nuisance=nuisance, nested=nested)
+        scene = compose_scene(
+            scene_rng(seed, split, index),
+            nuisance=nuisance,
+            nested=nested,
+            distractors=distractors,
+        )
         image_id = first_id + 7 * index + 1
         name = f"{image_id:012d}.jpg"
         _write_jpeg(directory / name, scene.image)
@@ -585,6 +632,8 @@ def draw_split(
             {"id": image_id, "file_name": name, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
         )
         for position, drawn in enumerate(scene.objects):
+            if drawn.name in DISTRACTORS:
+                continue
             annotation_id = 100 * image_id + position
             annotations.append(
                 _annotation(annotation_id, image_id, category_ids[drawn.name], drawn)

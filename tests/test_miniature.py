@@ -11,6 +11,7 @@ from PIL import Image
 from lpovod.miniature import (
     BASE_CLASSES,
     CLASSES,
+    DISTRACTORS,
     IMAGE_SIZE,
     LARGEST_OCCLUSION,
     NOVEL_CLASSES,
@@ -206,3 +207,16 @@ def _iou(a, b):
     height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
     return width * height / (areas - width * height)
+
+
+def test_distractors_are_drawn_beside_the_objects_and_never_annotated(tmp_path):
+    found = draw_split(tmp_path / "with", 12, 0, "tune", distractors=0.5)
+    without = draw_split(tmp_path / "without", 12, 0, "tune")
+    scenes = [compose_scene(scene_rng(0, "tune", index), distractors=0.5) for index in range(12)]
+    drawn = [thing.name for scene in scenes for thing in scene.objects]
+    assert set(drawn) & set(DISTRACTORS)
+    annotated = [name for name in drawn if name in CLASSES]
+    names = {category["id"]: category["name"] for category in found["categories"]}
+    assert [names[a["category_id"]] for a in found["annotations"]] == annotated
+    assert len(found["annotations"]) == len(without["annotations"])
+    assert set(names.values()) == set(CLASSES)
