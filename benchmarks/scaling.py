@@ -5,8 +5,7 @@ settings being the default run's, and reads Snakemake's benchmark files. Time is
 ``start + rate * images ** exponent``: with sizes at a constant ratio the differences of successive
 times are at the ratio to the power of the exponent, whatever the start costs.
 
-Run as ``python -m benchmarks.scaling``. Ends with one JSON line. ``--predict`` prints the table of
-docs/scaling.md instead, from figures per item, and runs nothing.
+Run as ``python -m benchmarks.scaling``. Ends with one JSON line.
 """
 
 import argparse
@@ -18,8 +17,6 @@ import subprocess
 from pathlib import Path
 
 import yaml
-
-from lpovod.download import COCO_IMAGES
 
 RATIO = 4
 SMALLEST_GROWTH = 2.0  # seconds; below it an exponent is noise
@@ -81,74 +78,12 @@ def measure(base: int, factors: list[int]) -> dict:
     return {"images": sizes, "stages": stages}
 
 
-# --- prediction -----------------------------------------------------------------------------------
-
-WORLDS = {  # training images, validation images, novel classes
-    "COCO": (*COCO_IMAGES.values(), 17),
-    "2 M images": (2_000_000, 40_000, 300),
-    "100 M images": (100_000_000, 100_000, 1_000),
-}
-REGIONS = 300  # per image
-K = 100
-EPOCHS = {"proposal_network": 8, "base_detector": 20}
-# Measured on one processor core (see docs/scaling.md).
-CROP_S = 3.2e-3  # two crops of a region, 224 pixels
-DECODE_S = 27e-3  # a photograph, and its resizing to 800 pixels
-# ASSUMED of one GPU: nobody has measured these here.
-GPU_TRAIN = 15.0  # images per second, ResNet-50, forward and backward
-GPU_INFER = 60.0  # images per second, the same, forward
-GPU_CLIP = 5_000.0  # regions per second, two crops each, ViT-B/32
-INDEX_S = 20e-6  # per region: read, convert, write
-# Bytes of a region: box, objectness, and vectors in 16 bits.
-PROPOSAL, EMBEDDING, INDEXED, FEATURE = 20, 20 + 1024, 8 + 1024, 20 + 2048 + 1024 + 16
-
-
-def predict(images: int, val: int, novel: int, gpus: int) -> dict[str, tuple[float, float]]:
-    """Hours and gigabytes of every stage as it is now: one job each, shards excepted."""
-    both = images + val
-    retrieved = min(images, novel * K)
-    hours = {
-        "proposal_network": EPOCHS["proposal_network"] * images / GPU_TRAIN / gpus,
-        "proposals": images * (DECODE_S + 1 / GPU_INFER),
-        "region_embeddings": both * REGIONS * max(CROP_S, 1 / GPU_CLIP) / gpus,
-        "region_index": images * REGIONS * INDEX_S,
-        "base_detector": EPOCHS["base_detector"] * images / GPU_TRAIN / gpus,
-        "pseudo_labels": novel * images * REGIONS * INDEXED / 2e9 / gpus,
-        "region_features": max(val, retrieved / gpus) * (DECODE_S + 1 / GPU_INFER),
-    }
-    size = {
-        "proposals": both * REGIONS * PROPOSAL,
-        "region_embeddings": both * REGIONS * EMBEDDING,
-        "region_index": images * REGIONS * INDEXED,
-        "region_features": (val + retrieved) * REGIONS * FEATURE,
-    }
-    return {stage: (s / 3600, size.get(stage, 0) / 1e9) for stage, s in hours.items()}
-
-
-def print_prediction() -> None:
-    for world, counts in WORLDS.items():
-        tables = [predict(*counts, gpus) for gpus in (1, 8, 64)]
-        print(f"\n### {world}\n")
-        print("| stage | disk, GB | hours on 1 GPU | on 8 | on 64 |\n|---|---|---|---|---|")
-        for stage in tables[0]:
-            disk = f"{tables[0][stage][1]:,.0f}" if tables[0][stage][1] else ""
-            cells = " | ".join(f"{table[stage][0]:,.1f}" for table in tables)
-            print(f"| `{stage}` | {disk} | {cells} |")
-        disk = sum(size for _, size in tables[0].values())
-        cells = " | ".join(f"**{sum(h for h, _ in t.values()):,.0f}**" for t in tables)
-        print(f"| **together** | **{disk:,.0f}** | {cells} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=int, default=50, help="training images at 1x")
     parser.add_argument("--factors", type=int, nargs="+", default=[1, RATIO, RATIO**2])
-    parser.add_argument("--predict", action="store_true")
     arguments = parser.parse_args()
-    if arguments.predict:
-        print_prediction()
-    else:
-        print(json.dumps(measure(arguments.base, arguments.factors)))
+    print(json.dumps(measure(arguments.base, arguments.factors)))
 
 
 if __name__ == "__main__":
