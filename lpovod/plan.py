@@ -108,10 +108,11 @@ def table(rows: list[Cost], tflops: float, gpus: int) -> str:
             *lines,
             "",
             f"Assumed: a GPU that sustains {tflops:g} TFLOP/s (--tflops), never kept waiting.",
-            f"The trainings divide their hours over {gpus} GPUs (training_gpus), the shards of",
-            "region_embeddings over all there are. Stages that are not listed cost next to",
-            "nothing; while it is extracted, train2017.zip takes its 19.3 GB a second time. Memory",
-            "is that of the large arrays of one job, beside what libraries and annotations take.",
+            f"The trainings divide their hours over {gpus} GPUs (training_gpus, training_nodes),",
+            "the shards of region_embeddings over all there are. Stages that are not listed cost",
+            "next to nothing; while it is extracted, train2017.zip takes its 19.3 GB a second",
+            "time. Memory is that of the large arrays of one job, beside what libraries and",
+            "annotations take.",
         ]
     )
 
@@ -124,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         config = read_config(arguments.config)
-        gpus = config.training_gpus if config.gpu else 1
+        gpus = config.training_gpus * config.training_nodes if config.gpu else 1
         print(table(costs(config), arguments.tflops, gpus))
     except (LpovodError, OSError) as error:
         sys.exit(f"error: {error}")
