@@ -317,6 +317,9 @@ class Config(Settings):
     training_gpus: PositiveInt = key(
         1, "GPUs of a node that the steps of a training are divided over (gpu: true)"
     )
+    training_nodes: PositiveInt = key(
+        1, "nodes of a SLURM cluster that the steps of a training are divided over"
+    )
     dataset: Dataset = key(Dataset(), "images and annotations")
     classes: Classes = Field(description="the split")
     clip: Clip = key(Clip(), "the vision-language model")

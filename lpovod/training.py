@@ -88,6 +88,7 @@ def train(
                 (received,) = largest([max(signals, default=0)])
                 if received:
                     _save(model, optimiser, history, number + 1, sums, state, fingerprint)
+                    largest([0])  # wait for rank 0: the first to end ends the others
                     say(f"signal {received} in step {step}: saved to {state}")
                     raise SystemExit(128 + received)
             means = {key: value / steps_per_epoch for key, value in sums.items()}

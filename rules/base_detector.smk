@@ -28,9 +28,9 @@ rule base_detector:
         ENVIRONMENT
     threads: TRAINING_THREADS
     resources:
+        **TRAINING_ON,
         mem_mb=grows(NETWORK, 2 * LISTED),
         runtime=grows(60, CONFIG.base_detector.training.epochs * EPOCH),
-        gpu=TRAINING_GPUS,
     params:
         seed=CONFIG.seed,
         device=DEVICE,
@@ -40,8 +40,8 @@ rule base_detector:
     message:
         "Training the detector on base classes, with distillation"
     shell:
-        "python -m lpovod.launcher {resources.gpu} workflow_scripts.base_detector"
-        " --dataset {input.dataset}"
+        "python -m lpovod.launcher {resources.nodes} {resources.gpu}"
+        " workflow_scripts.base_detector --dataset {input.dataset}"
         " --region-embeddings {input.shards} --network {input.network}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --state {params.state} --code {input.script} {input.code} --detector {output.detector}"

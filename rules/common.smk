@@ -22,8 +22,15 @@ CLIP_FILES = CONFIG.clip.files()
 CLIP_DIGESTS = [
     sha256(path) if path.is_file() else WEIGHTS[path.name].digest for path in CLIP_FILES
 ]
-# As a resource it is cut to the GPUs there are; a training starts as many processes.
-TRAINING_GPUS = CONFIG.training_gpus if CONFIG.gpu else 0
+# Of all nodes together. As resources both are cut to what there is; a training starts as many
+# processes.
+TRAINING_ON = {
+    "gpu": CONFIG.training_gpus * CONFIG.training_nodes if CONFIG.gpu else 0,
+    "nodes": CONFIG.training_nodes,
+}
+# Several nodes: the launcher makes the job step, one task per node, and the job runs in none (mpi).
+if CONFIG.training_nodes > 1:
+    TRAINING_ON |= {"mpi": "srun", "tasks": CONFIG.training_nodes, "tasks_per_gpu": 0}
 
 # A cluster's last warning and Ctrl-C are for the stage, which ends by itself; without its shell and
 # its log it could not.

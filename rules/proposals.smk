@@ -26,9 +26,9 @@ rule proposal_network:
         ENVIRONMENT
     threads: TRAINING_THREADS
     resources:
+        **TRAINING_ON,
         mem_mb=grows(NETWORK, LISTED),
         runtime=grows(60, CONFIG.proposals.training.epochs * EPOCH),
-        gpu=TRAINING_GPUS,
     params:
         seed=CONFIG.seed,
         device=DEVICE,
@@ -38,7 +38,8 @@ rule proposal_network:
     message:
         "Training the proposal network on base annotations"
     shell:
-        "python -m lpovod.launcher {resources.gpu} workflow_scripts.proposals train_proposals"
+        "python -m lpovod.launcher {resources.nodes} {resources.gpu}"
+        " workflow_scripts.proposals train_proposals"
         " --dataset {input.dataset}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --state {params.state} --code {input.script} {input.code} --network {output.network}"

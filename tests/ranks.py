@@ -1,7 +1,7 @@
 """What tests/test_distributed.py runs on one rank in its own process and on two under torchrun.
 
-As a program: `python -m lpovod.launcher 2 ranks folder`, with the inputs and outputs of `two_ranks`
-in the folder.
+As a program: `python -m lpovod.launcher 1 2 ranks folder`, with the inputs and outputs of
+`two_ranks` in the folder.
 """
 
 import sys

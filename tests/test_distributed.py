@@ -15,8 +15,8 @@ import torch
 from conftest import make_world, write_shards
 from ranks import STEP, fit, learn_detector, learn_proposals, normalise
 
-from lpovod.artifacts import read_tensors
-from lpovod.launcher import command, first_host
+from lpovod.artifacts import LpovodError, read_tensors
+from lpovod.launcher import command
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
     with pytest.raises(KeyboardInterrupt):
         fit(folder / "one_then_two.state", stop_at=2)
     done = subprocess.run(
-        [sys.executable, "-m", "lpovod.launcher", "2", "ranks", str(folder)],
+        [sys.executable, "-m", "lpovod.launcher", "1", "2", "ranks", str(folder)],
         env=os.environ | {"PYTHONPATH": ".:tests", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -108,30 +108,30 @@ def test_a_killed_training_goes_on_with_another_number_of_ranks(folder, tmp_path
 def test_a_launcher_is_needed_for_several_processes_alone():
     module = ["workflow_scripts.proposals", "--seed", "3"]
     for few in (0, 1):
-        assert command(few, module, {}) == [sys.executable, "-m", *module]
-    found = command(4, module, {"SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "1"})
+        assert command(1, few, module, {}) == [sys.executable, "-m", *module]
+    found = command(1, 4, module, {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_NODES": "1"})
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     assert found == [*torchrun, "--standalone", "--nproc-per-node=4", "-m", *module]
 
 
-def test_nodes_of_a_slurm_job_meet_at_the_first():
-    job = {"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "2", "SLURM_JOB_ID": "123456"}
-    found = command(8, ["stage"], job | {"SLURM_STEP_NODELIST": "gpu[03-05]"})
+def test_several_nodes_of_a_slurm_job_start_the_launcher_each():
+    launcher = [sys.executable, "-m", "lpovod.launcher", "3", "24", "stage"]
+    for step in ({}, {"SLURM_STEP_NUM_NODES": "1"}):
+        found = command(3, 24, ["stage"], {"SLURM_JOB_ID": "123456"} | step)
+        assert found[:3] == ["srun", "--nodes=3", "--ntasks-per-node=1"]
+        assert found[-6:] == launcher
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(24, "gpu"), (0, "1")])
+def test_nodes_of_a_slurm_step_meet_at_the_first(gpus, processes):
+    step = {"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "2", "SLURM_JOB_ID": "123456"}
+    found = command(3, gpus, ["stage"], step | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"})
     assert found[3:] == (
-        ["--nnodes=3", "--node-rank=2", "--master-addr=gpu03", "--master-port=23456"]
-        + ["--nproc-per-node=8", "-m", "stage"]
+        ["--nnodes=3", "--node-rank=2", "--master-addr=10.0.0.7", "--master-port=23456"]
+        + [f"--nproc-per-node={processes}", "-m", "stage"]
     )
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu01", "gpu01"),
-        ("gpu01,gpu02", "gpu01"),
-        ("gpu[03-05,9],x1", "gpu03"),
-        ("gpu-a[7,9]", "gpu-a7"),
-        ("n1,gpu[03-05]", "n1"),
-    ],
-)
-def test_the_first_host_of_a_node_list(nodes, first):
-    assert first_host(nodes) == first
+def test_several_nodes_without_slurm_are_refused():
+    with pytest.raises(LpovodError, match="training_nodes: 1"):
+        command(2, 0, ["stage"], {})

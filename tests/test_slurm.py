@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from project import copy_project, digests, snakemake, start_snakemake, wait_until
+
+from lpovod.artifacts import read_tensors
 
 HERE = Path("tests/slurm").resolve()
 SLURM = ["--workflow-profile", "profiles/slurm", "--slurm-init-seconds-before-status-checks", "2"]
@@ -18,6 +21,11 @@ SLURM = ["--workflow-profile", "profiles/slurm", "--slurm-init-seconds-before-st
 FEW = {
     "classes": {"novel": ["star", "ring"]},
     "base_detector": {"training": {"epochs": 3, "drops": [3]}},
+}
+# Eight steps of a training; AdamW would divide the rounding of small gradients by their size.
+SHORT = {
+    "dataset": {"miniature": {"train_images": 16, "val_images": 1, "tune_images": 1}},
+    "proposals": {"training": {"optimiser": "sgd", "learning_rate": 0.02, "warmup_steps": 0}},
 }
 GPU_STAGES = ["proposal_network", "base_detector", "region_embeddings"]
 ON_GPU = ["--set-resources", *(f"{stage}:gpu=1" for stage in GPU_STAGES)]
@@ -177,3 +185,39 @@ def test_a_job_past_its_time_saves_and_goes_on_with_more(probed, cluster, tmp_pa
         check=True,
     )
     assert json.loads(read(tmp_path / "whole"))["history"] == found["history"]
+
+
+def what_biases_learned(network: Path) -> np.ndarray:
+    """Values of all biases that start at zero."""
+    tensors, _ = read_tensors(network, "proposals")
+    names = [n for n in tensors if n.endswith(".bias") and n != "conv.bias"]
+    return np.concatenate([tensors[name].ravel() for name in sorted(names)])
+
+
+def test_a_training_on_two_nodes_cancelled_on_the_way_gives_what_one_process_gives(
+    cluster, tmp_path
+):
+    one, stage = copy_project(tmp_path / "one"), "results/smallest/proposals"
+    network, log = f"{stage}/network.safetensors", "results/smallest/logs/proposal_network.log"
+    snakemake(one, "smallest.yaml", SHORT, "results/smallest/dataset/train.json", "--cores", "2")
+    two = shutil.copytree(one, tmp_path / "two")
+    partition = ["--set-resources", "proposal_network:slurm_partition=both"]
+    overlay = SHORT | {"training_nodes": 2}
+    process = start_snakemake(two, "smallest.yaml", overlay, network, *SLURM, *partition)
+    wait_until(lambda: "epoch 1/2" in read(two / log), process)
+    subprocess.run(["scancel", *running_on("gpu1", two)], check=True)
+    snakemake(one, "smallest.yaml", SHORT, network, "--cores", "2")
+    process.wait()
+    printed = read(two / "printed")
+    assert process.returncode == 0, printed
+    jobs = jobs_of("proposal_network", printed, cluster)
+    assert [job["JobState"] for job in jobs] == ["CANCELLED", "COMPLETED"]
+    assert {job["NodeList"] for job in jobs} == {"cpu1,gpu1"}
+    assert re.search(r"going on after epoch \d+ and \d+ steps", read(two / log))
+    history, expected = (
+        [json.loads(line) for line in read(folder / stage / "history.jsonl").splitlines()]
+        for folder in (two, one)
+    )
+    assert history == [pytest.approx(line, rel=1e-5) for line in expected]
+    found, learned = (what_biases_learned(folder / network) for folder in (two, one))
+    assert np.linalg.norm(found - learned) <= 1e-3 * np.linalg.norm(learned)
