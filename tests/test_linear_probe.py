@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from lpovod.artifacts import LpovodError, identity, read_tensors, write_json
+from benchmarks.linear_probe import label_images, online_loss
+from lpovod import miniature
+from lpovod.artifacts import LpovodError, identity, read_tensors, write_json, write_tensors
 from lpovod.base_detector import classification_loss
-from lpovod.config import LinearProbe
+from lpovod.config import Backbone, BaseDetector, LinearProbe, RegionFeatures
+from lpovod.dataset import read_dataset
+from lpovod.detector import Detector, load_detector
+from lpovod.images import LoadedView, View, show
 from lpovod.linear_probe import Candidates, fit, gather_candidates, probe_loss, train_linear_probe
+from lpovod.proposals import read_proposals
+from lpovod.pseudo_labels import PseudoLabels, read_pseudo_labels
+from lpovod.region_features import describe_retrieved
 from lpovod.store import write_regions
 
 GOLDENS = Path("../shared/data/goldens")
 NAMES = ["fish", "house"]
+HALF = 2**-11
+"""Features are stored in 16 bits: the largest relative error of one number."""
 SETTINGS = LinearProbe(epochs=60, learning_rate=0.05, drops=[50])
 
 
@@ -107,6 +117,77 @@ def test_the_loss_of_an_image_with_few_regions():
     found = probe_loss(weights, [Candidates(feature, iou, label)], SETTINGS)
     expected = classification_loss(feature @ weights.T, torch.tensor([1, 0, 2, 2, 2, 2]))
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+BACKBONE = Backbone(channels=16)
+HEADS = BaseDetector(regions="proposals", branch_convolutions=0, dimension=24, sampling_ratio=1)
+STEP = LinearProbe(samples=32, negatives_per_positive=3)
+
+
+def test_a_step_on_stored_features_is_the_one_on_images(tmp_path):
+    """Of the original's online training, unflipped; the same regions are drawn with one seed."""
+    retrieved, stored, views, model = drawn_world(tmp_path)
+    torch.manual_seed(0)
+    weights = torch.randn(2, HEADS.dimension, requires_grad=True)
+    found = []
+    for loss in (
+        lambda: probe_loss(weights, list(gather_candidates(retrieved, stored).values()), STEP),
+        lambda: online_loss(weights, model, views, STEP),
+    ):
+        torch.manual_seed(1)
+        value = loss()
+        (gradient,) = torch.autograd.grad(value, weights)
+        found.append((float(value.detach()), gradient))
+    (ours, our_gradient), (online, gradient) = found
+    assert ours == pytest.approx(online, rel=HALF)
+    assert float((our_gradient - gradient).norm() / gradient.norm()) < HALF
+
+
+def drawn_world(folder: Path) -> tuple[PseudoLabels, list[Path], list[LoadedView], Detector]:
+    """Pseudo-labels of two classes on two drawn images, their stored features, and the images."""
+    content = miniature.draw_split(folder / "images/train", 2, 0, "train")
+    write_json(folder / "train.json", content)
+    data, draw = read_dataset(folder / "train.json"), np.random.default_rng(0)
+    with write_regions(
+        folder / "proposals.h5", identity("proposals", dataset=folder / "train.json")
+    ) as writer:
+        for image_id in data.images:
+            low = draw.uniform(0, 100, (60, 2))
+            boxes = np.concatenate([low, low + draw.uniform(10, 60, (60, 2))], axis=1)
+            writer.add(image_id, boxes.astype(np.float32), np.full(60, 0.9, np.float32))
+    torch.manual_seed(0)
+    model = Detector(BACKBONE, HEADS, 2, 8)
+    parameters = {k: v.numpy() for k, v in model.state_dict().items()}
+    detector, made_from = folder / "detector", identity("base_detector") | {"classes": ["a", "b"]}
+    write_tensors(detector, parameters, made_from)
+    proposals = read_proposals(folder / "proposals.h5", folder / "train.json")
+    labels, stored = [], []
+    for number, name in enumerate(NAMES):
+        boxes = {i: proposals.read(i).box[5 * number : 5 * number + 5] for i in data.images}
+        annotation = {"category_id": 1, "iscrowd": 0, "score": 0.9, "cosine": 0.3, "area": 1}
+        annotations = [
+            annotation | {"image_id": i, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            for i, of_image in boxes.items()
+            for x1, y1, x2, y2 in of_image.astype(float).tolist()
+        ]
+        labels.append(folder / f"{name}.json")
+        write_json(
+            labels[-1],
+            {
+                "images": list(data.images.values()),
+                "annotations": [a | {"id": n} for n, a in enumerate(annotations)],
+                "categories": [{"id": 1, "name": name, "split": "novel"}],
+            },
+        )
+        stored.append(folder / f"{name}.h5")
+        inputs = (folder / "train.json", folder / "proposals.h5", labels[-1], detector)
+        describe_retrieved(*inputs, BACKBONE, HEADS, RegionFeatures(), stored[-1])
+    retrieved = read_pseudo_labels(labels)
+    views = []
+    for image_id, boxes in label_images(retrieved, proposals).items():
+        shown = show(data.load(image_id), View(image_id, 160, 160))
+        views.append(LoadedView(shown.view, shown.pixels, shown.scale, boxes))
+    return retrieved, stored, views, load_detector(detector, BACKBONE, HEADS)[0]
 
 
 def test_weights_that_run_away_are_an_error():

@@ -1,0 +1,238 @@
+"""Novel AP50 and time of the linear probe: ours on stored features, and the original's training.
+
+Run as ``python -m benchmarks.linear_probe results/mini`` when the workflow has run. Ends with one
+JSON line. Times are CPU time in one thread, so that other jobs of the machine count for little.
+
+*Online* is the original's fine-tuning (`StandardRoIHeadSigmoidFinetune.forward_train` in its
+mmdet/models/roi_heads/standard_roi_head_sigmoid_ft.py): every step loads images, shows them at a
+random size and flip, runs the frozen backbone, pyramid and region head on sampled regions, and
+moves the novel weights alone. Settings, number of steps and schedule are those of our probe, and
+the candidates are the given proposals, where the original asks its region proposal network: that
+costs it time which is not counted here. As with ours, a pseudo-label is a candidate once: among
+the given proposals it is there already.
+
+*Cached* is the stage `linear_probe`: it reads the stored features, and trains on them. What
+storing them costs is told separately, as Snakemake measured it, imports included: it is done once
+for a detector and its pseudo-labels.
+"""
+
+import csv
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from lpovod.average_precision import ap50, ap50_by_class, coco_results, ground_truth
+from lpovod.base_detector import classification_loss
+from lpovod.boxes import match, sample
+from lpovod.config import Config, LinearProbe, Training, read_config, slug
+from lpovod.dataset import CocoDataset, read_dataset
+from lpovod.detector import Detector, load_detector
+from lpovod.evaluation import detect, read_class_weights, score_regions, variants
+from lpovod.images import LoadedView, batch, load_views, training_views
+from lpovod.linear_probe import fit, gather_candidates
+from lpovod.progress import progress
+from lpovod.proposals import read_proposals
+from lpovod.pseudo_labels import PseudoLabels, read_pseudo_labels
+from lpovod.store import RegionStore
+from lpovod.training import rate_at
+
+VARIANTS = {"full": "full method", "without_clip_head": "probe alone"}
+
+
+@dataclass
+class Options:
+    results: tyro.conf.Positional[Path] = Path("results/mini")
+    """folder of a finished run"""
+    config: tuple[Path, ...] = (Path("config.yaml"),)
+    """its configuration, and overlays"""
+    seeds: int = 3
+    """trainings of each kind"""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An image's boxes in its own pixels.
+
+    Attributes:
+        candidates: (n, 4) float32, each once.
+        objects: (m, 4) float32 pseudo-labels.
+        labels: (m,) their classes.
+    """
+
+    candidates: Tensor
+    objects: Tensor
+    labels: Tensor
+
+
+def label_images(retrieved: PseudoLabels, proposals: RegionStore) -> dict[int, Labelled]:
+    """The boxes of every image that a class retrieved a region of."""
+    found, none = {}, np.empty((0, 4), np.float32)
+    for image_id in sorted(set().union(*retrieved.values())):
+        here = [of_class.get(image_id, (none, None))[0] for of_class in retrieved.values()]
+        objects = np.concatenate(here)
+        labels = np.repeat(np.arange(len(here)), [len(boxes) for boxes in here])
+        candidates = np.unique(np.concatenate([objects, proposals.read(image_id).box]), axis=0)
+        found[image_id] = Labelled(*(torch.from_numpy(a) for a in (candidates, objects, labels)))
+    return found
+
+
+def online_loss(
+    weights: Tensor, model: Detector, views: list[LoadedView], settings: LinearProbe
+) -> Tensor:
+    """The loss of one step, with everything that is frozen computed anew.
+
+    Args:
+        weights: (classes, dimension) of the novel classes.
+        model: the detector, in evaluation mode.
+        views: the images as shown, each with its `Labelled` boxes as `extra`.
+        settings: of sampling.
+    """
+    regions, labels = [], []
+    for view in views:
+        candidates = view.to_view(view.extra.candidates)
+        iou, assigned = match(candidates, view.to_view(view.extra.objects))
+        positive, negative = sample(
+            iou, settings.samples, settings.positives, settings.negatives_per_positive
+        )
+        regions.append(candidates[torch.cat([positive, negative])])
+        background = torch.full((len(negative),), len(weights))
+        labels += [view.extra.labels[assigned[positive]], background]
+    with torch.no_grad():
+        features = model.region_branch(model.pool(model.pyramid(batch(views, "cpu")), regions))
+    return classification_loss(features @ weights.T, torch.cat(labels))
+
+
+def fit_online(
+    model: Detector,
+    data: CocoDataset,
+    images: dict[int, Labelled],
+    classes: int,
+    config: Config,
+    seed: int,
+) -> Tensor:
+    """The novel weights, (classes, dimension), of the original's fine-tuning."""
+    settings, shown = config.linear_probe, config.base_detector.training
+    schedule = Training(
+        images_per_step=settings.images_per_step, short_sides=shown.short_sides, flip=shown.flip
+    )
+    weights = torch.zeros(classes, config.base_detector.dimension, requires_grad=True)
+    optimiser = torch.optim.SGD(
+        [weights], settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay
+    )
+    torch.manual_seed(seed)
+    per_epoch, number = -(-len(images) // settings.images_per_step), 0
+    for epoch in progress(range(settings.epochs), f"online, seed {seed}", "epoch"):
+        views = training_views(data, list(images), schedule, config.backbone.long_side, seed, epoch)
+        for step in load_views(
+            data, views, settings.images_per_step, extra=lambda v: images[v.view.image_id]
+        ):
+            optimiser.param_groups[0]["lr"] = rate_at(number, per_epoch, settings)
+            optimiser.zero_grad()
+            online_loss(weights, model, step, settings).backward()
+            optimiser.step()
+            number += 1
+    return weights.detach()
+
+
+def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    start = time.process_time()
+    return work(), time.process_time() - start
+
+
+def measure(options: Options) -> dict:
+    config, run = read_config(options.config), options.results
+    train, proposals = run / "dataset/train.json", run / "proposals/train.h5"
+    detector = run / "base_detector/detector.safetensors"
+    score = scorer(run, config)
+    names = sorted(config.classes.novel)
+    retrieved = read_pseudo_labels(run / f"pseudo_labels/{slug(name)}.json" for name in names)
+    stored = [run / f"region_features/retrieved/{slug(name)}.h5" for name in names]
+    model, _ = load_detector(detector, config.backbone, config.base_detector)
+    data = read_dataset(train)
+    images = label_images(retrieved, read_proposals(proposals, train))
+
+    def cached(seed: int) -> Tensor:
+        candidates = list(gather_candidates(retrieved, stored).values())
+        return fit(candidates, len(names), config.linear_probe, seed)
+
+    def online(seed: int) -> Tensor:
+        return fit_online(model, data, images, len(names), config, seed)
+
+    rows = {"cached": [], "online": []}
+    for seed in range(options.seeds):
+        for name, train_weights in (("cached", cached), ("online", online)):
+            weights, seconds = timed(lambda train=train_weights, seed=seed: train(seed))
+            rows[name].append(score(weights) | {"seconds": seconds})
+            print(f"{name:8} seed {seed}   {line(rows[name][-1])}", flush=True)
+    jobs = run.glob("benchmarks/region_features/retrieved/*.tsv")
+    storing = sum(float(table[-1]["cpu_time"]) for table in map(read_rows, jobs))
+    return summary(rows) | {"storing_s": round(storing, 1), "images": len(images)}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Snakemake's table of a job."""
+    with open(path) as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def scorer(run: Path, config: Config) -> Callable[[Tensor], dict[str, float]]:
+    """A function from novel weights, classes in alphabetical order, to the variants' novel AP50."""
+    texts = ["base", *(f"novel/{slug(name)}" for name in config.classes.novel)]
+    classes = read_class_weights(
+        run / "base_detector/detector.safetensors",
+        run / "linear_probe/weights.safetensors",
+        [run / f"text_embeddings/{text}.safetensors" for text in texts],
+        config.evaluation,
+    )
+    data = read_dataset(run / "dataset/val.json")
+    features = RegionStore(run / "region_features/val.h5", "region_features")
+    truth, category_ids = ground_truth(data, classes.names), data.category_ids(classes.names)
+    ways = variants(config.evaluation, classes.temperature, true_clip=False)
+    base = len(classes.base)
+
+    def score(weights: Tensor) -> dict[str, float]:
+        of_all = replace(classes, weights=torch.cat([classes.weights[:base], weights]))
+        scores, found = score_regions(features, None, of_all), {}
+        for way in VARIANTS:
+            results = coco_results(detect(scores, base, category_ids, ways[way], config.evaluation))
+            by_class = ap50_by_class(truth, results)
+            found[way] = ap50(by_class, classes.base, classes.novel)["novel"]
+        return found
+
+    return score
+
+
+def summary(rows: dict[str, list[dict[str, float]]]) -> dict:
+    """Mean and range over the seeds, and the ratio of times."""
+    content = {}
+    for name, of_seeds in rows.items():
+        values = {key: [row[key] for row in of_seeds] for key in of_seeds[0]}
+        mean = {key: sum(v) / len(v) for key, v in values.items()}
+        print(f"{name:8} mean     {line(mean)}")
+        for way in VARIANTS:
+            low, high = min(values[way]), max(values[way])
+            content[f"{name}_{way}"] = [round(v, 2) for v in (mean[way], low, high)]
+        content[f"{name}_s"] = round(mean["seconds"], 2)
+    ratio = content["cached_s"] / content["online_s"]
+    return content | {"ratio_to_online": round(ratio, 4)}
+
+
+def line(row: dict[str, float]) -> str:
+    scores = "   ".join(f"{VARIANTS[way]} {row[way]:5.2f}" for way in VARIANTS)
+    return f"novel AP50: {scores}   {row['seconds']:7.2f} s"
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    print(json.dumps(measure(options)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
