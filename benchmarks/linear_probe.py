@@ -40,8 +40,8 @@ from lpovod.linear_probe import fit, gather_candidates
 from lpovod.progress import progress
 from lpovod.proposals import read_proposals
 from lpovod.pseudo_labels import PseudoLabels, read_pseudo_labels
+from lpovod.schedule import rate_at
 from lpovod.store import RegionStore
-from lpovod.training import rate_at
 
 VARIANTS = {"full": "full method", "without_clip_head": "probe alone"}
 
@@ -160,7 +160,7 @@ def measure(options: Options) -> dict:
 
     def cached(seed: int) -> Tensor:
         candidates = list(gather_candidates(retrieved, stored).values())
-        return fit(candidates, len(names), config.linear_probe, seed)
+        return torch.from_numpy(fit(candidates, len(names), config.linear_probe, seed))
 
     def online(seed: int) -> Tensor:
         return fit_online(model, data, images, len(names), config, seed)

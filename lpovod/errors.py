@@ -4,6 +4,7 @@ import numpy as np
 
 from lpovod.average_precision import Detections
 from lpovod.dataset import CocoDataset
+from lpovod.overlaps import overlaps
 
 KINDS = (
     "correct",
@@ -63,7 +64,7 @@ def _kind(
     others: np.ndarray,
     taken: set[tuple[int, int]],
 ) -> str:
-    iou, inside, covered = _overlaps(box, own)
+    iou, inside, covered = overlaps(box, own)
     if len(own) and iou.max() >= 0.5:
         free = [k for k in np.argsort(-iou) if iou[k] >= 0.5 and (image_id, int(k)) not in taken]
         if not free:
@@ -78,13 +79,4 @@ def _kind(
         return "too loose"
     if (iou >= 0.1).any():
         return "shifted"
-    return "other class" if (_overlaps(box, others)[0] >= 0.5).any() else "background"
-
-
-def _overlaps(box: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """IoU with each object, the part of the box inside it, and the part of it that is covered."""
-    corner = np.minimum(box[2:], objects[:, 2:]) - np.maximum(box[:2], objects[:, :2])
-    shared = corner.clip(min=0).prod(axis=1)
-    area = max(float((box[2:] - box[:2]).prod()), 1e-9)
-    areas = (objects[:, 2:] - objects[:, :2]).prod(axis=1).clip(min=1e-9)
-    return shared / (area + areas - shared), shared / area, shared / areas
+    return "other class" if (overlaps(box, others)[0] >= 0.5).any() else "background"

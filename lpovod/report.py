@@ -20,6 +20,7 @@ from PIL import Image
 from lpovod import __version__, config
 from lpovod.artifacts import LpovodError, atomic, check_made_from, read_json
 from lpovod.dataset import CocoDataset, read_dataset
+from lpovod.overlaps import overlaps
 from lpovod.progress import progress, say
 
 TEMPLATE = "report_template.html.jinja"
@@ -392,7 +393,7 @@ class _Judge:
             raise LpovodError(f"{self.truth.path} has no image {region['image_id']}")
         boxes, categories = self.truth.boxes(region["image_id"])
         own = categories == self.category
-        iou, inside, covered = _overlaps(_xyxy(region), boxes)
+        iou, inside, covered = overlaps(_xyxy(region), boxes)
         if iou[own].max(initial=0) >= 0.5:
             return RIGHT, f"IoU {iou[own].max():.2f}"
         if iou[~own].max(initial=0) >= 0.5:
@@ -405,20 +406,6 @@ class _Judge:
 def _xyxy(annotation: dict[str, Any]) -> np.ndarray:
     x, y, width, height = annotation["bbox"]
     return np.array([x, y, x + width, y + height])
-
-
-def _overlaps(box: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """IoU with each object, the part of the box inside it, and the part of it that is covered.
-
-    Args:
-        box: (4,) xyxy.
-        objects: (n, 4) xyxy.
-    """
-    sides = np.minimum(box[2:], objects[:, 2:]) - np.maximum(box[:2], objects[:, :2])
-    shared = sides.clip(min=0).prod(axis=1)
-    area = max((box[2:] - box[:2]).prod(), 1e-9)
-    areas = (objects[:, 2:] - objects[:, :2]).prod(axis=1).clip(min=1e-9)
-    return shared / (area + areas - shared), shared / area, shared / areas
 
 
 def _placement(inside: np.ndarray, covered: np.ndarray) -> str:

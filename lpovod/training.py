@@ -17,23 +17,7 @@ from lpovod.artifacts import Identity, LpovodError, atomic, write_tensors
 from lpovod.config import Training
 from lpovod.distributed import add_up_gradients, largest, rank, ranks, start_alike, total
 from lpovod.progress import progress, say
-
-
-def rate_at(step: int, steps_per_epoch: int, settings: Any) -> float:
-    """Learning rate of a step: linear warm-up, then divided by ten after each of the drops.
-
-    As in the original's mmcv hook: warm-up scales the rate of the current epoch.
-
-    Args:
-        step: counted from 0 over all epochs.
-        steps_per_epoch: steps of one epoch.
-        settings: learning_rate, warmup_steps, warmup_ratio, drops.
-    """
-    epoch = step // steps_per_epoch
-    rate = settings.learning_rate * 0.1 ** sum(epoch >= drop for drop in settings.drops)
-    if step < settings.warmup_steps:
-        rate *= 1 - (1 - step / settings.warmup_steps) * (1 - settings.warmup_ratio)
-    return rate
+from lpovod.schedule import rate_at
 
 
 def train(

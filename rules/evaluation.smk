@@ -9,7 +9,7 @@
 rule evaluation:
     input:
         script="workflow_scripts/evaluation.py",
-        code=code("evaluation", "average_precision", "errors", "boxes"),
+        code=code("evaluation", "average_precision", "errors", "boxes", "overlaps"),
         dataset=evaluated(f"{RESULTS}/dataset/{{split}}.json"),
         features=evaluated(f"{RESULTS}/region_features/{{split}}.h5"),
         recall=evaluated(f"{RESULTS}/proposals/{{split}}.recall.json"),

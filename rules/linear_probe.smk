@@ -7,7 +7,7 @@
 rule linear_probe:
     input:
         script="workflow_scripts/linear_probe.py",
-        code=code("linear_probe", "boxes"),
+        code=code("linear_probe", "overlaps", "schedule"),
         pseudo_labels=expand(rules.pseudo_labels.output, novel=NOVEL),
         features=expand(rules.retrieved_region_features.output, novel=NOVEL),
     output:
@@ -17,10 +17,10 @@ rule linear_probe:
     benchmark:
         f"{RESULTS}/benchmarks/linear_probe.tsv"
     conda:
-        ENVIRONMENT
+        "../envs/light.yaml"
     threads: 1
     resources:
-        mem_mb=grows(NETWORK + CANDIDATES),
+        mem_mb=grows(LIGHT + CANDIDATES),
         runtime=grows(60),
     params:
         seed=CONFIG.seed,

@@ -9,7 +9,7 @@ rule proposal_network:
     input:
         script="workflow_scripts/proposals.py",
         code=code(
-            *("proposals", "backbone", "boxes", "images", "training", "distributed"),
+            *("proposals", "backbone", "boxes", "images", "training", "schedule", "distributed"),
             *START_CODE,
         ),
         dataset=f"{RESULTS}/dataset/train.json",

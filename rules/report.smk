@@ -7,7 +7,7 @@
 rule report:
     input:
         script="workflow_scripts/report.py",
-        code=code("report"),
+        code=code("report", "overlaps"),
         template="lpovod/report_template.html.jinja",
         metrics=f"{RESULTS}/evaluation/metrics.json",
         detections=f"{RESULTS}/evaluation/detections.json",

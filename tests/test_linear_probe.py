@@ -14,7 +14,14 @@ from lpovod.config import Backbone, BaseDetector, LinearProbe, RegionFeatures
 from lpovod.dataset import read_dataset
 from lpovod.detector import Detector, load_detector
 from lpovod.images import LoadedView, View, show
-from lpovod.linear_probe import Candidates, fit, gather_candidates, probe_loss, train_linear_probe
+from lpovod.linear_probe import (
+    Candidates,
+    draw,
+    fit,
+    focal_loss,
+    gather_candidates,
+    train_linear_probe,
+)
 from lpovod.proposals import read_proposals
 from lpovod.pseudo_labels import PseudoLabels, read_pseudo_labels
 from lpovod.region_features import describe_retrieved
@@ -98,8 +105,8 @@ def test_an_image_of_two_classes_counts_each_region_once(tmp_path):
     found = gather_candidates(retrieved, features)
     assert sorted(found) == [5, 9]
     assert len(found[5].feature) == 4  # in both files, the pseudo-labels repeated in each
-    assert sorted(found[5].label[found[5].iou >= 0.5].tolist()) == [0, 1]
-    assert found[9].label[found[9].iou >= 0.5].tolist() == [1]
+    assert sorted(found[5].label[found[5].positive].tolist()) == [0, 1]
+    assert found[9].label[found[9].positive].tolist() == [1]
 
 
 def test_labels_of_another_retrieval_are_refused(tmp_path):
@@ -109,37 +116,45 @@ def test_labels_of_another_retrieval_are_refused(tmp_path):
         train_linear_probe(labels, features, SETTINGS, 0, tmp_path / "weights")
 
 
-def test_the_loss_of_an_image_with_few_regions():
-    """No sampling: all positives and negatives enter, over the number of positives."""
-    feature = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    iou, label = torch.tensor([0.9, 0.6, 0.4, 0.2, 0.0, 0.0]), torch.tensor([1, 0, 0, 1, 0, 0])
-    weights = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
-    found = probe_loss(weights, [Candidates(feature, iou, label)], SETTINGS)
-    expected = classification_loss(feature @ weights.T, torch.tensor([1, 0, 2, 2, 2, 2]))
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+def test_the_loss_and_its_gradient_are_those_of_the_detector_s_classification():
+    random = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(40, 3, generator=random)).requires_grad_()
+    label = torch.randint(-1, 3, (40,), generator=random)
+    expected = classification_loss(logits, torch.where(label < 0, 3, label))
+    (gradient,) = torch.autograd.grad(expected, logits)
+    loss, found = focal_loss(logits.detach().numpy(), label.numpy())
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    np.testing.assert_allclose(found, gradient.numpy(), rtol=1e-5, atol=1e-9)
+
+
+def test_few_regions_are_all_drawn_and_many_by_the_rule():
+    label = np.repeat([1, -1], [3, 50])
+    image = Candidates(np.arange(53, dtype=np.float32)[:, None], label)
+    feature, labels = draw([image], LinearProbe(), np.random.default_rng(0))
+    assert labels.tolist() == [1] * 3 + [-1] * 30  # ten negatives per positive
+    assert feature[:3, 0].tolist() == [0, 1, 2]
+    assert len(np.unique(feature[3:])) == 30 and feature[3:].min() >= 3
+    feature, labels = draw([image], LinearProbe(samples=8), np.random.default_rng(0))
+    assert labels.tolist() == [1] * 2 + [-1] * 6
 
 
 BACKBONE = Backbone(channels=16)
 HEADS = BaseDetector(regions="proposals", branch_convolutions=0, dimension=24, sampling_ratio=1)
-STEP = LinearProbe(samples=32, negatives_per_positive=3)
+STEP = LinearProbe(samples=400, positives=0.5, negatives_per_positive=100)
 
 
 def test_a_step_on_stored_features_is_the_one_on_images(tmp_path):
-    """Of the original's online training, unflipped; the same regions are drawn with one seed."""
+    """Of the original's online training, unflipped; no region is left out."""
     retrieved, stored, views, model = drawn_world(tmp_path)
     torch.manual_seed(0)
     weights = torch.randn(2, HEADS.dimension, requires_grad=True)
-    found = []
-    for loss in (
-        lambda: probe_loss(weights, list(gather_candidates(retrieved, stored).values()), STEP),
-        lambda: online_loss(weights, model, views, STEP),
-    ):
-        torch.manual_seed(1)
-        value = loss()
-        (gradient,) = torch.autograd.grad(value, weights)
-        found.append((float(value.detach()), gradient))
-    (ours, our_gradient), (online, gradient) = found
-    assert ours == pytest.approx(online, rel=HALF)
+    online = online_loss(weights, model, views, STEP)
+    (gradient,) = torch.autograd.grad(online, weights)
+    images = list(gather_candidates(retrieved, stored).values())
+    feature, label = draw(images, STEP, np.random.default_rng(0))
+    ours, of_logits = focal_loss(feature @ weights.detach().numpy().T, label)
+    assert ours == pytest.approx(float(online.detach()), rel=HALF)
+    our_gradient = torch.from_numpy(of_logits.T @ feature)
     assert float((our_gradient - gradient).norm() / gradient.norm()) < HALF
 
 
@@ -191,7 +206,7 @@ def drawn_world(folder: Path) -> tuple[PseudoLabels, list[Path], list[LoadedView
 
 
 def test_weights_that_run_away_are_an_error():
-    one = Candidates(torch.full((2, 3), 1e20), torch.tensor([0.9, 0.0]), torch.tensor([0, 0]))
+    one = Candidates(np.full((2, 3), 1e20, np.float32), np.array([0, -1]))
     with pytest.raises(LpovodError, match="Lower linear_probe.learning_rate"):
         fit([one], 1, LinearProbe(learning_rate=1e30), 0)
 
@@ -199,9 +214,9 @@ def test_weights_that_run_away_are_an_error():
 @pytest.mark.skipif(not GOLDENS.exists(), reason="needs the recorded values")
 def test_the_original_s_recorded_loss():
     recorded = np.load(GOLDENS / "golden_train_ft.npz")
-    labels = torch.from_numpy(recorded["labels_mapped"]).long()
-    features = torch.from_numpy(recorded["region_embeddings"])
-    zero = classification_loss(features @ torch.zeros(17, 1024).T, labels)
-    assert float(zero) == pytest.approx(float(recorded["zeros_cls_loss"]), rel=1e-5)
-    drawn = classification_loss(torch.from_numpy(recorded["logits_novel"]), labels)
-    assert float(drawn) == pytest.approx(float(recorded["rand_cls_loss"]), rel=1e-4)
+    # The original's label of background is the number of classes.
+    labels = np.where(recorded["labels_mapped"] == 17, -1, recorded["labels_mapped"])
+    zero, _ = focal_loss(np.zeros((len(labels), 17), np.float32), labels)
+    assert zero == pytest.approx(float(recorded["zeros_cls_loss"]), rel=1e-5)
+    drawn, _ = focal_loss(recorded["logits_novel"], labels)
+    assert drawn == pytest.approx(float(recorded["rand_cls_loss"]), rel=1e-4)

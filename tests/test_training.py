@@ -12,7 +12,8 @@ from torch import nn
 
 from lpovod.artifacts import LpovodError
 from lpovod.config import LinearProbe, Training
-from lpovod.training import rate_at, train
+from lpovod.schedule import rate_at
+from lpovod.training import train
 
 RECORDED = Path("../shared/data/goldens/golden_lr.npz")
 
