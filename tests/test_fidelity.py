@@ -36,7 +36,7 @@ from lpovod.rpn import make_anchors, sample_anchors
 WHOLE = Path("../shared/data/goldens")
 PIXELS, SCORE, RELATIVE = 0.05, 1e-4, 1e-4
 GRADIENT_NORM, GRADIENT = 2e-3, 2e-2
-"""Relative. Gradients of ReLU and L1 jump, and rounding decides for values at the jump."""
+"""Relative. The gradient of ReLU jumps, and rounding decides for values at the jump."""
 
 UNORDERED = ("top50", "_dets", "base/train_proposals")
 """Boxes with scores, best first: equal scores have no order."""
