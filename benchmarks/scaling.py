@@ -1,4 +1,4 @@
-"""How memory and processor time of every stage grow with the number of images.
+"""How memory and time of every stage grow with the number of images.
 
 Runs the workflow on the miniature world at 1, 4 and 16 times a small number of images, all other
 settings being the default run's, and reads Snakemake's benchmark files. Time is taken as
@@ -40,14 +40,17 @@ def run(images: int) -> Path:
 
 
 def by_stage(benchmarks: Path) -> dict[str, dict[str, float]]:
-    """CPU seconds of all jobs of a stage, and the most memory in MB that one of them held."""
+    """Seconds of all jobs of a stage, and the most memory in MB that one of them held.
+
+    Of processor time Snakemake knows no more than a sample every half minute.
+    """
     found: dict[str, dict[str, float]] = {}
     for path in sorted(benchmarks.rglob("*.tsv")):
         stage = path.relative_to(benchmarks).parts[0].removesuffix(".tsv")
         with open(path) as file:
             row = list(csv.DictReader(file, delimiter="\t"))[-1]
-        here = found.setdefault(stage, {"cpu_s": 0.0, "mb": 0.0})
-        here["cpu_s"] += float(row["cpu_time"])
+        here = found.setdefault(stage, {"s": 0.0, "mb": 0.0})
+        here["s"] += float(row["s"])
         here["mb"] = max(here["mb"], float(row["max_rss"]))
     return found
 
@@ -65,15 +68,15 @@ def measure(base: int, factors: list[int]) -> dict:
     runs = [by_stage(run(images)) for images in sizes]
     stages = {}
     for stage in runs[-1]:
-        cpu, mb = ([r[stage][what] for r in runs] for what in ("cpu_s", "mb"))
+        seconds, mb = ([r[stage][what] for r in runs] for what in ("s", "mb"))
         stages[stage] = {
-            "cpu_s": cpu,
+            "s": seconds,
             "mb": mb,
-            "cpu_ms_per_image": round(1000 * (cpu[-1] - cpu[-2]) / (sizes[-1] - sizes[-2]), 2),
-            "exponent": exponent(cpu) if factors == [1, RATIO, RATIO**2] else None,
+            "ms_per_image": round(1000 * (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]), 2),
+            "exponent": exponent(seconds) if factors == [1, RATIO, RATIO**2] else None,
             "kb_per_image": round(1000 * (mb[-1] - mb[-2]) / (sizes[-1] - sizes[-2]), 1),
         }
-        pairs = zip(cpu, mb, strict=True)
+        pairs = zip(seconds, mb, strict=True)
         print(f"{stage:20} " + "  ".join(f"{s:8.1f} s {m:6.0f} MB" for s, m in pairs))
     return {"images": sizes, "stages": stages}
 
