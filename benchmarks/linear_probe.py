@@ -37,9 +37,10 @@ from lpovod.detector import Detector, load_detector
 from lpovod.evaluation import detect, read_class_weights, score_regions, variants
 from lpovod.images import LoadedView, batch, load_views, training_views
 from lpovod.linear_probe import fit, gather_candidates
+from lpovod.overlaps import among, overlaps
 from lpovod.progress import progress
 from lpovod.proposals import read_proposals
-from lpovod.pseudo_labels import PseudoLabels, read_pseudo_labels
+from lpovod.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
 from lpovod.schedule import rate_at
 from lpovod.store import RegionStore
 
@@ -71,14 +72,18 @@ class Labelled:
     labels: Tensor
 
 
-def label_images(retrieved: PseudoLabels, proposals: RegionStore) -> dict[int, Labelled]:
-    """The boxes of every image that a class retrieved a region of."""
+def label_images(
+    retrieved: PseudoLabels, ignored: dict[int, np.ndarray], proposals: RegionStore
+) -> dict[int, Labelled]:
+    """The boxes of every image that a class retrieved a region of, without the ignored ones."""
     found, none = {}, np.empty((0, 4), np.float32)
     for image_id in sorted(set().union(*retrieved.values())):
         here = [of_class.get(image_id, (none, None))[0] for of_class in retrieved.values()]
         objects = np.concatenate(here)
         labels = np.repeat(np.arange(len(here)), [len(boxes) for boxes in here])
         candidates = np.unique(np.concatenate([objects, proposals.read(image_id).box]), axis=0)
+        positive = overlaps(candidates, objects)[0].max(axis=1) >= 0.5
+        candidates = candidates[positive | ~among(candidates, ignored.get(image_id, none))]
         found[image_id] = Labelled(*(torch.from_numpy(a) for a in (candidates, objects, labels)))
     return found
 
@@ -152,14 +157,15 @@ def measure(options: Options) -> dict:
     detector = run / "base_detector/detector.safetensors"
     score = scorer(run, config)
     names = sorted(config.classes.novel)
-    retrieved = read_pseudo_labels(run / f"pseudo_labels/{slug(name)}.json" for name in names)
+    labels = [run / f"pseudo_labels/{slug(name)}.json" for name in names]
+    retrieved, ignored = read_pseudo_labels(labels), read_ignored(labels)
     stored = [run / f"region_features/retrieved/{slug(name)}.h5" for name in names]
     model, _ = load_detector(detector, config.backbone, config.base_detector)
     data = read_dataset(train)
-    images = label_images(retrieved, read_proposals(proposals, train))
+    images = label_images(retrieved, ignored, read_proposals(proposals, train))
 
     def cached(seed: int) -> Tensor:
-        candidates = list(gather_candidates(retrieved, stored).values())
+        candidates = list(gather_candidates(retrieved, ignored, stored).values())
         return torch.from_numpy(fit(candidates, len(names), config.linear_probe, seed))
 
     def online(seed: int) -> Tensor:

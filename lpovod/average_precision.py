@@ -4,8 +4,10 @@ The engine is faster-coco-eval, which gives pycocotools' numbers at a fraction o
 """
 
 import contextlib
+import gc
 import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,21 @@ Detections = dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 SPLITS = {"base": "base", "novel": "novel", "seen": "base", "unseen": "novel"}
 """What a category's ``split`` may say; the original's files say seen and unseen."""
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """For what makes a hundred thousand small objects and no cycles: a quarter of its time.
+
+    Reference counts free them; Python's collector would only walk over them again and again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def ground_truth(data: CocoDataset, names: list[str], every_image: bool = False) -> COCO:
@@ -123,7 +140,8 @@ def evaluate_files(
     data = read_dataset(truth)
     splits = _splits(data, base, novel)
     results = _read_results(detections, data, set(data.category_ids([*splits])))
-    by_class = ap50_by_class(ground_truth(data, [*splits], not annotated_images), results)
+    with without_garbage_collection():
+        by_class = ap50_by_class(ground_truth(data, [*splits], not annotated_images), results)
     named = {s: [n for n, split in splits.items() if split == s] for s in ("base", "novel")}
     means = ap50(by_class, named["base"], named["novel"])
     rows = [(f"{'class':24}{'split':>8}", "AP50")]

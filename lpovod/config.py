@@ -242,6 +242,12 @@ class BaseDetector(Settings):
 class PseudoLabels(Settings):
     k: PositiveInt = key(100, "regions retrieved per novel class")
     objectness: Fraction = key(0.6, "floor of a retrieved region's objectness")
+    ignored: int = key(
+        0,
+        "regions most similar to the name, of any objectness, that are no negatives of the linear "
+        "probe where they are not among the k; 0: all others are negatives, as in the original",
+        ge=0,
+    )
     per_image: PositiveInt | None = key(None, "regions of one image at most; null: any number")
     nms: Fraction | None = key(
         None, "IoU above which the worse of two regions of an image is left out; null: none is"

@@ -36,6 +36,7 @@ from lpovod.average_precision import (
     coco_results,
     evaluate_files,
     ground_truth,
+    without_garbage_collection,
 )
 from lpovod.boxes import nms
 from lpovod.config import Evaluation
@@ -268,7 +269,8 @@ def evaluate(
 
     def measure(variant: Variant) -> tuple[Detections, dict[str, float], dict[str, float | None]]:
         found = detect(scores, base, category_ids, variant, settings)
-        by_class = ap50_by_class(truth, coco_results(found))
+        with without_garbage_collection():
+            by_class = ap50_by_class(truth, coco_results(found))
         return found, by_class, ap50(by_class, classes.base, classes.novel)
 
     rows = variants(settings, classes.temperature, embeddings is not None)

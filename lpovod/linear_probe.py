@@ -3,7 +3,8 @@
 Retrieved regions are positives; regions of the same images that overlap them too little are
 negatives, and so the probe learns to reject the badly placed boxes that CLIP scores as highly as
 good ones (Sec. 3.3 of the paper). As in the original all classes are trained together: a region
-retrieved for one class is a negative of the others.
+retrieved for one class is a negative of the others. Regions that retrieval marks as ignored are
+neither: an object that did not make it into the K is no example of what the class is not.
 
 The features being given, a step is two small matrix products: numpy does it in a fraction of the
 time that torch's bookkeeping takes, and without torch's import.
@@ -17,9 +18,9 @@ import numpy as np
 
 from lpovod.artifacts import LpovodError, check_made_from, identity, write_tensors
 from lpovod.config import LinearProbe
-from lpovod.overlaps import overlaps
+from lpovod.overlaps import among, overlaps
 from lpovod.progress import progress, say
-from lpovod.pseudo_labels import PseudoLabels, read_pseudo_labels
+from lpovod.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
 from lpovod.schedule import rate_at
 from lpovod.store import RegionStore
 
@@ -77,19 +78,20 @@ def train_linear_probe(
         raise LpovodError(f"{region_features[0]} and the others come from different detectors")
     retrieved = read_pseudo_labels(pseudo_labels)
     names = list(retrieved)
-    images = gather_candidates(retrieved, region_features)
+    images = gather_candidates(retrieved, read_ignored(pseudo_labels), region_features)
     weights = fit(list(images.values()), len(names), settings, seed)
     ident = identity("linear_probe", settings, detector=detectors.pop(), **made_from)
     write_tensors(output, dict(zip(names, weights, strict=True)), ident | {"seed": seed})
 
 
 def gather_candidates(
-    retrieved: PseudoLabels, region_features: list[Path]
+    retrieved: PseudoLabels, ignored: dict[int, np.ndarray], region_features: list[Path]
 ) -> dict[int, Candidates]:
     """Candidates of every image that a class retrieved a region of, labelled by all classes.
 
     Args:
         retrieved: as `read_pseudo_labels` returns it.
+        ignored: as `read_ignored` does; these regions are no candidates, unless as positives.
         region_features: stores that hold those images.
     """
     objects: dict[int, list[tuple[int, np.ndarray]]] = {}
@@ -107,7 +109,9 @@ def gather_candidates(
         labels = np.array([label for label, b in labelled for _ in b])
         iou = overlaps(box, boxes)[0]
         label = np.where(iou.max(axis=1) >= 0.5, labels[iou.argmax(axis=1)], -1)
-        found[image_id] = Candidates(feature, label)
+        known = ignored.get(image_id, np.empty((0, 4), np.float32))
+        kept = (label >= 0) | ~among(box, known)
+        found[image_id] = Candidates(feature[kept], label[kept])
     return found
 
 

@@ -1,12 +1,14 @@
 """Stage `pseudo_labels`: the regions most similar to a novel class's name become its labels.
 
 A file per class, in the layout of the original's: COCO json whose annotations carry ``score`` (the
-region's objectness) and ``cosine`` (its similarity to the name). Needs no torch.
+region's objectness) and ``cosine`` (its similarity to the name). Regions that are no labels, but so
+similar to the name that they should be no negatives either, follow with ``iscrowd`` 1, which means
+what it means in COCO: neither one nor the other. Needs no torch.
 """
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,12 +94,27 @@ def retrieve(
         hits = {r["key"] for r in regions} & {r["key"] for r in exact}
         info["recall"] = len(hits) / len(exact)
         say(f"{name}: recall {info['recall']:.3f} of the exact top {len(exact)}")
-    write_json(output, as_coco(name, regions, dataset) | {"info": info})
+    ignored = _others(searched, store, vector, settings, regions) if settings.ignored else []
+    write_json(output, as_coco(name, regions, dataset, ignored) | {"info": info})
     images, cosines = {r["image_id"] for r in regions}, [r["cosine"] for r in regions]
     say(
         f"{name}: {len(regions)} regions of {len(images)} images, "
         f"cosine {cosines[0]:.4f} ... {cosines[-1]:.4f}"
     )
+
+
+def _others(
+    index: RegionIndex,
+    store: RegionStore,
+    vector: np.ndarray,
+    settings: config.PseudoLabels,
+    regions: list[dict],
+) -> list[dict]:
+    """The regions to be ignored: the most similar ones that are not among the given."""
+    of_any_objectness = config.PseudoLabels(k=settings.ignored, objectness=0)
+    (similar,) = top_regions(index, store, vector[None], of_any_objectness)
+    taken = {region["key"] for region in regions}
+    return [region for region in similar if region["key"] not in taken]
 
 
 def check_belong(
@@ -219,16 +236,17 @@ def _digest(vector: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(vector, np.float32).tobytes()).hexdigest()
 
 
-def as_coco(name: str, regions: list[dict], dataset: Path) -> dict:
-    """The regions of a class in the layout of this stage's files."""
+def as_coco(name: str, regions: list[dict], dataset: Path, ignored: Sequence[dict] = ()) -> dict:
+    """The labels of a class, and what is to be ignored, in the layout of this stage's files."""
     images = read_dataset(dataset).images
-    told = [{key: value for key, value in r.items() if key != "key"} for r in regions]
+    marked = [(0, region) for region in regions] + [(1, region) for region in ignored]
     annotations = [
-        {"id": i, "category_id": CATEGORY_ID, "iscrowd": 0, "segmentation": [], **region}
-        for i, region in enumerate(told, start=1)
+        {"id": i, "category_id": CATEGORY_ID, "iscrowd": iscrowd, "segmentation": []}
+        | {key: value for key, value in region.items() if key != "key"}
+        for i, (iscrowd, region) in enumerate(marked, start=1)
     ]
     return {
-        "images": [images[i] for i in dict.fromkeys(r["image_id"] for r in regions)],
+        "images": [images[i] for i in dict.fromkeys(r["image_id"] for _, r in marked)],
         "annotations": annotations,
         "categories": [{"id": CATEGORY_ID, "name": name, "split": "novel"}],
     }
@@ -259,10 +277,26 @@ def read_pseudo_labels(paths: Path | Iterable[Path]) -> PseudoLabels:
     return found
 
 
+def read_ignored(paths: Iterable[Path]) -> dict[int, np.ndarray]:
+    """Boxes (n, 4) float32 xyxy, by image id, that are negatives of no class.
+
+    Args:
+        paths: files of this stage.
+    """
+    found: dict[int, list[np.ndarray]] = defaultdict(list)
+    for path in paths:
+        for image_id, annotations in read_dataset(path).annotations.items():
+            if ignored := [a for a in annotations if a.get("iscrowd", 0)]:
+                found[image_id].append(_boxes(ignored)[0])
+    return {image_id: np.concatenate(boxes) for image_id, boxes in found.items()}
+
+
 def _by_class(content: CocoDataset) -> PseudoLabels:
     grouped: dict[str, dict[int, list[dict]]] = {}
     for image_id, annotations in content.annotations.items():
         for annotation in annotations:
+            if annotation.get("iscrowd", 0):
+                continue
             if "score" not in annotation:
                 raise LpovodError(
                     f"{content.path}: annotation {annotation['id']} has no score: these are no "

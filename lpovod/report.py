@@ -365,7 +365,8 @@ def _labels_by_class(paths: Iterable[Path], train: Path) -> dict[str, list[dict[
         if ident := read_json(path).get("info", {}).get("identity"):
             check_made_from(path, ident, "dataset", train)
         content = read_dataset(path)
-        for label in (label for kept in content.annotations.values() for label in kept):
+        of_images = content.annotations.values()
+        for label in (a for kept in of_images for a in kept if not a.get("iscrowd", 0)):
             if "cosine" not in label:
                 raise LpovodError(
                     f"{path}: annotation {label['id']} has no cosine. Make it again: "

@@ -102,11 +102,23 @@ def test_an_image_of_two_classes_counts_each_region_once(tmp_path):
         "fish": {5: (box, np.array([0.9]))},
         "house": {5: (box + 60, np.array([0.9])), 9: (box + 60, np.array([0.9]))},
     }
-    found = gather_candidates(retrieved, features)
+    found = gather_candidates(retrieved, {}, features)
     assert sorted(found) == [5, 9]
     assert len(found[5].feature) == 4  # in both files, the pseudo-labels repeated in each
     assert sorted(found[5].label[found[5].positive].tolist()) == [0, 1]
     assert found[9].label[found[9].positive].tolist() == [1]
+
+
+def test_an_ignored_region_is_no_negative_and_remains_a_positive(tmp_path):
+    labels, features = make_inputs(tmp_path)
+    good, bad = np.float32([10, 10, 50, 50]), np.float32([10, 10, 25, 25])
+    retrieved = {"fish": {1: (good[None], np.array([0.9]))}}
+    near = bad + np.float32([0, 0, 1, 0])  # almost a proposal
+    ignored = {1: np.array([good, bad]), 2: np.array([bad])}
+    for given, count in (({}, 2), (ignored, 1), ({1: near[None]}, 2)):
+        found = gather_candidates(retrieved, given, features)
+        assert found[1].label.tolist().count(0) == 1
+        assert len(found[1].label) == count
 
 
 def test_labels_of_another_retrieval_are_refused(tmp_path):
@@ -150,7 +162,7 @@ def test_a_step_on_stored_features_is_the_one_on_images(tmp_path):
     weights = torch.randn(2, HEADS.dimension, requires_grad=True)
     online = online_loss(weights, model, views, STEP)
     (gradient,) = torch.autograd.grad(online, weights)
-    images = list(gather_candidates(retrieved, stored).values())
+    images = list(gather_candidates(retrieved, {}, stored).values())
     feature, label = draw(images, STEP, np.random.default_rng(0))
     ours, of_logits = focal_loss(feature @ weights.detach().numpy().T, label)
     assert ours == pytest.approx(float(online.detach()), rel=HALF)
@@ -199,7 +211,7 @@ def drawn_world(folder: Path) -> tuple[PseudoLabels, list[Path], list[LoadedView
         describe_retrieved(*inputs, BACKBONE, HEADS, RegionFeatures(), stored[-1])
     retrieved = read_pseudo_labels(labels)
     views = []
-    for image_id, boxes in label_images(retrieved, proposals).items():
+    for image_id, boxes in label_images(retrieved, {}, proposals).items():
         shown = show(data.load(image_id), View(image_id, 160, 160))
         views.append(LoadedView(shown.view, shown.pixels, shown.scale, boxes))
     return retrieved, stored, views, load_detector(detector, BACKBONE, HEADS)[0]

@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 
 from lpovod import config
 from lpovod.artifacts import LpovodError, identity, read_json, write_tensors
-from lpovod.pseudo_labels import read_pseudo_labels, retrieve
+from lpovod.pseudo_labels import read_ignored, read_pseudo_labels, retrieve
 from lpovod.region_index import build_region_index
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -118,6 +118,7 @@ def test_the_layout_is_the_original_s(tmp_path):
     assert content["info"]["identity"]["settings"] == {
         "k": 20,
         "objectness": 0.0,
+        "ignored": 0,
         "per_image": None,
         "nms": None,
         "file": None,
@@ -126,6 +127,27 @@ def test_the_layout_is_the_original_s(tmp_path):
         *("id", "image_id", "category_id", "iscrowd", "segmentation"),
         *("bbox", "area", "score", "cosine"),
     }
+
+
+def test_the_most_similar_regions_of_any_objectness_are_ignored(tmp_path):
+    data = make(tmp_path, images=60)
+    content = data.run(10, 0.6, settings=config.PseudoLabels(k=10, objectness=0.6, ignored=40))
+    taken, cosine = data.dense(10, 0.6)
+    similar, _ = data.dense(40)
+    expected = [n for n in similar if n not in taken]
+    assert 30 <= len(expected) < 40 and min(data.objectness[expected]) < 0.6
+    ignored = [a for a in content["annotations"] if a["iscrowd"]]
+    assert [a["image_id"] for a in ignored] == [data.rows[n][0] for n in expected]
+    assert [a["cosine"] for a in ignored] == pytest.approx(cosine[expected].tolist(), abs=1e-6)
+    assert [a["id"] for a in content["annotations"]] == list(range(1, 11 + len(expected)))
+    assert {i["id"] for i in content["images"]} == {a["image_id"] for a in content["annotations"]}
+    labels = read_pseudo_labels(data.folder / "out.json")["traffic light"]
+    assert sum(len(boxes) for boxes, _ in labels.values()) == 10
+    boxes = read_ignored([data.folder / "out.json"])
+    for image_id, found in boxes.items():
+        rows = [n for n in expected if data.rows[n][0] == image_id]
+        assert {*map(tuple, found)} == {*map(tuple, data.boxes[rows])}
+    assert sum(len(found) for found in boxes.values()) == len(expected)
 
 
 def test_equal_regions_are_ordered_by_image_id_and_place(tmp_path):
