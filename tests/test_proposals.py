@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lpovod.artifacts import LpovodError, read_json, read_tensors, sha256
-from lpovod.config import Backbone, Dataset, Miniature, Proposals, Training
+from lpovod.config import Backbone, Dataset, Miniature, Proposals, Training, read_config
 from lpovod.dataset import CocoDataset, make_dataset, read_dataset
 from lpovod.miniature import BASE_CLASSES
 from lpovod.proposals import (
@@ -158,3 +158,15 @@ def test_the_network_carries_what_it_was_made_from(folder):
     _, made_from = read_tensors(folder / "whole.network", "proposals")
     assert made_from["inputs"]["dataset"] == sha256(folder / "dataset/train.json")
     assert made_from["settings"]["per_image"] == 30
+
+
+def test_the_shipped_backbone_is_the_recorded_one_and_never_saw_a_novel_label():
+    folder = Path("resources/small_backbone")
+    record = read_json(folder / "record.json")
+    assert sha256(folder / "weights.safetensors") == record["weights_sha256"]
+    _, made_from = read_tensors(folder / "weights.safetensors", "proposals")
+    config = read_config([Path("config.yaml"), Path("configs/small_backbone.yaml")])
+    assert made_from["settings"] == config.proposals.model_dump(mode="json")
+    assert made_from["backbone"] == config.backbone.model_dump(mode="json")
+    assert made_from["seed"] == config.seed != read_config([Path("config.yaml")]).seed
+    assert made_from["inputs"].keys() == {"dataset"}  # train.json: base annotations alone

@@ -171,6 +171,11 @@ def test_other_clip_weights_make_everything_that_reads_them_stale(project, edite
     assert stale(project) == stages("text_embeddings") | EMBEDDED
 
 
+def test_other_weights_to_start_from_make_what_is_trained_from_them_stale(project, edited):
+    edited("resources/small_backbone/weights.safetensors", lambda content: content + b" ")
+    assert stale(project) == TRAINED
+
+
 def test_touching_the_clip_weights_makes_nothing_stale(project):
     os.utime(project / "resources/small_clip/weights.safetensors")
     assert stale(project) == {}
