@@ -392,6 +392,9 @@ def load_config(content: dict[str, Any]) -> Config:
     for path in config.clip.files():
         if not path.is_file() and path.name not in WEIGHTS:
             raise LpovodError(f"clip: {path}: no such file")
+    weights = config.backbone.weights
+    if weights and not weights.is_file():
+        raise LpovodError(f"backbone.weights: {weights}: no such file")
     _check_imports(config)
     _check_classes(config)
     return config

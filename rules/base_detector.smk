@@ -16,7 +16,7 @@ rule base_detector:
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         shards=shards("train"),
-        network=CONFIG.backbone.weights or rules.proposal_network.output.network,
+        network=ancient(START_FILES) or rules.proposal_network.output.network,
     output:
         detector=f"{RESULTS}/base_detector/detector.safetensors",
         history=f"{RESULTS}/base_detector/history.jsonl",
@@ -35,6 +35,7 @@ rule base_detector:
         seed=CONFIG.seed,
         device=DEVICE,
         backbone=block("backbone"),
+        weights=START_DIGESTS,
         settings=block("base_detector"),
         state=subpath(output.detector, with_suffix=".resume"),
     message:

@@ -22,6 +22,8 @@ CLIP_FILES = CONFIG.clip.files()
 CLIP_DIGESTS = [
     sha256(path) if path.is_file() else WEIGHTS[path.name].digest for path in CLIP_FILES
 ]
+START_FILES = [CONFIG.backbone.weights] if CONFIG.backbone.weights else []
+START_DIGESTS = [sha256(path) for path in START_FILES]
 # Of all nodes together. As resources both are cut to what there is; a training starts as many
 # processes.
 TRAINING_ON = {

@@ -14,7 +14,7 @@ rule proposal_network:
         ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
-        weights=given(CONFIG.backbone.weights),
+        weights=ancient(START_FILES),
     output:
         network=f"{RESULTS}/proposals/network.safetensors",
         history=f"{RESULTS}/proposals/history.jsonl",
@@ -33,6 +33,7 @@ rule proposal_network:
         seed=CONFIG.seed,
         device=DEVICE,
         backbone=block("backbone"),
+        weights=START_DIGESTS,
         settings=block("proposals"),
         state=subpath(output.network, with_suffix=".resume"),
     message:

@@ -130,13 +130,13 @@ def test_the_released_model_is_evaluated_without_training(project):
     [
         ({"clip": {"weights": None}}, "without CLIP this is needed: text_embeddings.file"),
         (
-            {"proposals": {"files": {"val": "x.pkl"}}},
+            {"backbone": {"weights": None}, "proposals": {"files": {"val": "x.pkl"}}},
             "nothing to start from: give backbone.weights",
         ),
         ({"proposals": {"files": {"test": "x.pkl"}}}, "proposals.files.test"),
         ({"text_embeddings": {"file": "x.npy"}}, "file and classes belong together"),
     ],
-    ids=lambda value: next(iter(value)),
+    ids=["without CLIP", "nothing to start from", "of no split", "rows without names"],
 )
 def test_files_that_leave_a_gap_are_refused_before_any_job(project, overlay, message):
     (project / "gap.yaml").write_text(yaml.safe_dump(overlay))

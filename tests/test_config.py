@@ -45,6 +45,7 @@ def test_the_default_is_valid():
         ("classes.novel", [], "classes.novel = .*at least 1 item"),
         ("text_embeddings.templates", ["a photo"], "must contain {} once"),
         ("clip.weights", "nowhere.pt", "nowhere.pt: no such file"),
+        ("backbone.weights", "none.pth", "backbone.weights: none.pth: no such file"),
         ("dataset.source", "voc", "dataset.source = 'voc': .*'miniature' or 'coco'"),
         ("seed", -1, "seed = -1"),
     ],

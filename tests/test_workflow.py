@@ -176,8 +176,9 @@ def test_other_weights_to_start_from_make_what_is_trained_from_them_stale(projec
     assert stale(project) == TRAINED
 
 
-def test_touching_the_clip_weights_makes_nothing_stale(project):
+def test_touching_weights_makes_nothing_stale(project):
     os.utime(project / "resources/small_clip/weights.safetensors")
+    os.utime(project / "resources/small_backbone/weights.safetensors")
     assert stale(project) == {}
 
 
