@@ -10,6 +10,12 @@ try:
 except LpovodError as error:
     raise WorkflowError(str(error))
 
+
+def given(path):
+    """An input that may be missing: a file of the user's, or nothing."""
+    return [path] if path else []
+
+
 RESULTS = f"results/{CONFIG.name}"
 DEVICE = "cuda" if CONFIG.gpu else "cpu"
 ENVIRONMENT = "../envs/gpu.yaml" if CONFIG.gpu else "../envs/torch.yaml"
@@ -22,7 +28,7 @@ CLIP_FILES = CONFIG.clip.files()
 CLIP_DIGESTS = [
     sha256(path) if path.is_file() else WEIGHTS[path.name].digest for path in CLIP_FILES
 ]
-START_FILES = [CONFIG.backbone.weights] if CONFIG.backbone.weights else []
+START_FILES = given(CONFIG.backbone.weights)
 START_DIGESTS = [sha256(path) for path in START_FILES]
 # Of all nodes together. As resources both are cut to what there is; a training starts as many
 # processes.
@@ -54,11 +60,6 @@ def block(name):
 def code(*modules):
     """Sources that shape a stage's result; Snakemake compares them by content."""
     return [f"lpovod/{module}.py" for module in modules]
-
-
-def given(path):
-    """An input that may be missing: a file of the user's, or nothing."""
-    return [path] if path else []
 
 
 def of_split(files, split):

@@ -1,5 +1,5 @@
 # Stage proposals
-# IN   dataset
+# IN   dataset, backbone.weights if given
 # OUT  network.safetensors, history.jsonl: the proposal network, learned from base annotations;
 #      {split}.h5: region store of box and objectness, best first; {split}.recall.json
 # COST COCO: 8 epochs of 118k images (python -m lpovod.plan); 3.5 GB for 1,500 boxes per image
