@@ -36,8 +36,8 @@ from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.detector import Detector, load_detector
 from lpovod.evaluation import detect, read_class_weights, score_regions, variants
 from lpovod.images import LoadedView, batch, load_views, training_views
-from lpovod.linear_probe import fit, gather_candidates
-from lpovod.overlaps import among, overlaps
+from lpovod.linear_probe import fit, gather_candidates, overlapping
+from lpovod.overlaps import overlaps
 from lpovod.progress import progress
 from lpovod.proposals import read_proposals
 from lpovod.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
@@ -75,7 +75,7 @@ class Labelled:
 def label_images(
     retrieved: PseudoLabels, ignored: dict[int, np.ndarray], proposals: RegionStore
 ) -> dict[int, Labelled]:
-    """The boxes of every image that a class retrieved a region of, without the ignored ones."""
+    """The boxes of every image that a class retrieved a region of, without what is ignored."""
     found, none = {}, np.empty((0, 4), np.float32)
     for image_id in sorted(set().union(*retrieved.values())):
         here = [of_class.get(image_id, (none, None))[0] for of_class in retrieved.values()]
@@ -83,7 +83,7 @@ def label_images(
         labels = np.repeat(np.arange(len(here)), [len(boxes) for boxes in here])
         candidates = np.unique(np.concatenate([objects, proposals.read(image_id).box]), axis=0)
         positive = overlaps(candidates, objects)[0].max(axis=1) >= 0.5
-        candidates = candidates[positive | ~among(candidates, ignored.get(image_id, none))]
+        candidates = candidates[positive | ~overlapping(candidates, ignored.get(image_id))]
         found[image_id] = Labelled(*(torch.from_numpy(a) for a in (candidates, objects, labels)))
     return found
 

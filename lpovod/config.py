@@ -242,10 +242,16 @@ class BaseDetector(Settings):
 class PseudoLabels(Settings):
     k: PositiveInt = key(100, "regions retrieved per novel class")
     objectness: Fraction = key(0.6, "floor of a retrieved region's objectness")
+    centred: bool = key(
+        False,
+        "rank by a region's cosine with the name's embedding less the mean of the base classes', "
+        "so by what is particular to the name; false: by that with the name, as in the original",
+    )
     ignored: int = key(
         0,
-        "regions most similar to the name, of any objectness, that are no negatives of the linear "
-        "probe where they are not among the k; 0: all others are negatives, as in the original",
+        "regions most similar to the name, of any objectness, that are taken for objects of the "
+        "class where they show none that has a better region: what overlaps them (IoU .5) and no "
+        "label is no negative of the linear probe; 0: it is, as in the original",
         ge=0,
     )
     per_image: PositiveInt | None = key(None, "regions of one image at most; null: any number")

@@ -3,7 +3,7 @@
 Retrieved regions are positives; regions of the same images that overlap them too little are
 negatives, and so the probe learns to reject the badly placed boxes that CLIP scores as highly as
 good ones (Sec. 3.3 of the paper). As in the original all classes are trained together: a region
-retrieved for one class is a negative of the others. Regions that retrieval marks as ignored are
+retrieved for one class is a negative of the others. Regions on what retrieval marks as ignored are
 neither: an object that did not make it into the K is no example of what the class is not.
 
 The features being given, a step is two small matrix products: numpy does it in a fraction of the
@@ -18,7 +18,7 @@ import numpy as np
 
 from lpovod.artifacts import LpovodError, check_made_from, identity, write_tensors
 from lpovod.config import LinearProbe
-from lpovod.overlaps import among, overlaps
+from lpovod.overlaps import overlaps
 from lpovod.progress import progress, say
 from lpovod.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
 from lpovod.schedule import rate_at
@@ -91,7 +91,7 @@ def gather_candidates(
 
     Args:
         retrieved: as `read_pseudo_labels` returns it.
-        ignored: as `read_ignored` does; these regions are no candidates, unless as positives.
+        ignored: as `read_ignored` does; what overlaps them is no candidate, unless as a positive.
         region_features: stores that hold those images.
     """
     objects: dict[int, list[tuple[int, np.ndarray]]] = {}
@@ -109,10 +109,16 @@ def gather_candidates(
         labels = np.array([label for label, b in labelled for _ in b])
         iou = overlaps(box, boxes)[0]
         label = np.where(iou.max(axis=1) >= 0.5, labels[iou.argmax(axis=1)], -1)
-        known = ignored.get(image_id, np.empty((0, 4), np.float32))
-        kept = (label >= 0) | ~among(box, known)
+        kept = (label >= 0) | ~overlapping(box, ignored.get(image_id))
         found[image_id] = Candidates(feature[kept], label[kept])
     return found
+
+
+def overlapping(boxes: np.ndarray, objects: np.ndarray | None) -> np.ndarray:
+    """Which of the boxes (n, 4) have an IoU of .5 or more with any of the objects (m, 4)."""
+    if objects is None:
+        return np.zeros(len(boxes), bool)
+    return overlaps(boxes, objects)[0].max(axis=1) >= 0.5
 
 
 def fit(images: list[Candidates], classes: int, settings: LinearProbe, seed: int) -> np.ndarray:

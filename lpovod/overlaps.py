@@ -19,8 +19,3 @@ def overlaps(boxes: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.nda
     area = (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1).clip(min=1e-9)
     areas = (objects[:, 2:] - objects[:, :2]).prod(axis=-1).clip(min=1e-9)
     return shared / (area + areas - shared), shared / area, shared / areas
-
-
-def among(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which of the boxes (n, 4) is, to the bit, one of the others (m, 4)."""
-    return (boxes[:, None] == others).all(axis=2).any(axis=1)

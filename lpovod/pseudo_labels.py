@@ -1,7 +1,7 @@
 """Stage `pseudo_labels`: the regions most similar to a novel class's name become its labels.
 
 A file per class, in the layout of the original's: COCO json whose annotations carry ``score`` (the
-region's objectness) and ``cosine`` (its similarity to the name). Regions that are no labels, but so
+region's objectness) and ``cosine`` (with what was searched for). Objects that are no labels, but so
 similar to the name that they should be no negatives either, follow with ``iscrowd`` 1, which means
 what it means in COCO: neither one nor the other. Needs no torch.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from lpovod import config
 from lpovod.artifacts import LpovodError, check_made_from, fingerprint, identity, write_json
 from lpovod.dataset import CocoDataset, read_dataset
+from lpovod.overlaps import overlaps
 from lpovod.progress import say
 from lpovod.region_index import (
     READ_ROWS,
@@ -32,18 +33,20 @@ from lpovod.text_embeddings import ClassEmbeddings, read_text_embeddings
 STAGE = "pseudo_labels"
 CATEGORY_ID = 1  # of the one class of a file; readers go by its name
 SPARE = 4  # times K candidates, where some may be dropped or are ranked roughly
+SAME = 0.6  # shared part, of either of two regions, from which they show the same object
 
 
 def retrieve(
     name: str,
     text_embeddings: list[Path],
+    base_text_embeddings: Path,
     index: Path,
     shards: list[Path],
     dataset: Path,
     settings: config.PseudoLabels,
     output: Path,
 ) -> None:
-    """Write the top K regions by cosine with a class name, above the objectness floor.
+    """Write the top K regions by cosine with a class's query, above the objectness floor.
 
     With an exact index (Flat, SQfp16) the result is the exact top K of all regions; equal cosines
     are ordered by image id and place in the image. With another index, ``info`` has ``recall``, the
@@ -53,10 +56,11 @@ def retrieve(
     Args:
         name: the class.
         text_embeddings: files of which one has the class.
+        base_text_embeddings: of the base classes, which a centred query is contrasted with.
         index: file of stage `region_index`.
         shards: all files of stage `region_embeddings`.
         dataset: the training json the regions' images are of.
-        settings: K, the floor, and how different the regions must be.
+        settings: K, the floor, the query, and how different the regions must be.
         output: COCO json.
 
     Raises:
@@ -66,9 +70,12 @@ def retrieve(
     classes = read_text_embeddings(text_embeddings)
     if name not in classes.names:
         raise LpovodError(f"class {name!r} has no text embedding; there are {classes.names}")
+    base = read_text_embeddings([base_text_embeddings])
     vector = classes.vectors[classes.names.index(name)]
     store, searched = open_shards(shards), open_index(index)
-    check_belong(classes, store, searched, dataset)
+    for embedded in (classes, base):
+        check_belong(embedded, store, searched, dataset)
+    (vector,) = queries(vector[None], base.vectors, settings)
     (regions,) = top_regions(searched, store, vector[None], settings)
     if not regions:
         raise LpovodError(
@@ -86,7 +93,7 @@ def retrieve(
         settings,
         dataset=dataset,
         region_index=fingerprint(searched.identity),
-        text_embedding=_digest(vector),
+        query=_digest(vector),
     )
     info: dict = {"identity": ident}
     if not searched.exact:
@@ -103,6 +110,28 @@ def retrieve(
     )
 
 
+def queries(vectors: np.ndarray, base: np.ndarray, settings: config.PseudoLabels) -> np.ndarray:
+    """What regions are compared with to find those of some names.
+
+    Text embeddings share a large part, and a region's cosine with that says how much it resembles
+    any name at all. Without it a query ranks by what is particular to the name. Ours, not the
+    paper's.
+
+    Args:
+        vectors: (q, D) unit text embeddings of the names.
+        base: (b, D) of the base classes.
+        settings: whether queries are centred.
+
+    Returns:
+        (q, D) float32, unit rows: the embeddings themselves, or what they are beyond the mean of
+        the base classes'.
+    """
+    if not settings.centred:
+        return vectors
+    beyond = vectors - base.mean(axis=0)
+    return beyond / np.linalg.norm(beyond, axis=1, keepdims=True)
+
+
 def _others(
     index: RegionIndex,
     store: RegionStore,
@@ -110,11 +139,29 @@ def _others(
     settings: config.PseudoLabels,
     regions: list[dict],
 ) -> list[dict]:
-    """The regions to be ignored: the most similar ones that are not among the given."""
+    """The objects to be ignored: the most similar regions, without other boxes of the same object.
+
+    A part of a label or of such an object, or a box around it, stays a negative: that it is badly
+    placed is what the probe has to learn.
+    """
     of_any_objectness = config.PseudoLabels(k=settings.ignored, objectness=0)
     (similar,) = top_regions(index, store, vector[None], of_any_objectness)
-    taken = {region["key"] for region in regions}
-    return [region for region in similar if region["key"] not in taken]
+    better: dict[int, list[np.ndarray]] = defaultdict(list)
+    for region in regions:
+        better[region["image_id"]].append(_corners(region))
+    others = []
+    for region in similar:
+        box, known = _corners(region), better[region["image_id"]]
+        if known and max(o.max() for o in overlaps(box, np.array(known))) >= SAME:
+            continue
+        others.append(region)
+        known.append(box)
+    return others
+
+
+def _corners(region: dict) -> np.ndarray:
+    x, y, width, height = region["bbox"]
+    return np.array([x, y, x + width, y + height])
 
 
 def check_belong(
@@ -278,7 +325,7 @@ def read_pseudo_labels(paths: Path | Iterable[Path]) -> PseudoLabels:
 
 
 def read_ignored(paths: Iterable[Path]) -> dict[int, np.ndarray]:
-    """Boxes (n, 4) float32 xyxy, by image id, that are negatives of no class.
+    """Boxes (n, 4) float32 xyxy, by image id, of objects that are negatives of no class.
 
     Args:
         paths: files of this stage.

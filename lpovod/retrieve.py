@@ -18,7 +18,7 @@ from lpovod.artifacts import LpovodError
 from lpovod.config import PseudoLabels, read_config
 from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.progress import say
-from lpovod.pseudo_labels import check_belong, top_regions
+from lpovod.pseudo_labels import check_belong, queries, top_regions
 from lpovod.region_index import open_index, open_shards
 from lpovod.text_embeddings import embed_texts
 
@@ -57,13 +57,16 @@ def retrieve(options: Options) -> list[list[dict]]:
         raise LpovodError(f"{index}: no such file. Make it first: snakemake --cores all {index}")
     store = open_shards((results / "region_embeddings" / "train").glob("*.h5"))
     searched = open_index(index)
-    classes = embed_texts(list(options.texts), settings.clip, settings.text_embeddings)
+    names = [*options.texts, *settings.classes.base]
+    classes = embed_texts(names, settings.clip, settings.text_embeddings)
     check_belong(classes, store, searched, dataset)
     limits = settings.pseudo_labels.model_dump() | {"k": options.k}
     if options.objectness is not None:
         limits["objectness"] = options.objectness
     limits = PseudoLabels.model_validate(limits)
-    found = top_regions(searched, store, classes.vectors, limits)
+    asked = len(options.texts)
+    vectors = queries(classes.vectors[:asked], classes.vectors[asked:], limits)
+    found = top_regions(searched, store, vectors, limits)
     for text, regions in zip(options.texts, found, strict=True):
         _print(text, regions)
     _draw(options.texts, found, read_dataset(dataset), options.sheet)

@@ -1,5 +1,6 @@
 # Stage pseudo_labels
-# IN   text embedding of one novel class, index and shards of the training regions
+# IN   text embeddings of one novel class and of the base classes, index and shards of the
+#      training regions
 # OUT  {novel}.json: COCO json, annotations with score (objectness) and cosine
 # COST one pass over the index
 
@@ -7,8 +8,9 @@
 rule pseudo_labels:
     input:
         script="workflow_scripts/pseudo_labels.py",
-        code=code("pseudo_labels"),
+        code=code("pseudo_labels", "overlaps"),
         text_embedding=f"{RESULTS}/text_embeddings/novel/{{novel}}.safetensors",
+        base=f"{RESULTS}/text_embeddings/base.safetensors",
         index=rules.region_index.output,
         shards=shards("train"),
         dataset=f"{RESULTS}/dataset/train.json",
@@ -31,6 +33,6 @@ rule pseudo_labels:
         "Retrieving regions of {wildcards.novel}"
     shell:
         "python -m workflow_scripts.pseudo_labels --name {params.name:q}"
-        " --text-embeddings {input.text_embedding} --index {input.index} --shards {input.shards}"
-        " --dataset {input.dataset} --settings {params.settings:q} --output {output}"
-        " 2>&1 | tee {log}"
+        " --text-embeddings {input.text_embedding} --base-text-embeddings {input.base}"
+        " --index {input.index} --shards {input.shards} --dataset {input.dataset}"
+        " --settings {params.settings:q} --output {output} 2>&1 | tee {log}"

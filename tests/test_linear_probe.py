@@ -109,13 +109,13 @@ def test_an_image_of_two_classes_counts_each_region_once(tmp_path):
     assert found[9].label[found[9].positive].tolist() == [1]
 
 
-def test_an_ignored_region_is_no_negative_and_remains_a_positive(tmp_path):
+def test_what_overlaps_an_ignored_object_is_no_negative_and_may_be_a_positive(tmp_path):
     labels, features = make_inputs(tmp_path)
     good, bad = np.float32([10, 10, 50, 50]), np.float32([10, 10, 25, 25])
     retrieved = {"fish": {1: (good[None], np.array([0.9]))}}
-    near = bad + np.float32([0, 0, 1, 0])  # almost a proposal
+    near, far = bad + np.float32([0, 0, 6, 6]), bad + np.float32([0, 0, 8, 8])  # IoU .51 and .43
     ignored = {1: np.array([good, bad]), 2: np.array([bad])}
-    for given, count in (({}, 2), (ignored, 1), ({1: near[None]}, 2)):
+    for given, count in (({}, 2), (ignored, 1), ({1: near[None]}, 1), ({1: far[None]}, 2)):
         found = gather_candidates(retrieved, given, features)
         assert found[1].label.tolist().count(0) == 1
         assert len(found[1].label) == count

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_shards
-from torchvision.ops import box_iou
+from torchvision.ops import box_area, box_iou
 
 from lpovod import config
 from lpovod.artifacts import LpovodError, identity, read_json, write_tensors
@@ -35,6 +35,7 @@ class Retrieval:
         given = {
             "name": "traffic light",
             "text_embeddings": [self.folder / "text.safetensors"],
+            "base_text_embeddings": self.folder / "base.safetensors",
             "index": self.folder / "index",
             "shards": self.shards,
             "dataset": self.dataset,
@@ -44,9 +45,9 @@ class Retrieval:
         retrieve(**given)
         return read_json(given["output"])
 
-    def dense(self, k, floor=0.0):
+    def dense(self, k, floor=0.0, query=None):
         """Rows of the exact answer."""
-        cosine = self.vectors.astype(np.float32) @ self.text
+        cosine = self.vectors.astype(np.float32) @ (self.text if query is None else query)
         allowed = [n for n in range(len(cosine)) if self.objectness[n] >= np.float32(floor)]
         return sorted(allowed, key=lambda n: (-cosine[n], self.rows[n]))[:k], cosine
 
@@ -78,6 +79,8 @@ def make(folder, seed=0, images=30, factory="SQfp16", vectors=None, text=None, c
     made_from = identity("text_embeddings", clip_weights=clip, clip_architecture="a")
     tensors = {"traffic light": text, "other": np.eye(len(text), dtype=np.float32)[0]}
     write_tensors(folder / "text.safetensors", tensors, made_from | {"logit_scale": 100.0})
+    base = {"dog": text[::-1].copy(), "cat": np.eye(len(text), dtype=np.float32)[1]}
+    write_tensors(folder / "base.safetensors", base, made_from | {"logit_scale": 100.0})
     shards = write_shards(folder, dataset, vectors, boxes, objectness)
     build_region_index(shards, config.RegionIndex(factory=factory, block_rows=64), folder / "index")
     rows = [(i, n) for i, v in vectors.items() for n in range(len(v))]
@@ -118,6 +121,7 @@ def test_the_layout_is_the_original_s(tmp_path):
     assert content["info"]["identity"]["settings"] == {
         "k": 20,
         "objectness": 0.0,
+        "centred": False,
         "ignored": 0,
         "per_image": None,
         "nms": None,
@@ -129,25 +133,47 @@ def test_the_layout_is_the_original_s(tmp_path):
     }
 
 
-def test_the_most_similar_regions_of_any_objectness_are_ignored(tmp_path):
+def test_a_centred_query_is_the_name_less_the_mean_of_the_base_classes(tmp_path):
     data = make(tmp_path, images=60)
-    content = data.run(10, 0.6, settings=config.PseudoLabels(k=10, objectness=0.6, ignored=40))
-    taken, cosine = data.dense(10, 0.6)
-    similar, _ = data.dense(40)
-    expected = [n for n in similar if n not in taken]
-    assert 30 <= len(expected) < 40 and min(data.objectness[expected]) < 0.6
+    base = np.stack([data.text[::-1], np.eye(DIMENSION)[1]])
+    query = data.text - base.mean(axis=0)
+    query /= np.linalg.norm(query)
+    best, cosine = data.dense(25, 0.3, query)
+    assert best != data.dense(25, 0.3)[0]
+    settings = config.PseudoLabels(k=25, objectness=0.3, centred=True)
+    labels = data.run(settings=settings)["annotations"]
+    assert [a["image_id"] for a in labels] == [data.rows[n][0] for n in best]
+    assert [a["cosine"] for a in labels] == pytest.approx(cosine[best].tolist(), abs=1e-6)
+
+
+def test_the_most_similar_objects_of_any_objectness_are_ignored(tmp_path):
+    """Down the ranking, by torchvision's areas: regions of an object that has none yet."""
+    data = make(tmp_path, images=20)
+    content = data.run(settings=config.PseudoLabels(k=10, objectness=0.6, ignored=60))
+    better, cosine = data.dense(10, 0.6)
+    boxes = torch.from_numpy(data.boxes)
+    area = box_area(boxes)
+    iou = box_iou(boxes, boxes)
+    shared = iou * (area[:, None] + area) / (1 + iou)
+    part = shared / torch.minimum(area[:, None], area)
+    expected = []
+    for n in data.dense(60)[0]:
+        here = [m for m in better + expected if data.rows[m][0] == data.rows[n][0]]
+        if all(part[n, m] < 0.6 for m in here):
+            expected.append(n)
+    assert 10 < len(expected) < 45 and min(data.objectness[expected]) < 0.6
     ignored = [a for a in content["annotations"] if a["iscrowd"]]
     assert [a["image_id"] for a in ignored] == [data.rows[n][0] for n in expected]
     assert [a["cosine"] for a in ignored] == pytest.approx(cosine[expected].tolist(), abs=1e-6)
     assert [a["id"] for a in content["annotations"]] == list(range(1, 11 + len(expected)))
     assert {i["id"] for i in content["images"]} == {a["image_id"] for a in content["annotations"]}
     labels = read_pseudo_labels(data.folder / "out.json")["traffic light"]
-    assert sum(len(boxes) for boxes, _ in labels.values()) == 10
-    boxes = read_ignored([data.folder / "out.json"])
-    for image_id, found in boxes.items():
+    assert sum(len(found) for found, _ in labels.values()) == 10
+    read = read_ignored([data.folder / "out.json"])
+    for image_id, found in read.items():
         rows = [n for n in expected if data.rows[n][0] == image_id]
         assert {*map(tuple, found)} == {*map(tuple, data.boxes[rows])}
-    assert sum(len(found) for found in boxes.values()) == len(expected)
+    assert sum(len(found) for found in read.values()) == len(expected)
 
 
 def test_equal_regions_are_ordered_by_image_id_and_place(tmp_path):
@@ -240,8 +266,12 @@ def test_inputs_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(LpovodError, match="class 'dog' has no text embedding"):
         data.run(name="dog")
     make(tmp_path / "c", clip="v" * 64)
-    with pytest.raises(LpovodError, match="other clip_weights"):
-        data.run(text_embeddings=[tmp_path / "c" / "text.safetensors"])
+    for changed in (
+        {"text_embeddings": [tmp_path / "c" / "text.safetensors"]},
+        {"base_text_embeddings": tmp_path / "c" / "base.safetensors"},
+    ):
+        with pytest.raises(LpovodError, match="other clip_weights"):
+            data.run(**changed)
 
 
 def test_labels_are_read_by_class_name_and_image(tmp_path):

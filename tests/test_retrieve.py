@@ -43,19 +43,28 @@ def run(tmp_path, tiny_clip, monkeypatch):
     return world, RegionStore(shards, "region_embeddings")
 
 
-def test_the_regions_nearest_to_each_text_are_printed_and_drawn(run, tmp_path, tiny_clip, capsys):
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_regions_nearest_to_each_text_are_printed_and_drawn(
+    run, tmp_path, tiny_clip, capsys, centred
+):
     world, store = run
     texts, sheet = ("a unicycle", "dog"), tmp_path / "drawn" / "sheet.png"
+    overlay = {"name": "tried", "pseudo_labels": {"objectness": 0, "centred": centred}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
     found = retrieve(Options(texts, (tmp_path / "mine.yaml",), k=7, sheet=sheet))
     blocks = list(store.blocks(100))
     vectors = np.concatenate([b["embedding"] for b in blocks]).astype(np.float64)
     boxes, image_ids = (
         np.concatenate([getattr(b, a) for b in blocks]) for a in ("box", "image_id")
     )
-    text = load_clip(tiny_clip).encode_texts([f"a photo of a {t}" for t in texts]).numpy()
+    prompts = [f"a photo of a {t}" for t in (*texts, "square")]
+    text = load_clip(tiny_clip).encode_texts(prompts).numpy()
     text /= np.linalg.norm(text, axis=1, keepdims=True)
+    if centred:
+        text -= text[2]
+        text /= np.linalg.norm(text, axis=1, keepdims=True).clip(1e-9)
     printed = capsys.readouterr().out
-    for regions, vector, name in zip(found, text, texts, strict=True):
+    for regions, vector, name in zip(found, text[:2], texts, strict=True):
         best = np.argsort(-(vectors @ vector))[:7]
         assert [r["image_id"] for r in regions] == image_ids[best].tolist()
         np.testing.assert_allclose([r["bbox"][:2] for r in regions], boxes[best][:, :2])
