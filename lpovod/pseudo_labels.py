@@ -125,11 +125,20 @@ def queries(vectors: np.ndarray, base: np.ndarray, settings: config.PseudoLabels
     Returns:
         (q, D) float32, unit rows: the embeddings themselves, or what they are beyond the mean of
         the base classes'.
+
+    Raises:
+        LpovodError: if an embedding is that mean itself.
     """
     if not settings.centred:
         return vectors
     beyond = vectors - base.mean(axis=0)
-    return beyond / np.linalg.norm(beyond, axis=1, keepdims=True)
+    lengths = np.linalg.norm(beyond, axis=1, keepdims=True)
+    if lengths.min() < 1e-6:
+        raise LpovodError(
+            "a name has the embedding that the base classes have on the mean, so nothing is "
+            "particular to it. Set pseudo_labels.centred to false"
+        )
+    return beyond / lengths
 
 
 def _others(
@@ -258,25 +267,17 @@ def _ranked(index: RegionIndex, rows: np.ndarray, cosines: np.ndarray) -> list[d
 def _take(ranked: list[dict], settings: config.PseudoLabels) -> list[dict]:
     """The first K regions, without those that come too close to a better one of their image."""
     taken: list[dict] = []
-    of_image: dict[int, list[dict]] = defaultdict(list)
+    of_image: dict[int, list[np.ndarray]] = defaultdict(list)
     for region in ranked:
-        better = of_image[region["image_id"]]
+        box, better = _corners(region), of_image[region["image_id"]]
         full = settings.per_image is not None and len(better) >= settings.per_image
-        near = settings.nms is not None and any(_iou(region, b) > settings.nms for b in better)
+        near = bool(settings.nms is not None and better) and (
+            overlaps(box, np.array(better))[0].max() > settings.nms
+        )
         if len(taken) < settings.k and not full and not near:
             taken.append(region)
-            better.append(region)
+            better.append(box)
     return taken
-
-
-def _iou(one: dict, other: dict) -> float:
-    sides = [
-        min(one["bbox"][a] + one["bbox"][a + 2], other["bbox"][a] + other["bbox"][a + 2])
-        - max(one["bbox"][a], other["bbox"][a])
-        for a in (0, 1)
-    ]
-    common = max(sides[0], 0) * max(sides[1], 0)
-    return common / (one["area"] + other["area"] - common)
 
 
 def _digest(vector: np.ndarray) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 
 from lpovod.artifacts import sha256
@@ -94,3 +95,17 @@ def digests(folder: Path) -> dict[str, str]:
         for path in (folder / "results").rglob(f"*.{part}")
         if "benchmarks" not in path.parts
     }
+
+
+def install(packages: dict[str, str]) -> None:
+    """Install Debian packages, by the programs they bring; where that cannot be, skip the test."""
+    missing = [package for program, package in packages.items() if not shutil.which(program)]
+    if not missing:
+        return
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        pytest.skip(f"needs {', '.join(missing)}, or root and apt-get to install them")
+    subprocess.run(["apt-get", "update", "-qq"], capture_output=True)
+    command = ["apt-get", "install", "-qq", "--no-install-recommends", *missing]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        pytest.skip(f"{', '.join(missing)} cannot be installed: {done.stderr[-300:]}")

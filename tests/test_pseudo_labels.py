@@ -144,6 +144,16 @@ def test_a_centred_query_is_the_name_less_the_mean_of_the_base_classes(tmp_path)
     labels = data.run(settings=settings)["annotations"]
     assert [a["image_id"] for a in labels] == [data.rows[n][0] for n in best]
     assert [a["cosine"] for a in labels] == pytest.approx(cosine[best].tolist(), abs=1e-6)
+    with pytest.raises(LpovodError, match="Set pseudo_labels.centred to false"):
+        data.run(settings=settings, base_text_embeddings=same_as_the_name(data))
+
+
+def same_as_the_name(data: Retrieval) -> Path:
+    """Embeddings of one base class, which is the class that is looked for."""
+    path = data.folder / "same.safetensors"
+    ident = identity("text_embeddings", clip_weights="w" * 64, clip_architecture="a")
+    write_tensors(path, {"dog": data.text}, ident | {"logit_scale": 100.0})
+    return path
 
 
 def test_the_most_similar_objects_of_any_objectness_are_ignored(tmp_path):

@@ -1,5 +1,6 @@
 """The page says what the files say, marks crops rightly, and loads nothing."""
 
+import html
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from project import install
 
 from lpovod import config, miniature
 from lpovod.artifacts import LpovodError, sha256
@@ -341,6 +343,46 @@ def test_the_page_refers_to_nothing_outside(page, run):
     assert links == sections
     captions = sum(tag == "caption" for _, tag, _ in page.tags)
     assert captions == sum(tag == "table" for _, tag, _ in page.tags)
+
+
+# What a browser makes of the page, as json in its title.
+PROBE = """<script>addEventListener("load", async () => {
+  const loads = picture => new Promise(resolve => {
+    const copy = new Image();
+    copy.onload = () => resolve(copy.naturalWidth && picture.getBoundingClientRect().width);
+    copy.onerror = () => resolve(0);
+    copy.src = picture.getAttribute("href");
+  });
+  const shown = await Promise.all([...document.querySelectorAll("image")].map(loads));
+  const root = document.documentElement;
+  document.title = JSON.stringify({
+    pictures: shown.length,
+    broken: shown.filter(width => !width).length,
+    overhang: root.scrollWidth - root.clientWidth,
+  });
+})</script>"""
+
+
+@pytest.mark.parametrize("width", [1280, 500])  # a browser's window is no narrower
+def test_a_browser_shows_every_picture_and_nothing_sticks_out(run, tmp_path, width):
+    install({"chromium": "chromium"})
+    written(run)
+    content = run["output"].read_text()
+    probed = tmp_path / "probed.html"
+    probed.write_text(content.replace("</body>", PROBE + "</body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    options += [f"--user-data-dir={tmp_path / 'chromium'}", f"--window-size={width},2000"]
+    options += ["--virtual-time-budget=20000", "--dump-dom", probed.as_uri()]
+    done = subprocess.run(["chromium", *options], capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    found = json.loads(html.unescape(title[1]))
+    assert found == {
+        "pictures": content.count("<image "),
+        "broken": 0,
+        "overhang": 0,
+    }
+    assert found["pictures"] > 10
 
 
 def test_same_inputs_same_bytes(run):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from project import copy_project, digests, snakemake, start_snakemake, wait_until
+from project import copy_project, digests, install, snakemake, start_snakemake, wait_until
 
 from lpovod.artifacts import read_tensors
 
@@ -36,14 +36,7 @@ def cluster(tmp_path_factory):
     """A running SLURM; the folder holds the list of its jobs."""
     if os.geteuid() != 0:
         pytest.skip("needs root to start SLURM")
-    if not shutil.which("slurmctld") or not shutil.which("munged"):
-        if not shutil.which("apt-get"):
-            pytest.skip("needs SLURM and munge, or apt-get to install them")
-        packages = ["apt-get", "install", "-qq", "--no-install-recommends", "slurm-wlm", "munge"]
-        subprocess.run(["apt-get", "update", "-qq"], capture_output=True)
-        installed = subprocess.run(packages, capture_output=True, text=True, errors="replace")
-        if installed.returncode:
-            pytest.skip(f"SLURM cannot be installed: {installed.stderr[-300:]}")
+    install({"slurmctld": "slurm-wlm", "munged": "munge"})
     # The daemons' users must reach it, which pytest's folders do not allow.
     folder = Path("/var/tmp/lpovod_slurm")
     shutil.rmtree(folder, ignore_errors=True)
