@@ -123,7 +123,7 @@ def test_every_job_left_a_log_and_a_benchmark(project):
             stages("text_embeddings") | RETRIEVED,
         ),
         ({"linear_probe": {"epochs": 3}}, SCORED),
-        ({"evaluation": {"beta": 0.5}}, stages("evaluation", "report")),
+        ({"evaluation": {"beta": 0.6}}, stages("evaluation", "report")),
         ({"region_index": {"factory": "Flat"}}, stages("region_index") | RETRIEVED),
         ({"region_embeddings": {"scales": [1.0]}}, EMBEDDED),
         ({"proposals": {"nms": 0.6}}, TRAINED),
