@@ -36,8 +36,8 @@ from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.detector import Detector, load_detector
 from lpovod.evaluation import detect, read_class_weights, score_regions, variants
 from lpovod.images import LoadedView, batch, load_views, training_views
-from lpovod.linear_probe import fit, gather_candidates, overlapping
-from lpovod.overlaps import overlaps
+from lpovod.linear_probe import fit, gather_candidates
+from lpovod.overlaps import overlapping
 from lpovod.progress import progress
 from lpovod.proposals import read_proposals
 from lpovod.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
@@ -82,8 +82,8 @@ def label_images(
         objects = np.concatenate(here)
         labels = np.repeat(np.arange(len(here)), [len(boxes) for boxes in here])
         candidates = np.unique(np.concatenate([objects, proposals.read(image_id).box]), axis=0)
-        positive = overlaps(candidates, objects)[0].max(axis=1) >= 0.5
-        candidates = candidates[positive | ~overlapping(candidates, ignored.get(image_id))]
+        positive = overlapping(candidates, objects)
+        candidates = candidates[positive | ~overlapping(candidates, ignored.get(image_id, none))]
         found[image_id] = Labelled(*(torch.from_numpy(a) for a in (candidates, objects, labels)))
     return found
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from lpovod.artifacts import LpovodError, check_made_from, identity, write_tensors
 from lpovod.config import LinearProbe
-from lpovod.overlaps import overlaps
+from lpovod.overlaps import overlapping, overlaps
 from lpovod.progress import progress, say
 from lpovod.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
 from lpovod.schedule import rate_at
@@ -109,16 +109,10 @@ def gather_candidates(
         labels = np.array([label for label, b in labelled for _ in b])
         iou = overlaps(box, boxes)[0]
         label = np.where(iou.max(axis=1) >= 0.5, labels[iou.argmax(axis=1)], -1)
-        kept = (label >= 0) | ~overlapping(box, ignored.get(image_id))
+        others = ignored.get(image_id, np.empty((0, 4), np.float32))
+        kept = (label >= 0) | ~overlapping(box, others)
         found[image_id] = Candidates(feature[kept], label[kept])
     return found
-
-
-def overlapping(boxes: np.ndarray, objects: np.ndarray | None) -> np.ndarray:
-    """Which of the boxes (n, 4) have an IoU of .5 or more with any of the objects (m, 4)."""
-    if objects is None:
-        return np.zeros(len(boxes), bool)
-    return overlaps(boxes, objects)[0].max(axis=1) >= 0.5
 
 
 def fit(images: list[Candidates], classes: int, settings: LinearProbe, seed: int) -> np.ndarray:

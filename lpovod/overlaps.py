@@ -19,3 +19,8 @@ def overlaps(boxes: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.nda
     area = (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1).clip(min=1e-9)
     areas = (objects[:, 2:] - objects[:, :2]).prod(axis=-1).clip(min=1e-9)
     return shared / (area + areas - shared), shared / area, shared / areas
+
+
+def overlapping(boxes: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """Which of the boxes (n, 4) have an IoU of .5 or more with any of the objects (m, 4)."""
+    return (overlaps(boxes, objects)[0] >= 0.5).any(axis=1)

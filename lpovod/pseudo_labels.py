@@ -8,7 +8,8 @@ what it means in COCO: neither one nor the other. Needs no torch.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +74,7 @@ def retrieve(
     base = read_text_embeddings([base_text_embeddings])
     vector = classes.vectors[classes.names.index(name)]
     store, searched = open_shards(shards), open_index(index)
-    for embedded in (classes, base):
-        check_belong(embedded, store, searched, dataset)
+    check_belong([classes, base], store, searched, dataset)
     (vector,) = queries(vector[None], base.vectors, settings)
     (regions,) = top_regions(searched, store, vector[None], settings)
     if not regions:
@@ -155,17 +155,33 @@ def _others(
     """
     of_any_objectness = config.PseudoLabels(k=settings.ignored, objectness=0)
     (similar,) = top_regions(index, store, vector[None], of_any_objectness)
-    better: dict[int, list[np.ndarray]] = defaultdict(list)
-    for region in regions:
-        better[region["image_id"]].append(_corners(region))
-    others = []
-    for region in similar:
-        box, known = _corners(region), better[region["image_id"]]
-        if known and max(o.max() for o in overlaps(box, np.array(known))) >= SAME:
-            continue
-        others.append(region)
-        known.append(box)
-    return others
+    return list(_apart(similar, _same_object, regions))
+
+
+def _same_object(box: np.ndarray, others: np.ndarray) -> bool:
+    return max(shared.max() for shared in overlaps(box, others)) >= SAME
+
+
+def _apart(
+    ranked: list[dict],
+    near: Callable[[np.ndarray, np.ndarray], bool],
+    better: Sequence[dict] = (),
+) -> Iterator[dict]:
+    """Down the ranking, the regions that are not near a better one of their image.
+
+    Args:
+        ranked: regions, best first.
+        near: whether a box, (4,), is near those of its image that are better, (n, 4).
+        better: regions that are better than all of them.
+    """
+    of_image: dict[int, list[np.ndarray]] = defaultdict(list)
+    for region in better:
+        of_image[region["image_id"]].append(_corners(region))
+    for region in ranked:
+        box, boxes = _corners(region), of_image[region["image_id"]]
+        if not (boxes and near(box, np.array(boxes))):
+            boxes.append(box)
+            yield region
 
 
 def _corners(region: dict) -> np.ndarray:
@@ -174,7 +190,7 @@ def _corners(region: dict) -> np.ndarray:
 
 
 def check_belong(
-    classes: ClassEmbeddings, store: RegionStore, searched: RegionIndex, dataset: Path
+    embedded: Iterable[ClassEmbeddings], store: RegionStore, searched: RegionIndex, dataset: Path
 ) -> None:
     """Refuse text embeddings, shards, an index and a dataset that were not made from one another.
 
@@ -182,8 +198,9 @@ def check_belong(
         LpovodError: naming the file and what it was made from.
     """
     shard, made_from = store.paths[0], store.identity
-    check_made_from(shard, made_from, "clip_weights", classes.clip_weights)
-    check_made_from(shard, made_from, "clip_architecture", classes.clip_architecture)
+    for classes in embedded:
+        check_made_from(shard, made_from, "clip_weights", classes.clip_weights)
+        check_made_from(shard, made_from, "clip_architecture", classes.clip_architecture)
     check_made_from(shard, made_from, "dataset", Path(dataset))
     digest = digest_of_shards(store)
     check_made_from(searched.path, searched.identity, "region_embeddings", digest)
@@ -266,18 +283,12 @@ def _ranked(index: RegionIndex, rows: np.ndarray, cosines: np.ndarray) -> list[d
 
 def _take(ranked: list[dict], settings: config.PseudoLabels) -> list[dict]:
     """The first K regions, without those that come too close to a better one of their image."""
-    taken: list[dict] = []
-    of_image: dict[int, list[np.ndarray]] = defaultdict(list)
-    for region in ranked:
-        box, better = _corners(region), of_image[region["image_id"]]
+
+    def near(box: np.ndarray, better: np.ndarray) -> bool:
         full = settings.per_image is not None and len(better) >= settings.per_image
-        near = bool(settings.nms is not None and better) and (
-            overlaps(box, np.array(better))[0].max() > settings.nms
-        )
-        if len(taken) < settings.k and not full and not near:
-            taken.append(region)
-            better.append(box)
-    return taken
+        return full or (settings.nms is not None and overlaps(box, better)[0].max() > settings.nms)
+
+    return list(islice(_apart(ranked, near), settings.k))
 
 
 def _digest(vector: np.ndarray) -> str:

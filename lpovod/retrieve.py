@@ -57,14 +57,13 @@ def retrieve(options: Options) -> list[list[dict]]:
         raise LpovodError(f"{index}: no such file. Make it first: snakemake --cores all {index}")
     store = open_shards((results / "region_embeddings" / "train").glob("*.h5"))
     searched = open_index(index)
-    names = [*options.texts, *settings.classes.base]
-    classes = embed_texts(names, settings.clip, settings.text_embeddings)
-    check_belong(classes, store, searched, dataset)
     limits = settings.pseudo_labels.model_dump() | {"k": options.k}
     if options.objectness is not None:
         limits["objectness"] = options.objectness
     limits = PseudoLabels.model_validate(limits)
-    asked = len(options.texts)
+    asked, base = len(options.texts), settings.classes.base if limits.centred else []
+    classes = embed_texts([*options.texts, *base], settings.clip, settings.text_embeddings)
+    check_belong([classes], store, searched, dataset)
     vectors = queries(classes.vectors[:asked], classes.vectors[asked:], limits)
     found = top_regions(searched, store, vectors, limits)
     for text, regions in zip(options.texts, found, strict=True):
