@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lpovod import miniature
 from lpovod.artifacts import LpovodError, read_json
@@ -23,6 +30,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Split = Literal["train", "val", "tune"]
+BACKBONES = ("small", "resnet50", "resnet50_torchvision")
+TIMM = "timm:"
+"""In front of the name of a model of timm's."""
 
 
 class Settings(BaseModel):
@@ -147,19 +157,31 @@ class TextEmbeddings(Settings):
 
 
 class Backbone(Settings):
-    architecture: Literal["small", "resnet50", "resnet50_torchvision"] = key(
+    architecture: str = key(
         "small",
-        "a thin net of nine convolutions; ResNet-50 in the caffe style; or with the stride where "
-        "torchvision has it",
+        "small: a thin net of nine convolutions; resnet50: in the caffe style; "
+        "resnet50_torchvision: with the stride where torchvision has it; timm:NAME: any timm model "
+        "with feature maps at strides 4 to 32, such as timm:resnet18, with its mean and deviation",
     )
     weights: Path | None = key(
         None,
-        "what training starts from: a checkpoint with OpenMMLab's or torchvision's names; null is "
-        "a random start, and the detector starts from the proposal network",
+        "what training starts from: a checkpoint with OpenMMLab's or torchvision's names, with "
+        "timm:NAME that model's checkpoint; null is a random start, and the detector starts from "
+        "the proposal network",
     )
     channels: PositiveInt = key(64, "channels of the feature pyramid")
     short_side: PositiveInt = key(160, "pixels of the resized image's shorter side in inference")
     long_side: PositiveInt = key(160, "pixels that its longer side may have at most")
+
+    @field_validator("architecture")
+    @classmethod
+    def _architecture_is_one_of_ours_or_timm_s(cls, name: str) -> str:
+        # Whether timm has the model is seen when it is built: timm imports torch.
+        if name in BACKBONES or len(name) > len(TIMM) and name.startswith(TIMM):
+            return name
+        near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.8)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"allowed are {', '.join(BACKBONES)}, and timm:NAME{hint}")
 
 
 class Training(Settings):

@@ -182,7 +182,7 @@ def _losses(
     settings: Proposals,
     device: str,
 ) -> dict[str, Tensor]:
-    levels = model(batch(views, device))
+    levels = model(batch(views, device, model.backbone.normalisation))
     anchors = torch.cat([level[0] for level in levels])
     boxes = torch.cat([level[1] for level in levels], dim=1)
     logits = torch.cat([level[2] for level in levels], dim=1)
@@ -240,7 +240,7 @@ def propose(
         progress(None, "proposals", "image", len(data.images)) as bar,
     ):
         for views in batches:
-            levels = model(batch(views, device))
+            levels = model(batch(views, device, model.backbone.normalisation))
             for number, view in enumerate(views):
                 boxes, scores = _best(levels, number, view, data, settings, kept)
                 found[view.view.image_id] = boxes

@@ -10,7 +10,8 @@ rule base_detector:
         script="workflow_scripts/base_detector.py",
         code=code(
             *("base_detector", "detector", "rpn", "pooling"),
-            *("backbone", "boxes", "images", "training", "schedule", "distributed"),
+            *("backbone", "timm_backbone", "boxes", "images"),
+            *("training", "schedule", "distributed"),
             *START_CODE,
         ),
         dataset=f"{RESULTS}/dataset/train.json",

@@ -9,7 +9,8 @@ rule proposal_network:
     input:
         script="workflow_scripts/proposals.py",
         code=code(
-            *("proposals", "backbone", "boxes", "images", "training", "schedule", "distributed"),
+            *("proposals", "backbone", "timm_backbone", "boxes", "images"),
+            *("training", "schedule", "distributed"),
             *START_CODE,
         ),
         dataset=f"{RESULTS}/dataset/train.json",
@@ -50,7 +51,7 @@ rule proposal_network:
 rule proposals:
     input:
         script="workflow_scripts/proposals.py",
-        code=code("proposals", "backbone", "boxes", "images"),
+        code=code("proposals", "backbone", "timm_backbone", "boxes", "images"),
         dataset=f"{RESULTS}/dataset/{{split}}.json",
         images=rules.dataset.output.images,
         network=rules.proposal_network.output.network,

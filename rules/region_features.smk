@@ -9,7 +9,10 @@
 rule region_features:
     input:
         script="workflow_scripts/region_features.py",
-        code=code("region_features", "detector", "pooling", "backbone", "boxes", "images"),
+        code=code(
+            *("region_features", "detector", "pooling"),
+            *("backbone", "timm_backbone", "boxes", "images"),
+        ),
         dataset=f"{RESULTS}/dataset/{{split}}.json",
         images=rules.dataset.output.images,
         proposals=rules.proposals.output.proposals,
@@ -44,7 +47,10 @@ rule region_features:
 rule retrieved_region_features:
     input:
         script="workflow_scripts/region_features.py",
-        code=code("region_features", "detector", "pooling", "backbone", "boxes", "images"),
+        code=code(
+            *("region_features", "detector", "pooling"),
+            *("backbone", "timm_backbone", "boxes", "images"),
+        ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         proposals=f"{RESULTS}/proposals/train.h5",

@@ -32,7 +32,7 @@ from lpovod.config import Backbone, BaseDetector, Evaluation, Training
 from lpovod.dataset import CocoDataset
 from lpovod.detector import Detector, refine
 from lpovod.evaluation import Scores, Variant, detect, final_scores
-from lpovod.images import MEAN, STD, LoadedView, View, batch, padded, show
+from lpovod.images import MEAN, STD, LoadedView, Normalisation, View, batch, padded, show
 from lpovod.rpn import Outputs, make_anchors, rpn_proposals
 from lpovod.store import Regions
 from lpovod.training import train
@@ -228,14 +228,14 @@ def statistics(values: Tensor) -> np.ndarray:
 def preprocessing(name: str) -> Arrays:
     """How the image and its boxes are shown in tests and in training."""
     test, training = inference_view(name), training_view(name)
-    tensor = batch([test], "cpu", pad_with_black=True)[0]
+    tensor = batch([test], "cpu", Normalisation(), pad_with_black=True)[0]
     every_byte = LoadedView(test.view, torch.arange(256).byte().expand(3, 1, 256), test.scale)
     pixels = torch.zeros(tensor.shape, dtype=torch.uint8)
     pixels[:, : test.pixels.shape[1], : test.pixels.shape[2]] = test.pixels
     found = {
         "mean": np.array(MEAN, np.float32),
         "std": np.array(STD, np.float32),
-        "lut_rgb": batch([every_byte], "cpu")[0, :, 0, :256],
+        "lut_rgb": batch([every_byte], "cpu", Normalisation())[0, :, 0, :256],
         f"{name}_test_u8": pixels.permute(1, 2, 0),
         f"{name}_test_sha256": hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
         f"{name}_test_stats": np.stack([statistics(channel)[:4] for channel in tensor]),
@@ -396,7 +396,7 @@ def all_detections(name: str, model: Detector, pyramid: list[Tensor], view: Load
 def evaluation_arrays(name: str, model: Detector) -> Arrays:
     """Every array of the evaluation mode for image A or B, as `<file>/<array>`."""
     view = inference_view(name)
-    maps = model.backbone(batch([view], "cpu", pad_with_black=True))
+    maps = model.backbone(batch([view], "cpu", Normalisation(), pad_with_black=True))
     pyramid = model.neck(maps)
     parts = {
         "preprocess": preprocessing(name),

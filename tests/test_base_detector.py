@@ -18,7 +18,7 @@ from lpovod.boxes import encode
 from lpovod.config import Backbone, BaseDetector
 from lpovod.dataset import CocoDataset
 from lpovod.detector import Detector
-from lpovod.images import View, batch, show
+from lpovod.images import Normalisation, View, batch, show
 from lpovod.store import Regions
 
 GOLDENS = Path("../shared/data/goldens")
@@ -114,6 +114,7 @@ def test_regions_come_from_the_rpn_or_from_the_proposals(regions):
     found = training_losses(model, data, [view], {7: 0}, settings, "cpu")
     own = {"rpn_classification", "rpn_box"} if regions == "rpn" else set()
     assert set(found) == {"classification", "box", "distillation"} | own
-    imitated = model.embed(model.pool(model.pyramid(batch([view], "cpu")), [torch.tensor(boxes)]))
+    pyramid = model.pyramid(batch([view], "cpu", Normalisation()))
+    imitated = model.embed(model.pool(pyramid, [torch.tensor(boxes)]))
     distance = (imitated - torch.tensor(embedding)).abs().mean()
     assert float(found["distillation"].detach()) == pytest.approx(256 * float(distance), rel=1e-4)

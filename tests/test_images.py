@@ -10,7 +10,17 @@ from torch.nn import functional
 
 from lpovod.config import Training
 from lpovod.dataset import CocoDataset
-from lpovod.images import MEAN, STD, View, batch, load_views, resize, show, training_views
+from lpovod.images import (
+    MEAN,
+    STD,
+    Normalisation,
+    View,
+    batch,
+    load_views,
+    resize,
+    show,
+    training_views,
+)
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -64,7 +74,7 @@ def test_boxes_follow_resize_and_flip():
 @pytest.mark.parametrize("pad_with_black", [True, False])
 def test_a_batch_is_normalised_and_padded(pad_with_black):
     views = [show(noise(h, w), View(1, min(h, w), max(h, w))) for h, w in ((40, 70), (33, 20))]
-    found = batch(views, "cpu", pad_with_black)
+    found = batch(views, "cpu", Normalisation(MEAN, STD), pad_with_black)
     assert found.shape == (2, 3, 64, 96)
     for c in range(3):
         expected = (views[1].pixels[c].numpy() - MEAN[c]) / STD[c]

@@ -9,7 +9,7 @@ from lpovod.boxes import clip, decode
 from lpovod.config import Backbone, BaseDetector, RegionFeatures
 from lpovod.dataset import read_dataset
 from lpovod.detector import Detector
-from lpovod.images import View, batch, show
+from lpovod.images import Normalisation, View, batch, show
 from lpovod.region_features import describe_retrieved, describe_split
 from lpovod.store import RegionStore
 
@@ -36,9 +36,8 @@ def directly(model, data, image_id, boxes):
     """Features, embeddings and refined boxes of one image, alone in its batch."""
     shown = show(data.load(image_id), View(image_id, 96, 128))
     given = shown.to_view(boxes)
-    outputs = model.describe(
-        model.pool(model.pyramid(batch([shown], "cpu", pad_with_black=True)), [given])
-    )
+    image = batch([shown], "cpu", Normalisation(), pad_with_black=True)
+    outputs = model.describe(model.pool(model.pyramid(image), [given]))
     size = data.images[image_id]
     refined = decode(given, outputs.deltas) / shown.scale.repeat(2)
     return outputs.feature, outputs.embedding, clip(refined, size["width"], size["height"])
