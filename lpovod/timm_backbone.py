@@ -64,7 +64,7 @@ class TimmBackbone(nn.Module):
             raise
         except Exception as error:  # each family has its own way to refuse
             self._build_for_any_size(error)
-        _share_statistics(self.net, architecture)
+        share_statistics(self.net)
         _leave_nothing_to_chance(self.net)
         cfg = self.net.pretrained_cfg
         mean, std = (tuple(255 * v for v in cfg[key]) for key in ("mean", "std"))
@@ -172,16 +172,20 @@ def _check_name(name: str) -> None:
         raise LpovodError(f"backbone.architecture: timm has no model {name!r}; {hint}")
 
 
-def _share_statistics(net: nn.Module, architecture: str) -> None:
-    """Make timm's batch norms, in place, those whose statistics are of all ranks."""
+def share_statistics(net: nn.Module) -> None:
+    """Turn the batch norms of a model of timm's, in place, into those that ranks share.
+
+    Raises:
+        LpovodError: if a norm has running statistics and is neither torch's nor timm's.
+    """
     for module in net.modules():
         if type(module) in SHARED:
             # The same object with the same tensors: hooks and second references stay.
             module.__class__ = SHARED[type(module)]
         elif getattr(module, "running_var", None) is not None:
             raise LpovodError(
-                f"{architecture} has norms ({type(module).__name__}) whose statistics several "
-                "ranks cannot share; choose another model"
+                f"backbone.architecture: this model of timm's has norms ({type(module).__name__}) "
+                "whose statistics several ranks cannot share; choose another"
             )
 
 

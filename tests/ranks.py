@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from lpovod.base_detector import train_base_detector
 from lpovod.config import Backbone, BaseDetector, Proposals, Training
 from lpovod.distributed import BatchNorm2d, add_up_gradients, join, rank, ranks, total
 from lpovod.proposals import train_proposals
+from lpovod.timm_backbone import share_statistics
 from lpovod.training import train
 
 BACKBONE = Backbone(channels=16, long_side=120)
+TIMM = Backbone(architecture="timm:test_efficientnet", channels=16, long_side=120)
 STEP = Training(
     epochs=1,
     images_per_step=4,  # of three images
@@ -28,13 +31,24 @@ STEP = Training(
 )
 
 
-def learn_proposals(data: Path, output: Path, schedule: Training = STEP) -> None:
+def learn_proposals(
+    data: Path,
+    output: Path,
+    schedule: Training = STEP,
+    backbone: Backbone = BACKBONE,
+    stem: str = "proposals",
+) -> None:
     """One step of the proposal network, in double precision: rounding must not flip a ReLU."""
     settings = Proposals(box_iou=0.3, samples=20, training=schedule)
-    outputs = [output / f"proposals.{name}" for name in ("state", "safetensors", "jsonl")]
+    outputs = [output / f"{stem}.{name}" for name in ("state", "safetensors", "jsonl")]
     torch.set_default_dtype(torch.float64)
-    train_proposals(data / "train.json", BACKBONE, settings, 0, outputs[0], [], *outputs[1:])
+    train_proposals(data / "train.json", backbone, settings, 0, outputs[0], [], *outputs[1:])
     torch.set_default_dtype(torch.float32)
+
+
+def learn_with_timm(data: Path, output: Path, schedule: Training = STEP) -> None:
+    """One step of the proposal network on a model of timm's, with norms that have activations."""
+    learn_proposals(data, output, schedule, TIMM, "timm")
 
 
 def learn_detector(data: Path, output: Path, schedule: Training = STEP) -> None:
@@ -85,6 +99,13 @@ def normalise(images: torch.Tensor, weights: torch.Tensor, norm: nn.Module) -> d
     return found | {"of_bias": norm.bias.grad} | norm.state_dict()
 
 
+def norm_with_activation() -> nn.Module:
+    """timm's norm and ReLU, made to share its statistics."""
+    norm = BatchNormAct2d(3)
+    share_statistics(norm)
+    return norm
+
+
 def two_ranks(folder: Path) -> None:
     """Everything that is compared, on this rank's part of the inputs."""
     join("cpu")
@@ -93,7 +114,10 @@ def two_ranks(folder: Path) -> None:
     part = slice(0, 1) if rank() == 0 else slice(1, None)
     found = normalise(inputs["images"][part], inputs["weights"][part], BatchNorm2d(3))
     torch.save(found, folder / f"norm.{rank()}.pt")
+    found = normalise(inputs["images"][part], inputs["weights"][part], norm_with_activation())
+    torch.save(found, folder / f"norm_with_activation.{rank()}.pt")
     learn_proposals(folder, folder / "two")
+    learn_with_timm(folder, folder / "two")
     learn_detector(folder, folder / "two")
     torch.save(fit(folder / "one_then_two.state"), folder / f"one_then_two.{rank()}.pt")
     try:

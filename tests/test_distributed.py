@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_world, write_shards
-from ranks import STEP, fit, learn_detector, learn_proposals, normalise
+from ranks import STEP, fit, learn_detector, learn_proposals, learn_with_timm, normalise
+from timm.layers import BatchNormAct2d
 
 from lpovod.artifacts import LpovodError, read_tensors
 from lpovod.launcher import command
@@ -59,10 +60,14 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
     assert error <= tolerance * float(expected.abs().max()), error
 
 
-def test_a_norm_has_the_statistics_of_all_ranks(folder):
+@pytest.mark.parametrize(
+    ("norm", "reference"),
+    [("norm", torch.nn.BatchNorm2d), ("norm_with_activation", BatchNormAct2d)],
+)
+def test_a_norm_has_the_statistics_of_all_ranks(folder, norm, reference):
     inputs = torch.load(folder / "norm.pt")
-    expected = normalise(inputs["images"], inputs["weights"], torch.nn.BatchNorm2d(3))
-    one, other = (torch.load(folder / f"norm.{rank}.pt") for rank in (0, 1))
+    expected = normalise(inputs["images"], inputs["weights"], reference(3))
+    one, other = (torch.load(folder / f"{norm}.{rank}.pt") for rank in (0, 1))
     for key, value in expected.items():
         if key in ("y", "of_images"):
             close(torch.cat([one[key], other[key]]), value)
@@ -71,14 +76,20 @@ def test_a_norm_has_the_statistics_of_all_ranks(folder):
             assert torch.equal(one[key], other[key])
 
 
-@pytest.mark.parametrize(("stage", "tolerance"), [("proposals", 1e-9), ("base_detector", 1e-4)])
+@pytest.mark.parametrize(
+    ("stage", "tolerance"), [("proposals", 1e-9), ("timm", 1e-9), ("base_detector", 1e-4)]
+)
 def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance):
-    learn = {"proposals": learn_proposals, "base_detector": learn_detector}[stage]
+    learn = {
+        "proposals": learn_proposals,
+        "timm": learn_with_timm,
+        "base_detector": learn_detector,
+    }[stage]
     learn(folder, tmp_path)
     (tmp_path / "start").mkdir()
     learn(folder, tmp_path / "start", STEP.model_copy(update={"learning_rate": 1e-30}))
     start, one, two = (
-        read_tensors(path / f"{stage}.safetensors", stage)[0]
+        read_tensors(path / f"{stage}.safetensors", stage.replace("timm", "proposals"))[0]
         for path in (tmp_path / "start", tmp_path, folder / "two")
     )
     names = [name for name in one if "running" not in name and "tracked" not in name]
@@ -92,7 +103,7 @@ def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance
     losses, expected = (
         json.loads((path / f"{stage}.jsonl").read_text()) for path in (folder / "two", tmp_path)
     )
-    assert len(expected) == {"proposals": 3, "base_detector": 6}[stage]
+    assert len(expected) == {"proposals": 3, "timm": 3, "base_detector": 6}[stage]
     assert losses == pytest.approx(expected, rel=1e-5)
 
 

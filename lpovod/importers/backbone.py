@@ -73,6 +73,8 @@ def _read(
             if not is_timm_s:
                 return _read_network(path, architecture), []
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not state:
+            raise LpovodError(f"{path} has no tensors")
     elif architecture.startswith(TIMM):
         state, _ = read_checkpoint(path)
     else:
