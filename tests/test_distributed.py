@@ -57,7 +57,8 @@ def folder(tmp_path_factory) -> Path:
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     error = float((found - expected).abs().max())
-    assert error <= tolerance * float(expected.abs().max()), error
+    # Means of normalised values are zero, but for rounding.
+    assert error <= tolerance * float(expected.abs().max()) + 1e-12, error
 
 
 @pytest.mark.parametrize(
