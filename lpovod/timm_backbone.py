@@ -1,7 +1,7 @@
 """Backbones of timm: any of its models that gives feature maps at strides 4, 8, 16 and 32.
 
-timm is imported here alone, so that the other backbones do without it. Nothing is downloaded:
-weights come from a file (`lpovod.importers.backbone`) or are drawn as timm draws them.
+`lpovod.backbone` imports this module for these alone. Nothing is downloaded: weights come from a
+file (`lpovod.importers.backbone`) or are drawn as timm draws them.
 """
 
 import difflib

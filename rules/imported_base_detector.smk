@@ -7,7 +7,10 @@
 rule base_detector:
     input:
         script="workflow_scripts/importers.py",
-        code=code("importers/checkpoints", "importers/openmmlab", "detector", "backbone"),
+        code=code(
+            *("importers/checkpoints", "importers/openmmlab"),
+            *("detector", "backbone", "timm_backbone"),
+        ),
         dataset=f"{RESULTS}/dataset/val.json",
         checkpoint=CONFIG.base_detector.checkpoint,
     output:

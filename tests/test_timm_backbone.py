@@ -22,6 +22,7 @@ from lpovod.dataset import CocoDataset, read_dataset
 from lpovod.detector import Detector
 from lpovod.images import View, batch, show
 from lpovod.importers.backbone import start_from
+from lpovod.importers.checkpoints import export_checkpoint, import_base_detector
 from lpovod.proposals import ProposalNetwork, propose, train_proposals
 from lpovod.region_features import describe_split
 from lpovod.store import RegionStore
@@ -344,6 +345,22 @@ def test_every_stage_shows_the_network_pixels_as_timm_does(files, name, tmp_path
     store = RegionStore(tmp_path / "features.h5", "region_features")
     assert set(store.image_ids) == set(read_dataset(dataset).images)
     assert all(np.isfinite(store.read(i)["feature"]).all() for i in store.image_ids)
+
+
+def test_a_detector_is_exported_and_imported_again(files, tmp_path):
+    backbone, path = settings("test_efficientnet"), tmp_path / "detector.safetensors"
+    torch.manual_seed(2)
+    tensors = {
+        k: v.detach().numpy() for k, v in Detector(backbone, HEADS, 1, 8).state_dict().items()
+    }
+    write_tensors(path, tensors, identity("base_detector") | {"classes": ["circle"]})
+    export_checkpoint(files.world.dataset, path, tmp_path / "a.pth")
+    again = (tmp_path / "again.safetensors", tmp_path / "history.jsonl")
+    given = (files.world.dataset, tmp_path / "a.pth", ["circle"], backbone, HEADS)
+    import_base_detector(*given, *again)
+    found, _ = read_tensors(again[0], "base_detector")
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[k], tensors[k]) for k in tensors)
 
 
 @torch.inference_mode()
