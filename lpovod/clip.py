@@ -13,6 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Protocol
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
@@ -26,12 +27,16 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lpovod.artifacts import LpovodError, read_json, sha256, some
+from lpovod.artifacts import read_json, sha256
+from lpovod.config import ClipSettings, TextEmbeddingsSettings
+from lpovod.exceptions import LpovodError, some
+from lpovod.formats.class_embeddings import ClassEmbeddings, clip_architecture
 from lpovod.importers.torchscript import is_torchscript, read_torchscript
 
 # Per forward pass, whatever number a caller hands over. A CPU is fastest where the activations of
 # a pass fit its caches; an accelerator needs many.
 CROPS_PER_PASS = {"cpu": 32}
+
 BATCH = 256
 
 # What OpenAI's models hold besides parameters and buffers, and what they are known by.
@@ -323,3 +328,33 @@ def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) ->
             "file the weights were trained with"
         )
     return tokenizer
+
+
+def embed_texts(
+    names: list[str], clip: ClipSettings, settings: TextEmbeddingsSettings
+) -> ClassEmbeddings:
+    """Embed names: the mean over the templates of the unit vectors, brought to unit length.
+
+    Raises:
+        LpovodError: if the CLIP model cannot be loaded.
+    """
+    model = load_clip(clip, "cpu")
+    prompts = [template.format(name) for name in names for template in settings.templates]
+    vectors = _unit(model.encode_texts(prompts).double().numpy())
+    vectors = _unit(vectors.reshape(len(names), len(settings.templates), -1).mean(axis=1))
+    return as_class_embeddings(names, vectors, model, clip)
+
+
+def as_class_embeddings(names, vectors: np.ndarray, model, clip: ClipSettings) -> ClassEmbeddings:
+    architecture = clip_architecture(clip) if model else "none"
+    return ClassEmbeddings(
+        names=names,
+        vectors=vectors.astype(np.float32),
+        logit_scale=float(model.logit_scale) if model else None,
+        clip_weights=model.weights_digest if model else "none",
+        clip_architecture=sha256(architecture) if isinstance(architecture, Path) else architecture,
+    )
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)

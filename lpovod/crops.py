@@ -12,7 +12,7 @@ earlier version, and with it all published CLIP features, does not.)
 import numpy as np
 import torch
 
-from lpovod.artifacts import LpovodError
+from lpovod.exceptions import LpovodError
 
 FRACTION_BITS = 22  # of PIL's fixed-point weights for 8-bit images
 CROPS_AT_ONCE = 64  # whose weights are computed together; bounds memory at the paper's scale

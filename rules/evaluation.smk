@@ -8,8 +8,6 @@
 
 rule evaluation:
     input:
-        script="workflow_scripts/evaluation.py",
-        code=code("evaluation", "average_precision", "errors", "boxes", "overlaps"),
         dataset=evaluated(f"{RESULTS}/dataset/{{split}}.json"),
         features=evaluated(f"{RESULTS}/region_features/{{split}}.h5"),
         recall=evaluated(f"{RESULTS}/proposals/{{split}}.recall.json"),
@@ -38,6 +36,7 @@ rule evaluation:
         mem_mb=grows(NETWORK, LISTED + SCORED, "val"),
         runtime=grows(60, PASS, "val"),
     params:
+        code=source("evaluation"),
         settings=block("evaluation"),
     message:
         "AP50 of the method and of its ablations ({wildcards.evaluation})"

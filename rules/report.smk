@@ -6,9 +6,7 @@
 
 rule report:
     input:
-        script="workflow_scripts/report.py",
-        code=code("report", "overlaps"),
-        template="lpovod/report_template.html.jinja",
+        template="lpovod/stages/report/template.html.jinja",
         metrics=f"{RESULTS}/evaluation/metrics.json",
         detections=f"{RESULTS}/evaluation/detections.json",
         val=f"{RESULTS}/dataset/val.json",
@@ -32,6 +30,7 @@ rule report:
         mem_mb=grows(LIGHT, 3 * LISTED),
         runtime=grows(30, 0.0003),
     params:
+        code=source("report"),
         settings=block("report"),
         benchmarks=f"{RESULTS}/benchmarks",
         proposals=lambda wildcards, input: option("--proposals-history", input.proposals),

@@ -10,16 +10,21 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from lpovod.stages.crops import crop
+from lpovod.stages.zero_shot import KINDS, zero_shot
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lpovod import small_clip
-from lpovod.artifacts import LpovodError
 from lpovod.clip import load_clip
+from lpovod.config import SmallClipSettings
+from lpovod.exceptions import LpovodError
 from lpovod.importers.torchscript import read_torchscript
-from lpovod.miniature import CLASSES
+from lpovod.miniature.pictograms import CLASSES
+from lpovod.stages.small_clip import train_small_clip
+from lpovod.stages.small_clip.captions import all_captions, learn_merges
+from lpovod.stages.small_clip.training import contrastive_loss
 
 ROOT = Path(__file__).parents[1]
 RESOURCES = ROOT / "resources" / "small_clip"
@@ -78,7 +83,7 @@ def _reference(model, pixels):
 
 
 def test_small_clip_names_unseen_objects_whatever_the_box(small):
-    scores = small_clip.zero_shot(small, scenes=40, seed=2024, nuisance=0.5)
+    scores = zero_shot(small, scenes=40, seed=2024, nuisance=0.5)
     assert scores["ground_truth"]["accuracy"] >= 0.95
     # Badly placed boxes keep nearly all of the cosine: like a large CLIP, it is blind to them.
     good = scores["ground_truth"]["cosine"]
@@ -88,7 +93,7 @@ def test_small_clip_names_unseen_objects_whatever_the_box(small):
 
 
 def test_small_clip_knows_class_names_as_whole_tokens(small):
-    words = {word for text in small_clip.all_captions() for word in text.split()}
+    words = {word for text in all_captions() for word in text.split()}
     assert all(len(small.tokenizer.encode(word)) == 1 for word in words)
     names = F.normalize(small.encode_texts(list(CLASSES)), dim=1)
     off_diagonal = (names @ names.T).fill_diagonal_(-1)
@@ -103,7 +108,7 @@ def test_small_clip_record_is_of_the_shipped_weights(small):
     record = json.loads((RESOURCES / "record.json").read_text())
     assert record["weights_sha256"] == small.weights_digest
     assert record["zero_shot"]["nuisance 0.5"]["ground_truth"]["accuracy"] >= 0.9
-    assert small_clip.SmallClip(**record["settings"]) == small_clip.SmallClip()
+    assert SmallClipSettings(**record["settings"]) == SmallClipSettings()
 
 
 def test_folded_norms_change_nothing(small):
@@ -333,11 +338,11 @@ def test_json_that_is_no_architecture_is_refused(tiny):
 
 
 def test_merges_make_each_word_one_token():
-    merges = small_clip.learn_merges(["fish", "finish", "a"])
+    merges = learn_merges(["fish", "finish", "a"])
     assert merges[:2] == [("f", "i"), ("s", "h</w>")]
     joined = {"".join(pair) for pair in merges}
     assert {"fish</w>", "finish</w>"} <= joined
-    assert merges == small_clip.learn_merges(["a", "finish", "fish"])
+    assert merges == learn_merges(["a", "finish", "fish"])
 
 
 def test_crop_is_clips_preprocessing():
@@ -350,30 +355,30 @@ def test_crop_is_clips_preprocessing():
         x1, y1 = max(int(np.floor(box[0])), 0), max(int(np.floor(box[1])), 0)
         x2, y2 = min(int(np.ceil(box[2])), 60), min(int(np.ceil(box[3])), 40)
         expected = np.asarray(reference(image.crop((x1, y1, x2, y2))))
-        np.testing.assert_array_equal(small_clip.crop(image, box, 64), expected)
+        np.testing.assert_array_equal(crop(image, box, 64), expected)
 
 
 def test_loss_counts_no_true_caption_as_a_mistake():
     classes, colours = torch.tensor([0, 0, 1]), torch.tensor([2, 3, 2])
     named = torch.tensor([-1, 3, -1])  # "fish", "blue fish", "cup"
     true = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 1]])
-    confident = small_clip.contrastive_loss(100 * true, classes, colours, named)
+    confident = contrastive_loss(100 * true, classes, colours, named)
     # What is left is the entropy of a crop and a caption that have two true partners each.
     assert confident == pytest.approx(np.log(2) / 3, abs=1e-4)
-    assert small_clip.contrastive_loss(-true, classes, colours, named) > 1
+    assert contrastive_loss(-true, classes, colours, named) > 1
 
 
 def test_training_writes_a_clip_that_loads_and_repeats(tmp_path):
-    settings = small_clip.SmallClip(crops=64, epochs=1, batch_size=32, held_out_scenes=2)
-    record = small_clip.train_small_clip(tmp_path / "a", settings)
-    again = small_clip.train_small_clip(tmp_path / "b", settings)
+    settings = SmallClipSettings(crops=64, epochs=1, batch_size=32, held_out_scenes=2)
+    record = train_small_clip(tmp_path / "a", settings)
+    again = train_small_clip(tmp_path / "b", settings)
     assert record["weights_sha256"] == again["weights_sha256"]
     for name in ("architecture.json", "vocabulary.txt.gz"):
         written = (tmp_path / "a" / name).read_bytes()
         assert written == (tmp_path / "b" / name).read_bytes()
         assert written == (RESOURCES / name).read_bytes(), "the shipped file is of other settings"
     for scores in record["zero_shot"].values():
-        assert set(scores) <= set(small_clip.KINDS)
+        assert set(scores) <= set(KINDS)
 
 
 # ------------------------------------------------------------------ the real model, where present
@@ -387,6 +392,6 @@ def test_crop_and_normalisation_are_openais():
     for path in sorted(folder.glob("*.jpg")):
         with Image.open(path) as image:
             image = image.convert("RGB")
-            pixels = small_clip.crop(image, (0, 0, *image.size), 224)
+            pixels = crop(image, (0, 0, *image.size), 224)
         tensor = ((pixels / 255 - mean) / std).transpose(2, 0, 1)
         np.testing.assert_allclose(tensor, recorded[f"tensor_{path.stem}"], atol=1e-4)

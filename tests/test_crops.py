@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from lpovod.artifacts import LpovodError
 from lpovod.crops import crop_and_resize, crop_and_resize_batched, crop_boxes
+from lpovod.exceptions import LpovodError
 
 RECORDED = np.load(Path(__file__).parent / "data" / "crops.npz")
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -15,7 +15,8 @@ import torch
 from conftest import make_world, write_shards
 from ranks import STEP, fit, learn_detector, learn_proposals, normalise
 
-from lpovod.artifacts import LpovodError, read_tensors
+from lpovod.artifacts import read_tensors
+from lpovod.exceptions import LpovodError
 from lpovod.launcher import command
 
 

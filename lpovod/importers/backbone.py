@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lpovod.artifacts import LpovodError, read_tensors, some
-from lpovod.images import MEAN, STD
+from lpovod.artifacts import read_tensors
+from lpovod.exceptions import LpovodError, some
 from lpovod.importers.openmmlab import original_name, read_checkpoint
-from lpovod.progress import say
+from lpovod.progress import log
+from lpovod.views import MEAN, STD
 
 TORCHVISION_MEAN = tuple(255 * v for v in (0.485, 0.456, 0.406))
 TORCHVISION_STD = tuple(255 * v for v in (0.229, 0.224, 0.225))
@@ -56,7 +57,9 @@ def start_from(model: nn.Module, path: Path, architecture: str) -> None:
     }
     model.load_state_dict(ours, strict=False)
     left = sorted(state.keys() - used)
-    say(f"training starts from {len(used)} tensors of {path}; not used: {some(left) or 'none'}")
+    log.info(
+        f"training starts from {len(used)} tensors of {path}; not used: {some(left) or 'none'}"
+    )
 
 
 def _read(path: Path, architecture: str) -> dict[str, Tensor]:
