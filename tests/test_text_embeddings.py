@@ -121,7 +121,8 @@ def test_rows_of_a_file_stand_in_for_prompts(tiny_clip, tmp_path):
 
 def test_reading_and_retrieval_load_no_torch():
     code = (
-        "import sys, lpovod.formats.class_embeddings, lpovod.stages.region_index, lpovod.stages.pseudo_labels;"
+        "import sys, lpovod.formats.class_embeddings;"
+        "import lpovod.stages.region_index, lpovod.stages.pseudo_labels;"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
