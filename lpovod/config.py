@@ -117,6 +117,11 @@ class ClipSettings(Settings):
         Path("resources/small_clip/vocabulary.txt.gz"),
         "byte-pair merges of the tokenizer; null for CLIP's own",
     )
+    pretrained: str | None = key(
+        None,
+        "open_clip's tag of the weights, such as laion2b_s32b_b82k, for their preprocessing; null "
+        "for a json file, and where all of open_clip's weights of the architecture share it",
+    )
 
     def files(self) -> list[Path]:
         """The files the model is read from."""

@@ -3,6 +3,7 @@
 import gzip
 import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,25 +11,26 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from lpovod.stages.crops import crop
-from lpovod.stages.zero_shot import KINDS, zero_shot
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lpovod.clip import load_clip
+from lpovod.clip import Preprocessing, load_clip, preprocessing_of
 from lpovod.config import SmallClipSettings
 from lpovod.exceptions import LpovodError
 from lpovod.importers.torchscript import read_torchscript
 from lpovod.miniature.pictograms import CLASSES
 from lpovod.stages.small_clip import train_small_clip
 from lpovod.stages.small_clip.captions import all_captions, learn_merges
+from lpovod.stages.small_clip.crops import crop
 from lpovod.stages.small_clip.training import contrastive_loss
+from lpovod.stages.small_clip.zero_shot import KINDS, zero_shot
 
 ROOT = Path(__file__).parents[1]
 RESOURCES = ROOT / "resources" / "small_clip"
 SHARED = ROOT.parent / "shared" / "data"
+OPENAI = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic", "shortest")
 
 TINY = {
     "embed_dim": 16,
@@ -38,8 +40,13 @@ TINY = {
 }
 
 
-def _source(architecture, weights, vocabulary=None):
-    return SimpleNamespace(architecture=str(architecture), weights=weights, vocabulary=vocabulary)
+def _source(architecture, weights=None, vocabulary=None, pretrained=None):
+    return SimpleNamespace(
+        architecture=str(architecture),
+        weights=weights,
+        vocabulary=vocabulary,
+        pretrained=pretrained,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +78,9 @@ def _pixels(count, size):
     return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
 
-def _reference(model, pixels):
+def _reference(model, pixels, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD):
     """Image features as open_clip computes them after its own normalisation."""
-    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
-    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
         return model.encode_image((pixels.float() / 255 - mean) / std)
 
@@ -123,7 +129,7 @@ def test_folded_norms_change_nothing(small):
 def test_small_clip_is_a_frozen_description(small):
     assert (small.image_size, small.dimension) == (48, 128)
     assert 1 < small.logit_scale <= 100.01
-    assert small.mean == open_clip.OPENAI_DATASET_MEAN
+    assert small.preprocessing.mean == open_clip.OPENAI_DATASET_MEAN
     assert len(small.weights_digest) == 64
     with pytest.raises(AttributeError):
         small.image_size = 224
@@ -283,6 +289,144 @@ def test_vit_b_32_by_name(tmp_path):
     clip = load_clip(_source("ViT-B-32-quickgelu", tmp_path / "vit.pt"))
     assert (clip.image_size, clip.dimension) == (224, 512)
     assert clip.model.visual.transformer.resblocks[0].mlp.gelu.__class__.__name__ == "QuickGELU"
+
+
+# ------------------------------------------------------------------------------ preprocessing
+
+# By words of the refusal: how many of open_clip's pretrained entries. Nothing is refused for its
+# preprocessing.
+ENTRIES = {
+    "accepted": 119,
+    "captioning": 4,
+    "tokenizer": 47,
+    "need QuickGELU": 26,
+}
+
+
+@pytest.fixture
+def open_clip_s(monkeypatch):
+    """The preprocessing that open_clip attaches to a model, which it builds without memory."""
+
+    def once(model_class):
+        built = {}
+
+        def build(**given):
+            key = json.dumps(given, default=str)
+            if key not in built:
+                with torch.device("meta"):
+                    built[key] = model_class(**given)
+            return built[key]
+
+        return build
+
+    monkeypatch.setattr(open_clip.factory, "CLIP", once(CLIP))
+    monkeypatch.setattr(open_clip.factory, "CustomTextCLIP", once(CustomTextCLIP))
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "not read")
+
+    def preprocessing(architecture, tag):
+        model = open_clip.create_model(architecture, tag, load_weights=False, device="meta")
+        cfg = model.visual.preprocess_cfg
+        height, width = cfg["size"] if isinstance(cfg["size"], tuple) else 2 * (cfg["size"],)
+        assert (height, cfg["mode"]) == (width, "RGB")
+        return Preprocessing(
+            height, cfg["mean"], cfg["std"], cfg["interpolation"], cfg["resize_mode"]
+        )
+
+    return preprocessing
+
+
+def _refusal(error):
+    return next(words for words in ENTRIES if words in str(error))
+
+
+def test_every_pretrained_entry_is_preprocessed_as_by_open_clip_or_refused(open_clip_s):
+    counts, unlike_openai = Counter(), 0
+    for architecture, tag in open_clip.list_pretrained():
+        try:
+            ours = preprocessing_of(_source(architecture, pretrained=tag))
+        except LpovodError as error:
+            counts[_refusal(error)] += 1
+            continue
+        counts["accepted"] += 1
+        assert ours == open_clip_s(architecture, tag), (architecture, tag)
+        openai = Preprocessing(ours.image_size, *OPENAI)
+        unlike_openai += ours != openai
+    assert (counts, unlike_openai) == (ENTRIES, 17)
+
+
+def test_without_a_tag_an_architecture_has_the_preprocessing_of_all_its_entries():
+    ambiguous = []
+    for architecture in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        try:
+            ours = preprocessing_of(_source(architecture))
+        except LpovodError as error:
+            if "differ in their preprocessing" in str(error):
+                ambiguous.append(architecture)
+                assert all(tag in str(error) for tag in tags)
+            continue
+        for tag in tags:
+            entry = open_clip.get_pretrained_cfg(architecture, tag)
+            for name in ("mean", "std", "interpolation", "resize_mode"):
+                assert getattr(ours, name) == entry[name], (architecture, tag)
+    assert ambiguous == ["ViT-H-14", "ViT-H-14-quickgelu", "ViT-L-14"]
+
+
+def test_an_architecture_without_entries_has_open_clip_s_default():
+    assert preprocessing_of(_source("ViT-S-32")) == Preprocessing(224, *OPENAI)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tag", "message"),
+    [
+        ("ViT-L-14", "laion2b_s32b_b28k", "did you mean laion2b_s32b_b82k"),
+        ("MobileCLIP-S1", "webli", "did you mean datacompdr"),
+        ("ViT-S-32", "openai", "knows none: set it to null"),
+        ("ViT-L-14", "openai", "set clip.architecture to ViT-L-14-quickgelu"),
+        (RESOURCES / "architecture.json", "openai", "states its own preprocessing"),
+    ],
+)
+def test_a_tag_that_does_not_fit_is_refused(architecture, tag, message):
+    with pytest.raises(LpovodError, match=message):
+        preprocessing_of(_source(architecture, pretrained=tag))
+
+
+def test_a_json_file_states_its_preprocessing(tiny):
+    model, source = tiny
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    stated = {"mean": mean, "std": std, "interpolation": "bilinear", "resize_mode": "squash"}
+    document = {"model_cfg": TINY, "preprocess_cfg": stated}
+    Path(source.architecture).write_text(json.dumps(document))
+    clip = load_clip(source)
+    assert clip.preprocessing == Preprocessing(32, tuple(mean), tuple(std), "bilinear", "squash")
+    pixels = _pixels(2, 32)
+    expected = _reference(model, pixels, mean, std)
+    torch.testing.assert_close(clip.encode_crops(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"resize_mode": "longest"}, "resize_mode 'longest'.*expected shortest or squash"),
+        ({"interpolation": "random"}, "interpolation 'random'.*expected bicubic or bilinear"),
+        ({"mode": "L"}, "mode 'L'.*expected RGB"),
+        ({"mean": 0.5}, "preprocess_cfg.mean is 0.5, expected three numbers"),
+    ],
+)
+def test_a_preprocessing_that_crops_cannot_do_is_refused(tiny, stated, message):
+    _, source = tiny
+    document = {"model_cfg": TINY, "preprocess_cfg": stated}
+    Path(source.architecture).write_text(json.dumps(document))
+    with pytest.raises(LpovodError, match=rf"tiny.json.*{message}"):
+        preprocessing_of(source)
+
+
+def test_an_oblong_image_is_refused(tiny):
+    _, source = tiny
+    config = TINY | {"vision_cfg": TINY["vision_cfg"] | {"image_size": [32, 64]}}
+    Path(source.architecture).write_text(json.dumps(config))
+    with pytest.raises(LpovodError, match="tiny.json sees 64 x 32 pixels"):
+        preprocessing_of(source)
 
 
 # ----------------------------------------------------------------------------------- refusals

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -109,6 +109,7 @@ def embed_regions(
         proposals=proposals,
         clip_weights=model.weights_digest,
         clip_architecture=clip_architecture(clip),
+        clip_preprocessing=fingerprint(asdict(model.preprocessing)),
     )
     log.info(
         f"shard {shard} of {settings.shards}: {len(mine)} images, {sum(mine.values())} regions"
@@ -284,7 +285,14 @@ def _batches(
                 total, start = total + len(crops), 0
                 while start < len(crops):
                     part = crops[start : start + len(batch) - filled]
-                    made = crop_and_resize(pixels, part, model.image_size, device)
+                    made = crop_and_resize(
+                        pixels,
+                        part,
+                        model.preprocessing.image_size,
+                        device,
+                        model.preprocessing.interpolation,
+                        model.preprocessing.resize_mode,
+                    )
                     batch[filled : filled + len(part)] = made
                     start, filled = start + len(part), filled + len(part)
                     if filled == len(batch):

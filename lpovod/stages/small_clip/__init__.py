@@ -55,6 +55,7 @@ def train_small_clip(output_dir: Path, settings: SmallClipSettings) -> dict:
         architecture=str(output_dir / "architecture.json"),
         weights=output_dir / "weights.safetensors",
         vocabulary=vocabulary,
+        pretrained=None,
     )
     clip = load_clip(source)
     record = {
