@@ -485,8 +485,12 @@ def _block(path: tuple[Any, ...]) -> type[Settings] | None:
 
 
 def documentation() -> str:
-    """All keys as markdown: `python -m lpovod.config > docs/configuration.md`."""
-    lines = ["# Configuration", "", "Made from `lpovod/config.py` by `python -m lpovod.config`."]
+    """All keys as markdown: `lpovod config --print documentation > docs/configuration.md`."""
+    lines = [
+        "# Configuration",
+        "",
+        "Made from `lpovod/config.py` by `lpovod config --print documentation`.",
+    ]
     return "\n".join([*lines, *_document(Config, "")]) + "\n"
 
 
@@ -505,7 +509,3 @@ def _document(block: type[Settings], path: str) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-if __name__ == "__main__":
-    print(documentation(), end="")

@@ -51,3 +51,7 @@ def main() -> None:
 def _usage() -> str:
     lines = [f"  {name:8}{help_}" for name, (_, help_) in COMMANDS.items()]
     return USAGE.format(commands="\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
