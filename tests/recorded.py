@@ -20,12 +20,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import lpovod.base_detector
 import numpy as np
 import torch
 from torch import Tensor
 
 import lpovod.boxes
+import lpovod.stages.base_detector
 from lpovod.config import (
     BackboneSettings,
     BaseDetectorSettings,
@@ -468,11 +468,11 @@ def proposed_in_order_of(recorded: list[np.ndarray]) -> Iterator[None]:
             found.append((boxes[row], scores[row]))
         return found
 
-    lpovod.base_detector.rpn_proposals = ordered
+    lpovod.stages.base_detector.rpn_proposals = ordered
     try:
         yield
     finally:
-        lpovod.base_detector.rpn_proposals = rpn_proposals
+        lpovod.stages.base_detector.rpn_proposals = rpn_proposals
 
 
 def training_step(

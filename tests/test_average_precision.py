@@ -11,9 +11,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from lpovod.apps.score import score_table
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import coco_results, read_dataset
-from lpovod.measures.average_precision import ap50, ap50_by_class, ground_truth, score_table
+from lpovod.measures.average_precision import ap50, ap50_by_class, ground_truth
 
 ORACLE = Path("../shared/data/coco_eval_oracle")
 

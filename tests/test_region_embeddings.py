@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ SETTINGS = RegionEmbeddingsSettings(shards=1, batch_size=7)
 
 
 def embed(world, clip, output, settings=SETTINGS, shard=0):
-    state, code = output.with_suffix(".checkpoint"), [Path(__file__)]
+    state, code = output.with_suffix(".checkpoint"), "a"
     embed_regions(world.dataset, world.proposals, clip, settings, shard, state, code, output)
     assert not state.exists()
     return RegionStore(output, "region_embeddings")
@@ -168,7 +167,7 @@ def fails_before_clip_is_loaded(world, tmp_path, message, **changed):
             settings=SETTINGS,
             shard=0,
             state=tmp_path / "s.checkpoint",
-            code=[],
+            code="",
             output=tmp_path / "s.h5",
         )
     assert not (tmp_path / "s.h5").exists()
