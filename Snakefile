@@ -26,6 +26,7 @@ include: rules_of("linear_probe", CONFIG.linear_probe.checkpoint)
 include: "rules/evaluation.smk"
 include: "rules/report.smk"
 include: "rules/small_clip.smk"
+include: "rules/pictures.smk"
 
 
 rule all:

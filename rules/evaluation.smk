@@ -21,7 +21,12 @@ rule evaluation:
             *expand(f"{RESULTS}/text_embeddings/novel/{{novel}}.safetensors", novel=NOVEL),
         ],
     output:
-        metrics=f"{RESULTS}/{{evaluation}}/metrics.json",
+        metrics=report(
+            f"{RESULTS}/{{evaluation}}/metrics.json",
+            category="Results",
+            labels={"run": CONFIG.name, "what": "metrics ({evaluation})"},
+            caption="../docs/captions/metrics.rst",
+        ),
         detections=f"{RESULTS}/{{evaluation}}/detections.json",
     log:
         f"{RESULTS}/logs/{{evaluation}}.log",

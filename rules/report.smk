@@ -20,7 +20,12 @@ rule report:
         proposals=[] if CONFIG.proposals.files else rules.proposal_network.output.history,
         base_detector=rules.base_detector.output.history,
     output:
-        f"{RESULTS}/report/report.html",
+        report(
+            f"{RESULTS}/report/report.html",
+            category="Results",
+            labels={"run": CONFIG.name, "what": "everything on one page"},
+            caption="../docs/captions/report.rst",
+        ),
     log:
         f"{RESULTS}/logs/report.log",
     conda:

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lpovod import __version__
 from lpovod.artifacts import atomic
 from lpovod.config import ReportSettings
+from lpovod.drawing import choose_images
 from lpovod.formats.coco import read_dataset
 from lpovod.measures.mistakes import KINDS
 from lpovod.progress import log
@@ -25,7 +26,7 @@ from lpovod.stages.report.numbers import (
     table_rows,
 )
 from lpovod.stages.report.retrieved import retrieved
-from lpovod.stages.report.scenes import choose_images, draw_scene, read_detections
+from lpovod.stages.report.scenes import draw_scene, read_detections
 
 TEMPLATE = "template.html.jinja"
 
