@@ -14,7 +14,7 @@ ROOMS = (
     {"config"},
     {"formats"},
     {"boxes", "crops", "distributed", "views", "training"},
-    {"networks", "measures"},
+    {"networks", "measures", "drawing"},
     {"importers"},
     {"clip"},
     {"search", "scoring"},
