@@ -42,7 +42,6 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         LpovodError: if the file is missing, damaged, holds anything else, or has no state dict.
     """
     existing(path)
-    existing(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything

@@ -52,7 +52,6 @@ def read_pickled_arrays(path: Path) -> Any:
         LpovodError: if the file is missing, is damaged, or names anything else.
     """
     existing(path)
-    existing(path)
     try:
         with open(path, "rb") as file:
             return _ArraysOnly(file).load()
