@@ -1,13 +1,18 @@
-# `make run`: environment, then the whole workflow on the miniature world.
-# `make test`: environment, then all tests.
-# `make torture`: environment, then every stage is killed in every way (half an hour or more).
+# make run       environment, then the whole workflow on the miniature world
+# make test      environment, then all checks and tests (fast ones alone: pytest -m "not slow")
+# make lint      format, style, types and Snakemake's own lint
+# make pictures  the README's pictures, from a finished default run
+# make torture   every stage killed in every way; half an hour or more
+#
+# TORCH_INDEX=ADDRESS  a package index with CPU-only wheels of torch and torchvision: without CUDA's
+#                      libraries the environment takes 1.5 GB instead of 5.9
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint torture
+.PHONY: run test lint pictures torture
 
 run: $(VENV)/.installed
 	snakemake --cores all
@@ -18,16 +23,26 @@ test: $(VENV)/.installed lint
 lint: $(VENV)/.installed
 	ruff check .
 	ruff format --check .
+	mypy
 	snakefmt --check Snakefile rules
 	snakemake --lint
 
-# Every stage killed in every way; see docs/torture.md.
+pictures: $(VENV)/.installed
+	snakemake --cores all pictures
+
+# See docs/torture.md.
 torture: $(VENV)/.installed
 	PYTHONPATH=. python tests/torture.py --output docs/torture.md
 
 # Moved into place when whole: an interrupted installation starts again.
-$(VENV)/.installed: requirements.lock
+$(VENV)/.installed: requirements.lock pyproject.toml
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
+ifdef TORCH_INDEX
+	grep -E '^torch(vision)?==' requirements.lock | pip install -q --no-deps --index-url $(TORCH_INDEX) -r /dev/stdin
+	grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' requirements.lock | pip install -q -r /dev/stdin
+else
 	pip install -q -r requirements.lock
+endif
+	pip install -q --no-deps --no-build-isolation -e .
 	touch $@

@@ -10,10 +10,12 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/console.smk"
 include: "rules/resources.smk"
 include: "rules/download.smk"
 include: "rules/dataset.smk"
 include: "rules/text_embeddings.smk"
+include: "rules/proposal_network.smk"
 include: rules_of("proposals", CONFIG.proposals.files)
 include: "rules/region_embeddings.smk"
 include: "rules/region_index.smk"
@@ -24,6 +26,7 @@ include: rules_of("linear_probe", CONFIG.linear_probe.checkpoint)
 include: "rules/evaluation.smk"
 include: "rules/report.smk"
 include: "rules/small_clip.smk"
+include: "rules/pictures.smk"
 
 
 rule all:
@@ -34,4 +37,4 @@ rule all:
 
 
 onsuccess:
-    print_summary(Path(RESULTS, "evaluation/metrics.json"), Path(RESULTS, "report/report.html"))
+    print_results()

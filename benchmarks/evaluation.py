@@ -15,8 +15,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from lpovod.average_precision import ap50_by_class, ground_truth
-from lpovod.dataset import CocoDataset
+from lpovod.formats.coco import CocoDataset
+from lpovod.measures.average_precision import ap50_by_class, ground_truth
 
 CLASSES, OBJECTS, DETECTIONS = 65, 7, 100
 

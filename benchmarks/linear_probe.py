@@ -28,21 +28,22 @@ import torch
 import tyro
 from torch import Tensor
 
-from lpovod.average_precision import ap50, ap50_by_class, coco_results, ground_truth
-from lpovod.base_detector import classification_loss
 from lpovod.boxes import match, sample
-from lpovod.config import Config, LinearProbe, Training, read_config, slug
-from lpovod.dataset import CocoDataset, read_dataset
-from lpovod.detector import Detector, load_detector
-from lpovod.evaluation import detect, read_class_weights, score_regions, variants
-from lpovod.images import LoadedView, batch, load_views, training_views
-from lpovod.linear_probe import fit, gather_candidates
+from lpovod.config import Config, LinearProbeSettings, TrainingSettings, read_config, slug
+from lpovod.formats.coco import CocoDataset, coco_results, read_dataset
+from lpovod.formats.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
+from lpovod.formats.regions import RegionStore, read_proposals
+from lpovod.measures.ablations import variants
+from lpovod.measures.average_precision import ap50, ap50_by_class, ground_truth
+from lpovod.networks.detector import Detector
+from lpovod.networks.detector_inference import load_detector
 from lpovod.overlaps import overlapping
 from lpovod.progress import progress
-from lpovod.proposals import read_proposals
-from lpovod.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
 from lpovod.schedule import rate_at
-from lpovod.store import RegionStore
+from lpovod.scoring import detect, read_class_weights, score_regions
+from lpovod.stages.base_detector import classification_loss
+from lpovod.stages.linear_probe import fit, gather_candidates
+from lpovod.views import LoadedView, batch, load_views, training_views
 
 VARIANTS = {"full": "full method", "without_clip_head": "probe alone"}
 
@@ -89,7 +90,7 @@ def label_images(
 
 
 def online_loss(
-    weights: Tensor, model: Detector, views: list[LoadedView], settings: LinearProbe
+    weights: Tensor, model: Detector, views: list[LoadedView], settings: LinearProbeSettings
 ) -> Tensor:
     """The loss of one step, with everything that is frozen computed anew.
 
@@ -104,14 +105,17 @@ def online_loss(
         candidates = view.to_view(view.extra.candidates)
         iou, assigned = match(candidates, view.to_view(view.extra.objects))
         positive, negative = sample(
-            iou, settings.samples, settings.positives, settings.negatives_per_positive
+            iou,
+            settings.samples_per_image,
+            settings.positive_fraction,
+            settings.negatives_per_positive,
         )
         regions.append(candidates[torch.cat([positive, negative])])
         background = torch.full((len(negative),), len(weights))
         labels += [view.extra.labels[assigned[positive]], background]
     images = batch(views, "cpu", model.backbone.normalisation)
     with torch.no_grad():
-        features = model.region_branch(model.pool(model.pyramid(images), regions))
+        features = model.region_head(model.pool(model.pyramid(images), regions))
     return classification_loss(features @ weights.T, torch.cat(labels))
 
 
@@ -125,11 +129,11 @@ def fit_online(
 ) -> Tensor:
     """The novel weights, (classes, dimension), of the original's fine-tuning."""
     settings, shown = config.linear_probe, config.base_detector.training
-    schedule = Training(
+    schedule = TrainingSettings(
         images_per_step=settings.images_per_step, short_sides=shown.short_sides, flip=shown.flip
     )
     weights = torch.zeros(classes, config.base_detector.dimension, requires_grad=True)
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [weights], settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay
     )
     torch.manual_seed(seed)
@@ -139,10 +143,10 @@ def fit_online(
         for step in load_views(
             data, views, settings.images_per_step, extra=lambda v: images[v.view.image_id]
         ):
-            optimiser.param_groups[0]["lr"] = rate_at(number, per_epoch, settings)
-            optimiser.zero_grad()
+            optimizer.param_groups[0]["lr"] = rate_at(number, per_epoch, settings)
+            optimizer.zero_grad()
             online_loss(weights, model, step, settings).backward()
-            optimiser.step()
+            optimizer.step()
             number += 1
     return weights.detach()
 

@@ -38,11 +38,12 @@ from torchvision.transforms import (
     ToTensor,
 )
 
-from lpovod import config, region_embeddings
+from lpovod import region_embeddings
 from lpovod.artifacts import identity
 from lpovod.clip import load_clip
+from lpovod.config import ClipSettings, RegionEmbeddingsSettings
 from lpovod.crops import crop_boxes
-from lpovod.store import RegionStore, write_regions
+from lpovod.formats.regions import RegionStore, write_regions
 
 ARCHITECTURE = "ViT-B-32-quickgelu"
 SCALES = (1.0, 1.5)
@@ -63,7 +64,7 @@ class Options:
     )
 
 
-def make_inputs(folder: Path, options: Options) -> config.Clip:
+def make_inputs(folder: Path, options: Options) -> ClipSettings:
     """A dataset with proposals, and a CLIP with random weights."""
     random = np.random.default_rng(0)
     found = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".png"))
@@ -91,7 +92,7 @@ def make_inputs(folder: Path, options: Options) -> config.Clip:
     save_file(
         {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "clip.safetensors"
     )
-    return config.Clip(
+    return ClipSettings(
         architecture=ARCHITECTURE, weights=folder / "clip.safetensors", vocabulary=None
     )
 
@@ -149,7 +150,7 @@ def embed(number, ready, folder, clip, settings, device) -> tuple[float, float]:
         clip,
         settings,
         number,
-        folder / f"{number}.resume",
+        folder / f"{number}.checkpoint",
         [],
         folder / f"{number}.h5",
         device,
@@ -225,7 +226,7 @@ def main(options: Options) -> None:
         reference = regions / (end - start)
         _row("the original's design, float32", reference)
         precision = options.precision or faster_precision(options.device)
-        settings = config.RegionEmbeddings(shards=shards, precision=precision)
+        settings = RegionEmbeddingsSettings(shards=shards, precision=precision)
         times, memory = side_by_side(embed, shards, folder, clip, settings, options.device)
         ours = regions / _span(times)
         crops = 2 * regions // shards

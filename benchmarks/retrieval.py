@@ -23,17 +23,18 @@ import faiss
 import numpy as np
 import tyro
 
-from lpovod import config
 from lpovod.artifacts import identity
-from lpovod.pseudo_labels import top_regions
-from lpovod.region_index import build_region_index, open_index, open_shards
-from lpovod.store import RegionStore, write_regions
+from lpovod.config import PseudoLabelsSettings, RegionIndexSettings
+from lpovod.formats.index import open_index
+from lpovod.formats.regions import RegionStore, open_shards, write_regions
+from lpovod.search import top_regions
+from lpovod.stages.region_index import build_region_index
 
 DIMENSION = 512
 PER_IMAGE = 250
 QUERIES = 17  # novel classes of COCO; LVIS has 1,203 classes
 LVIS_QUERIES = 1203
-SETTINGS = config.PseudoLabels(k=100, objectness=0.6)
+SETTINGS = PseudoLabelsSettings(k=100, objectness=0.6)
 BLOCK_IMAGES, BLOCK_TOP = 5000, 300  # of the original
 
 
@@ -59,7 +60,7 @@ def make_files(folder: Path, rows: int) -> None:
                 vectors = np.roll(noise[place : place + PER_IMAGE], image // 200, axis=1)
                 box = np.tile(np.float32([0, 0, 9, 9]), (PER_IMAGE, 1))
                 file.add(image, box, random.random(PER_IMAGE, np.float32), embedding=vectors)
-    build_region_index(shards_of(folder), config.RegionIndex(), folder / "index")
+    build_region_index(shards_of(folder), RegionIndexSettings(), folder / "index")
 
 
 def shards_of(folder: Path) -> list[Path]:

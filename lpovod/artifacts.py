@@ -9,7 +9,6 @@ A reader that combines two artefacts calls `check_made_from`, so that files of d
 never mixed silently.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -24,13 +23,10 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from lpovod import __version__
+from lpovod.exceptions import DISK_FULL, LpovodError, disk_full, existing
 
 Identity = dict[str, Any]
 LITTLE_ROOM = 1 << 16  # bytes free on a disk that is as good as full
-
-
-class LpovodError(Exception):
-    """An error of the user's data or settings: its message says what, where and what to do."""
 
 
 def sha256(path: Path) -> str:
@@ -100,10 +96,10 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         need_room(path, LITTLE_ROOM)
-        # HDF5 and torch tell of a full disk or an exhausted quota in words alone.
-        for number in (errno.ENOSPC, errno.EDQUOT):
+        # HDF5 and torch report a full disk or an exhausted quota in words only.
+        for number in DISK_FULL:
             if os.strerror(number) in str(error):
-                raise _no_room(path, number) from error
+                raise disk_full(path, number) from error
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -120,14 +116,7 @@ def need_room(path: Path, size: int) -> None:
         LpovodError: if the disk is full.
     """
     if shutil.disk_usage(path.parent).free < size:
-        raise _no_room(path, errno.ENOSPC)
-
-
-def _no_room(path: Path, number: int) -> LpovodError:
-    return LpovodError(
-        f"{path} cannot be written: {os.strerror(number)}. Make room, then run the same command "
-        "again"
-    )
+        raise disk_full(path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -143,9 +132,7 @@ def read_json(path: Path) -> Any:
         LpovodError: if the file is missing or is no json.
     """
     try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise LpovodError(f"{path}: no such file") from None
+        return json.loads(existing(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LpovodError(f"{path} is not valid json ({error}). Is the file whole?") from None
 
@@ -182,16 +169,11 @@ def read_tensors(path: Path, stage: str) -> tuple[dict[str, np.ndarray], Identit
 
 def _open_tensors(path: Path) -> tuple[Any, Identity]:
     try:
-        file = safe_open(path, framework="numpy")
+        file = safe_open(existing(path), framework="numpy")
         return file, json.loads((file.metadata() or {})["identity"])
-    except FileNotFoundError:
-        raise LpovodError(f"{path}: no such file") from None
+    except LpovodError:
+        raise
     except KeyError:
         raise LpovodError(f"{path} carries no identity: it was not written by lpovod") from None
     except Exception as error:
         raise LpovodError(f"{path} is not a whole safetensors file ({error})") from None
-
-
-def some(names: list[str]) -> str:
-    """The first few of many names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

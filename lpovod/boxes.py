@@ -4,10 +4,10 @@ import math
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import box_iou
 
 DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
-LARGEST_LOG_RATIO = abs(math.log(16 / 1000))
+MAX_LOG_RATIO = abs(math.log(16 / 1000))
 
 
 def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...] = DELTA_STDS) -> Tensor:
@@ -23,14 +23,8 @@ def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...] = DELTA_STDS) 
     deltas = deltas * deltas.new_tensor(stds)
     size = boxes[:, 2:] - boxes[:, :2]
     centre = boxes[:, :2] + size / 2 + deltas[:, :2] * size
-    size = size * deltas[:, 2:].clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    size = size * deltas[:, 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return torch.cat([centre - size / 2, centre + size / 2], dim=1)
-
-
-def clip(boxes: Tensor, width: float, height: float) -> Tensor:
-    """Boxes cut to the image."""
-    limit = boxes.new_tensor([width, height, width, height])
-    return torch.minimum(boxes.clamp(min=0), limit)
 
 
 def match(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,8 +74,3 @@ def sample_rows(
     if negatives_per_positive is not None:
         limit = min(limit, negatives_per_positive * max(1, len(positives)))
     return positives, take(negative.nonzero().flatten(), limit)
-
-
-def nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float, count: int) -> Tensor:
-    """Rows that survive NMS within their group, best first, at most `count`."""
-    return batched_nms(boxes, scores, groups, iou)[:count]

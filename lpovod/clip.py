@@ -13,10 +13,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Protocol
 
+import numpy as np
 import open_clip
 import torch
-from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.model import CLIP, CLIPVisionCfg, CustomTextCLIP
 from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,12 +28,17 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lpovod.artifacts import LpovodError, read_json, sha256, some
+from lpovod.artifacts import read_json, sha256
+from lpovod.config import ClipSettings, TextEmbeddingsSettings
+from lpovod.crops import RESIZE_MODES, SUPPORT
+from lpovod.exceptions import LpovodError, some
+from lpovod.formats.class_embeddings import ClassEmbeddings, clip_architecture
 from lpovod.importers.torchscript import is_torchscript, read_torchscript
 
 # Per forward pass, whatever number a caller hands over. A CPU is fastest where the activations of
 # a pass fit its caches; an accelerator needs many.
 CROPS_PER_PASS = {"cpu": 32}
+
 BATCH = 256
 
 # What OpenAI's models hold besides parameters and buffers, and what they are known by.
@@ -44,6 +51,18 @@ class ClipSource(Protocol):
     architecture: str
     weights: Path
     vocabulary: Path | None
+    pretrained: str | None
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a CLIP's input is made from a crop: resized to a square, scaled to [0, 1], normalised."""
+
+    image_size: int  # side of the square in pixels
+    mean: tuple[float, float, float]  # of RGB in [0, 1]
+    std: tuple[float, float, float]
+    interpolation: str  # a key of crops.SUPPORT
+    resize_mode: str  # one of crops.RESIZE_MODES
 
 
 @register_model
@@ -78,12 +97,15 @@ class Clip:
 
     model: CLIP | CustomTextCLIP
     tokenizer: SimpleTokenizer
-    image_size: int  # side of a crop in pixels
-    mean: tuple[float, float, float]  # of RGB in [0, 1]
-    std: tuple[float, float, float]
+    preprocessing: Preprocessing
     logit_scale: float  # inverse temperature, already exponentiated: 100 in OpenAI's models
     dimension: int  # of the shared space
     weights_digest: str  # sha256 of the weights file
+
+    @property
+    def image_size(self) -> int:
+        """Side of a crop in pixels."""
+        return self.preprocessing.image_size
 
     @torch.inference_mode()
     def encode_crops(self, pixels: Tensor) -> Tensor:
@@ -106,8 +128,8 @@ class Clip:
             )
         device = self.model.logit_scale.device
         precision = next(self.model.visual.parameters()).dtype
-        mean = torch.tensor(self.mean, device=device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=device).view(3, 1, 1)
+        mean = torch.tensor(self.preprocessing.mean, device=device).view(3, 1, 1)
+        std = torch.tensor(self.preprocessing.std, device=device).view(3, 1, 1)
         features = [torch.empty(0, self.dimension, device=device)]
         for batch in pixels.split(CROPS_PER_PASS.get(device.type, BATCH)) if len(pixels) else ():
             batch = batch.to(device).contiguous(memory_format=torch.channels_last).float()
@@ -143,24 +165,25 @@ def load_clip(
     """Build the architecture, fill it with the weights and make it ready for inference.
 
     Args:
-        settings: an object with three attributes. `architecture`: a model name of open_clip
+        settings: an object with four attributes. `architecture`: a model name of open_clip
             ("ViT-B-32-quickgelu" is OpenAI's ViT-B/32), or the path of a json file in its format
             (`embed_dim`, `vision_cfg`, `text_cfg`; or `model_cfg` with those and
-            `preprocess_cfg` with `mean` and `std`). `weights`: safetensors, a state dict saved by
-            `torch.save`, or OpenAI's TorchScript archive. `vocabulary`: gzipped BPE merges of
-            the tokenizer; None for CLIP's own.
+            `preprocess_cfg`). `weights`: safetensors, a state dict saved by `torch.save`, or
+            OpenAI's TorchScript archive. `vocabulary`: gzipped BPE merges of the tokenizer; None
+            for CLIP's own. `pretrained`: open_clip's tag of the weights (see `preprocessing_of`).
         device: where the model goes.
         precision: that the image tower computes in, float32 or bfloat16; texts are in float32.
 
     Raises:
         LpovodError: a file is missing; an unknown architecture; weights that do not fit it in
-            every key and shape; a vocabulary of another size.
+            every key and shape; a vocabulary of another size; and as `preprocessing_of` does.
     """
-    config, preprocess = _read_architecture(settings.architecture)
+    config = _read_architecture(settings.architecture)[0]
+    preprocessing = preprocessing_of(settings)
     path = Path(settings.weights)
     if not path.is_file():
         raise LpovodError(f"CLIP weights {path} do not exist: download them or correct `weights`")
-    model = _build_model(config, settings.architecture)
+    model = _build_model(config)
     try:
         state = _read_state_dict(path, config)
     except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
@@ -173,31 +196,126 @@ def load_clip(
     _fold_batch_norms(model.visual)
     _keep_class_token(model.visual)
     model.visual.to(getattr(torch, precision))
-    size = model.visual.image_size
     return Clip(
         model=model.to(device=device, memory_format=torch.channels_last),
         tokenizer=_load_tokenizer(settings, config, model.vocab_size),
-        image_size=int(size if isinstance(size, int) else size[0]),
-        mean=tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
-        std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
+        preprocessing=preprocessing,
         logit_scale=float(model.logit_scale.exp()),
         dimension=int(config["embed_dim"]),
         weights_digest=sha256(path),
     )
 
 
-def _read_architecture(architecture: str) -> tuple[dict, dict]:
-    """Model config and preprocessing config, from open_clip's list or from a json file."""
+def preprocessing_of(settings: ClipSource) -> Preprocessing:
+    """The preprocessing that the weights were trained with. Needs no weights.
+
+    A json file states it in `preprocess_cfg`. For an architecture named by open_clip it is in
+    open_clip's table of weights, under the tag `settings.pretrained`; no tag is needed where all
+    weights of the architecture share it. What neither states is open_clip's default, which is
+    OpenAI's.
+
+    Raises:
+        LpovodError: an unknown or unsupported architecture; an unknown tag; a missing tag where
+            the weights of the architecture differ; a tag of weights with another activation; a
+            preprocessing that `crops` does not implement.
+    """
+    architecture = settings.architecture
+    config, stated = _read_architecture(architecture)
     if not architecture.endswith(".json"):
-        names = open_clip.list_models()
-        if architecture not in names:
-            close = get_close_matches(architecture, names, 3) or ["ViT-B-32-quickgelu"]
+        _check_tag(architecture, settings.pretrained, config)
+        stated = _look_up_preprocessing(architecture, settings.pretrained)
+    elif settings.pretrained is not None:
+        raise LpovodError(
+            f"clip.pretrained = {settings.pretrained!r} is a tag of open_clip's models, and "
+            f"{architecture} states its own preprocessing (preprocess_cfg): set it to null"
+        )
+    merged = merge_preprocess_dict(PreprocessCfg(), stated)
+    _check_preprocessing(architecture, merged)
+    size = config["vision_cfg"].get("image_size", CLIPVisionCfg.image_size)
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise LpovodError(f"{architecture} sees {width} x {height} pixels; crops are square")
+    return Preprocessing(
+        image_size=height,
+        mean=tuple(float(value) for value in merged["mean"]),
+        std=tuple(float(value) for value in merged["std"]),
+        interpolation=merged["interpolation"],
+        resize_mode=merged["resize_mode"],
+    )
+
+
+def _check_tag(architecture: str, tag: str | None, config: dict) -> None:
+    """Refuse a tag that open_clip does not know, or of weights with another activation."""
+    if tag is None:
+        return
+    if not open_clip.is_pretrained_cfg(architecture, tag):
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        near = get_close_matches(tag, tags, 3) or tags
+        hint = f"did you mean {' or '.join(near)}?" if near else "it knows none: set it to null"
+        raise LpovodError(
+            f"clip.pretrained: open_clip knows no weights {tag!r} of {architecture}; {hint}"
+        )
+    entry = open_clip.get_pretrained_cfg(architecture, tag)
+    if entry.get("quick_gelu") and not config.get("quick_gelu"):
+        raise LpovodError(
+            f"the weights {tag!r} need QuickGELU, which {architecture} lacks; without it they "
+            f"would lose accuracy silently: set clip.architecture to {architecture}-quickgelu"
+        )
+
+
+def _look_up_preprocessing(architecture: str, tag: str | None) -> dict:
+    """The preprocessing of an architecture's weights in open_clip's table; {} if it has none."""
+    tags = open_clip.list_pretrained_tags_by_model(architecture) if tag is None else [tag]
+    entries = [
+        merge_preprocess_dict({}, open_clip.get_pretrained_cfg(architecture, name)) for name in tags
+    ]
+    if any(entry != entries[0] for entry in entries):
+        raise LpovodError(
+            f"clip.pretrained: the weights that open_clip knows of {architecture} differ in their "
+            f"preprocessing: set it to the tag of yours, one of {', '.join(tags)}. For weights "
+            "from elsewhere, set clip.architecture to a json file with model_cfg and preprocess_cfg"
+        )
+    return entries[0] if entries else {}
+
+
+def _check_preprocessing(architecture: str, stated: dict) -> None:
+    """Refuse what crops cannot be made with."""
+    supported = {"interpolation": SUPPORT, "resize_mode": RESIZE_MODES, "mode": ["RGB"]}
+    for key, values in supported.items():
+        if stated[key] not in values:
             raise LpovodError(
-                f"open_clip knows no model named {architecture!r}; did you mean "
-                f"{' or '.join(close)}? The path of a json file is the other choice"
+                f"{architecture} needs a preprocessing with {key} {stated[key]!r}, which is not "
+                f"supported; expected {' or '.join(values)}"
             )
-        return open_clip.get_model_config(architecture), {}
-    path = Path(architecture)
+    for key in ("mean", "std"):
+        if not isinstance(stated[key], list | tuple) or len(stated[key]) != 3:
+            raise LpovodError(
+                f"{architecture}: preprocess_cfg.{key} is {stated[key]!r}, expected three numbers"
+            )
+
+
+def _read_architecture(architecture: str) -> tuple[dict, dict]:
+    """Model config, and of a json file its preprocessing config."""
+    if architecture.endswith(".json"):
+        config, stated = _read_document(Path(architecture))
+    else:
+        config, stated = _look_up_model(architecture), {}
+    _check_towers(architecture, config)
+    return config, stated
+
+
+def _look_up_model(architecture: str) -> dict:
+    names = open_clip.list_models()
+    if architecture not in names:
+        close = get_close_matches(architecture, names, 3) or ["ViT-B-32-quickgelu"]
+        raise LpovodError(
+            f"open_clip knows no model named {architecture!r}; did you mean "
+            f"{' or '.join(close)}? The path of a json file is the other choice"
+        )
+    return open_clip.get_model_config(architecture)
+
+
+def _read_document(path: Path) -> tuple[dict, dict]:
     document = read_json(path)
     config = document.get("model_cfg", document)
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
@@ -206,15 +324,23 @@ def _read_architecture(architecture: str) -> tuple[dict, dict]:
     return config, document.get("preprocess_cfg", {})
 
 
-def _build_model(config: dict, architecture: str) -> CLIP | CustomTextCLIP:
-    config = json.loads(json.dumps(config))  # a copy to edit
-    # All weights come from the file; these flags would have open_clip download others first.
-    config["vision_cfg"]["timm_model_pretrained"] = False
-    config["text_cfg"]["hf_model_pretrained"] = False
+def _check_towers(architecture: str, config: dict) -> None:
+    """Refuse models that are more than an image tower and a text tower with CLIP's tokenizer."""
     if "multimodal_cfg" in config:
         raise LpovodError(f"{architecture} is a captioning model (CoCa), which is not supported")
-    custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    return (CustomTextCLIP if custom_text else CLIP)(**config)
+    text = config["text_cfg"]
+    if tokenizer := text.get("hf_tokenizer_name") or text.get("hf_model_name"):
+        raise LpovodError(
+            f"{architecture} needs the tokenizer {tokenizer!r}, which is not CLIP's BPE: choose "
+            "an architecture with CLIP's own tokenizer"
+        )
+
+
+def _build_model(config: dict) -> CLIP | CustomTextCLIP:
+    config = json.loads(json.dumps(config))  # a copy to edit
+    # All weights come from the file; this flag would have timm download others first.
+    config["vision_cfg"]["timm_model_pretrained"] = False
+    return (CustomTextCLIP if config.pop("custom_text", False) else CLIP)(**config)
 
 
 def _read_state_dict(path: Path, config: dict) -> dict[str, Tensor]:
@@ -302,13 +428,7 @@ def _keep_class_token(tower: nn.Module) -> None:
 
 
 def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) -> SimpleTokenizer:
-    text = config["text_cfg"]
-    if text.get("hf_tokenizer_name"):
-        raise LpovodError(
-            f"{settings.architecture} needs the tokenizer {text['hf_tokenizer_name']!r}, which is "
-            "not CLIP's BPE: choose an architecture with CLIP's own tokenizer"
-        )
-    context_length = text.get("context_length", 77)
+    context_length = config["text_cfg"].get("context_length", 77)
     if settings.vocabulary is None:
         tokenizer = SimpleTokenizer(context_length=context_length)
     else:
@@ -323,3 +443,33 @@ def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) ->
             "file the weights were trained with"
         )
     return tokenizer
+
+
+def embed_texts(
+    names: list[str], clip: ClipSettings, settings: TextEmbeddingsSettings
+) -> ClassEmbeddings:
+    """Embed names: the mean over the templates of the unit vectors, brought to unit length.
+
+    Raises:
+        LpovodError: if the CLIP model cannot be loaded.
+    """
+    model = load_clip(clip, "cpu")
+    prompts = [template.format(name) for name in names for template in settings.templates]
+    vectors = _unit(model.encode_texts(prompts).double().numpy())
+    vectors = _unit(vectors.reshape(len(names), len(settings.templates), -1).mean(axis=1))
+    return as_class_embeddings(names, vectors, model, clip)
+
+
+def as_class_embeddings(names, vectors: np.ndarray, model, clip: ClipSettings) -> ClassEmbeddings:
+    architecture = clip_architecture(clip) if model else "none"
+    return ClassEmbeddings(
+        names=names,
+        vectors=vectors.astype(np.float32),
+        logit_scale=float(model.logit_scale) if model else None,
+        clip_weights=model.weights_digest if model else "none",
+        clip_architecture=sha256(architecture) if isinstance(architecture, Path) else architecture,
+    )
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)

@@ -22,9 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from lpovod import miniature
-from lpovod.artifacts import LpovodError, read_json
-from lpovod.download import COCO_CLASSES, WEIGHTS
+from lpovod.artifacts import read_json
+from lpovod.catalogue import COCO_CLASSES, WEIGHTS
+from lpovod.exceptions import LpovodError, existing
+from lpovod.miniature import pictograms
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -46,7 +47,7 @@ def key(default: Any, description: str, **limits: Any) -> Any:
     return Field(default=default, description=description, **limits)
 
 
-class Miniature(Settings):
+class MiniatureSettings(Settings):
     train_images: PositiveInt = key(900, "drawn images to train on")
     val_images: PositiveInt = key(500, "drawn images that the metrics are measured on")
     tune_images: PositiveInt = key(200, "drawn images to choose settings on, never reported")
@@ -59,7 +60,7 @@ class Miniature(Settings):
     )
 
 
-class CocoFiles(Settings):
+class CocoSettings(Settings):
     root: Path | None = key(None, "folder that the four paths below are relative to")
     train_images: Path = key(Path("train2017"), "folder of training images")
     train_annotations: Path = key(
@@ -88,15 +89,15 @@ class CocoFiles(Settings):
         return (self.root or Path()) / getattr(self, name)
 
 
-class Dataset(Settings):
+class DatasetSettings(Settings):
     source: Literal["miniature", "coco"] = key(
         "miniature", "drawn images, or images and annotations in COCO's format on disk"
     )
-    miniature: Miniature = key(Miniature(), "the drawn world (source: miniature)")
-    coco: CocoFiles = key(CocoFiles(), "where the files are (source: coco)")
+    miniature: MiniatureSettings = key(MiniatureSettings(), "the drawn world (source: miniature)")
+    coco: CocoSettings = key(CocoSettings(), "where the files are (source: coco)")
 
 
-class Classes(Settings):
+class ClassSettings(Settings):
     base: list[str] = Field(description="annotated: the detector trains on them", min_length=1)
     novel: list[str] = Field(description="known by name alone", min_length=1)
 
@@ -112,7 +113,7 @@ class Classes(Settings):
         return self
 
 
-class Clip(Settings):
+class ClipSettings(Settings):
     architecture: str = key(
         "resources/small_clip/architecture.json",
         "name of an open_clip model (ViT-B-32-quickgelu for OpenAI's weights) or a json file",
@@ -126,6 +127,11 @@ class Clip(Settings):
         Path("resources/small_clip/vocabulary.txt.gz"),
         "byte-pair merges of the tokenizer; null for CLIP's own",
     )
+    pretrained: str | None = key(
+        None,
+        "open_clip's tag of the weights, such as laion2b_s32b_b82k, for their preprocessing; null "
+        "for a json file, and where all of open_clip's weights of the architecture share it",
+    )
 
     def files(self) -> list[Path]:
         """The files the model is read from."""
@@ -135,7 +141,7 @@ class Clip(Settings):
         return [*named, self.weights, *([self.vocabulary] if self.vocabulary else [])]
 
 
-class TextEmbeddings(Settings):
+class TextEmbeddingsSettings(Settings):
     templates: list[str] = key(
         ["{}"], "prompts, {} being the class name; several are averaged", min_length=1
     )
@@ -156,7 +162,7 @@ class TextEmbeddings(Settings):
         return self
 
 
-class Backbone(Settings):
+class BackboneSettings(Settings):
     architecture: str = key(
         "small",
         "small: a thin net of nine convolutions; resnet50: in the caffe style; "
@@ -184,10 +190,10 @@ class Backbone(Settings):
         raise ValueError(f"allowed are {', '.join(BACKBONES)}, and timm:NAME{hint}")
 
 
-class Training(Settings):
+class TrainingSettings(Settings):
     """A training schedule: warm-up, then a constant rate, divided by ten after each drop."""
 
-    optimiser: Literal["sgd", "adamw"] = key("sgd", "adamw where a short run starts from nothing")
+    optimizer: Literal["sgd", "adamw"] = key("sgd", "adamw where a short run starts from nothing")
     epochs: PositiveInt = key(8, "passes over the training images")
     images_per_step: PositiveInt = key(8, "images of one optimisation step")
     learning_rate: Positive = key(0.02, "learning rate after the warm-up")
@@ -195,7 +201,7 @@ class Training(Settings):
     weight_decay: float = key(1e-4, "weight decay, on everything", ge=0)
     warmup_steps: int = key(50, "steps of the linear warm-up", ge=0)
     warmup_ratio: Positive = key(0.001, "where the warm-up starts, as a part of the rate", le=1)
-    drops: list[PositiveInt] = key([6, 7], "epochs after which the rate is divided by ten")
+    milestones: list[PositiveInt] = key([6, 7], "epochs after which the rate is divided by ten")
     gradient_norm: Positive = key(15.0, "gradients are clipped to this norm")
     short_sides: list[PositiveInt] = key(
         [160], "shorter sides of the resized image, one drawn for each image", min_length=1
@@ -204,11 +210,11 @@ class Training(Settings):
     workers: int = key(0, "processes that load images; 0 loads in the training process", ge=0)
 
 
-class Proposals(Settings):
-    training: Training = key(Training(), "schedule of the proposal network")
+class ProposalsSettings(Settings):
+    training: TrainingSettings = key(TrainingSettings(), "schedule of the proposal network")
     anchor_scale: Positive = key(8.0, "side of the one square anchor, in strides")
     box_iou: Fraction = key(0.7, "IoU with an object from which an anchor learns its box")
-    samples: PositiveInt = key(256, "sampled anchors per image and output")
+    samples_per_image: PositiveInt = key(256, "sampled anchors per image and output")
     per_level: PositiveInt = key(2000, "best boxes of each pyramid level that enter the NMS")
     nms: Fraction = key(0.7, "IoU of the class-agnostic NMS")
     per_image: PositiveInt = key(60, "proposals kept per image")
@@ -220,7 +226,7 @@ class Proposals(Settings):
     )
 
 
-class RegionEmbeddings(Settings):
+class RegionEmbeddingsSettings(Settings):
     scales: list[Positive] = key(
         [1.0, 1.5], "crops of a region, relative to its box; features are summed", min_length=1
     )
@@ -234,21 +240,23 @@ class RegionEmbeddings(Settings):
     )
 
 
-class RegionIndex(Settings):
+class RegionIndexSettings(Settings):
     factory: str = key("SQfp16", "FAISS index factory; Flat and SQfp16 are exact")
     block_rows: PositiveInt = key(65536, "vectors read and added at once")
 
 
-class BaseDetector(Settings):
-    training: Training = key(Training(), "schedule of the detector")
+class BaseDetectorSettings(Settings):
+    training: TrainingSettings = key(TrainingSettings(), "schedule of the detector")
     regions: Literal["rpn", "proposals"] = key(
         "rpn",
         "whose boxes the classification and box losses are sampled from: those of a region proposal"
         " network trained along, as in the original, or the given proposals",
     )
-    samples: PositiveInt = key(512, "regions sampled per image for classification and boxes")
-    positives: Fraction = key(0.25, "largest part of them with an IoU of .5 with an object")
-    branch_convolutions: int = key(4, "convolutions of each head before its linear layer", ge=0)
+    samples_per_image: PositiveInt = key(
+        512, "regions sampled per image for classification and boxes"
+    )
+    positive_fraction: Fraction = key(0.25, "largest part of them with an IoU of .5 with an object")
+    head_convolutions: int = key(4, "convolutions of each head before its linear layer", ge=0)
     dimension: PositiveInt = key(1024, "length of a region feature")
     finest_scale: Positive = key(
         56.0, "side in pixels of the regions that are pooled from the finest level"
@@ -261,7 +269,7 @@ class BaseDetector(Settings):
     )
 
 
-class PseudoLabels(Settings):
+class PseudoLabelsSettings(Settings):
     k: PositiveInt = key(100, "regions retrieved per novel class")
     objectness: Fraction = key(0.6, "floor of a retrieved region's objectness")
     centred: bool = key(
@@ -285,11 +293,11 @@ class PseudoLabels(Settings):
     )
 
 
-class RegionFeatures(Settings):
+class RegionFeaturesSettings(Settings):
     batch_size: PositiveInt = key(4, "images per pass of the backbone")
 
 
-class LinearProbe(Settings):
+class LinearProbeSettings(Settings):
     epochs: PositiveInt = key(12, "passes over the retrieved images")
     images_per_step: PositiveInt = key(2, "images of one step")
     learning_rate: Positive = key(0.001, "learning rate after the warm-up")
@@ -297,16 +305,18 @@ class LinearProbe(Settings):
     weight_decay: float = key(2.5e-5, "weight decay", ge=0)
     warmup_steps: int = key(20, "steps of the linear warm-up", ge=0)
     warmup_ratio: Positive = key(0.1, "where the warm-up starts, as a part of the rate", le=1)
-    drops: list[PositiveInt] = key([8, 11], "epochs after which the rate is divided by ten")
-    samples: PositiveInt = key(512, "regions sampled per image")
-    positives: Fraction = key(0.25, "largest part of them with an IoU of .5 with a pseudo-label")
+    milestones: list[PositiveInt] = key([8, 11], "epochs after which the rate is divided by ten")
+    samples_per_image: PositiveInt = key(512, "regions sampled per image")
+    positive_fraction: Fraction = key(
+        0.25, "largest part of them with an IoU of .5 with a pseudo-label"
+    )
     negatives_per_positive: PositiveInt = key(10, "largest number of negatives per positive")
     checkpoint: Path | None = key(
         None, "the original's fine-tuned checkpoint, whose novel weights are read in place of this"
     )
 
 
-class Evaluation(Settings):
+class EvaluationSettings(Settings):
     temperature: Positive | None = key(
         None, "of the CLIP head's softmax; null takes the CLIP model's own logit scale"
     )
@@ -320,12 +330,12 @@ class Evaluation(Settings):
     )
 
 
-class Report(Settings):
+class ReportSettings(Settings):
     crops_per_class: PositiveInt = key(24, "retrieved regions shown per novel class")
     images: PositiveInt = key(12, "validation images shown with their detections")
 
 
-class SmallClip(Settings):
+class SmallClipSettings(Settings):
     """The small CLIP and its training."""
 
     seed: int = key(17, "of the drawn images, the crops, the initial weights and the batches", ge=0)
@@ -354,21 +364,33 @@ class Config(Settings):
     training_nodes: PositiveInt = key(
         1, "nodes of a SLURM cluster that the steps of a training are divided over"
     )
-    dataset: Dataset = key(Dataset(), "images and annotations")
-    classes: Classes = Field(description="the split")
-    clip: Clip = key(Clip(), "the vision-language model")
-    backbone: Backbone = key(Backbone(), "of the proposal network and of the detector")
-    text_embeddings: TextEmbeddings = key(TextEmbeddings(), "class names to vectors")
-    proposals: Proposals = key(Proposals(), "class-agnostic boxes")
-    region_embeddings: RegionEmbeddings = key(RegionEmbeddings(), "CLIP on every proposal")
-    region_index: RegionIndex = key(RegionIndex(), "nearest neighbours of text in regions")
-    base_detector: BaseDetector = key(BaseDetector(), "trained on base classes")
-    pseudo_labels: PseudoLabels = key(PseudoLabels(), "retrieval")
-    region_features: RegionFeatures = key(RegionFeatures(), "the frozen detector on regions")
-    linear_probe: LinearProbe = key(LinearProbe(), "the novel classes' weights")
-    evaluation: Evaluation = key(Evaluation(), "detections and AP50")
-    report: Report = key(Report(), "one page")
-    small_clip: SmallClip = key(SmallClip(), "training of the small CLIP (target small_clip)")
+    dataset: DatasetSettings = key(DatasetSettings(), "images and annotations")
+    classes: ClassSettings = Field(description="the split")
+    clip: ClipSettings = key(ClipSettings(), "the vision-language model")
+    backbone: BackboneSettings = key(
+        BackboneSettings(), "of the proposal network and of the detector"
+    )
+    text_embeddings: TextEmbeddingsSettings = key(
+        TextEmbeddingsSettings(), "class names to vectors"
+    )
+    proposals: ProposalsSettings = key(ProposalsSettings(), "class-agnostic boxes")
+    region_embeddings: RegionEmbeddingsSettings = key(
+        RegionEmbeddingsSettings(), "CLIP on every proposal"
+    )
+    region_index: RegionIndexSettings = key(
+        RegionIndexSettings(), "nearest neighbours of text in regions"
+    )
+    base_detector: BaseDetectorSettings = key(BaseDetectorSettings(), "trained on base classes")
+    pseudo_labels: PseudoLabelsSettings = key(PseudoLabelsSettings(), "retrieval")
+    region_features: RegionFeaturesSettings = key(
+        RegionFeaturesSettings(), "the frozen detector on regions"
+    )
+    linear_probe: LinearProbeSettings = key(LinearProbeSettings(), "the novel classes' weights")
+    evaluation: EvaluationSettings = key(EvaluationSettings(), "detections and AP50")
+    report: ReportSettings = key(ReportSettings(), "one page")
+    small_clip: SmallClipSettings = key(
+        SmallClipSettings(), "training of the small CLIP (target small_clip)"
+    )
 
 
 def slug(name: str) -> str:
@@ -385,9 +407,7 @@ def read_config(paths: Iterable[Path]) -> Config:
     content: dict[str, Any] = {}
     for path in paths:
         try:
-            content = merge(content, yaml.safe_load(path.read_text()) or {})
-        except FileNotFoundError:
-            raise LpovodError(f"{path}: no such file; run this from the project's folder") from None
+            content = merge(content, yaml.safe_load(existing(path).read_text()) or {})
         except yaml.YAMLError as error:
             raise LpovodError(f"{path} is not valid yaml: {error}") from None
     return load_config(content)
@@ -451,7 +471,7 @@ def _check_imports(config: Config) -> None:
 def _check_classes(config: Config) -> None:
     """Every class must be annotated in the validation images, or its AP would be undefined."""
     if config.dataset.source == "miniature":
-        where, known = "the miniature world", list(miniature.CLASSES)
+        where, known = "the miniature world", list(pictograms.CLASSES)
     elif config.dataset.coco.download and not config.dataset.coco.path("val_annotations").exists():
         where, known = "COCO 2017", list(COCO_CLASSES)
     else:
@@ -487,8 +507,12 @@ def _block(path: tuple[Any, ...]) -> type[Settings] | None:
 
 
 def documentation() -> str:
-    """All keys as markdown: `python -m lpovod.config > docs/configuration.md`."""
-    lines = ["# Configuration", "", "Made from `lpovod/config.py` by `python -m lpovod.config`."]
+    """All keys as markdown: `lpovod config --print documentation > docs/configuration.md`."""
+    lines = [
+        "# Configuration",
+        "",
+        "Made from `lpovod/config.py` by `lpovod config --print documentation`.",
+    ]
     return "\n".join([*lines, *_document(Config, "")]) + "\n"
 
 
@@ -507,7 +531,3 @@ def _document(block: type[Settings], path: str) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-if __name__ == "__main__":
-    print(documentation(), end="")

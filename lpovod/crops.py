@@ -1,21 +1,31 @@
-"""Crops of regions as CLIP sees them: PIL's antialiased bicubic resize as two matrix products.
+"""Crops of regions as CLIP sees them: PIL's antialiased resize as two matrix products.
 
 PIL's resize is separable and linear in each pass, so "crop, resize the shorter side to S, cut the
 S x S centre" is ``A_y · image · A_xᵀ`` with weight matrices computed from the box. Only the rows
-and columns that reach the centre are computed, so a sliver costs no more than a square.
+and columns that reach the centre are computed, so a sliver costs no more than a square. Some
+models squash instead: both sides are resized to S, and nothing is cut.
 
 The passes run horizontally first with rounding between them, which is what PIL does. (Pillow from
 version 13 on runs the vertical pass first where the height shrinks much more than the width; every
 earlier version, and with it all published CLIP features, does not.)
 """
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 
-from lpovod.artifacts import LpovodError
+from lpovod.exceptions import LpovodError
+
+SUPPORT = {"bicubic": 2, "bilinear": 1}  # radius of PIL's filter, in pixels of the smaller image
+# Bilinear weights often sum to exactly half a grey level, which PIL's last bits round up or down.
+PRECISION = {"bicubic": torch.float32, "bilinear": torch.float64}
+RESIZE_MODES = ("shortest", "squash")
 
 FRACTION_BITS = 22  # of PIL's fixed-point weights for 8-bit images
 CROPS_AT_ONCE = 64  # whose weights are computed together; bounds memory at the paper's scale
+
+Distances = TypeVar("Distances", np.ndarray, torch.Tensor)
 
 
 def crop_boxes(box: np.ndarray, scale: float, width: int, height: int) -> np.ndarray:
@@ -53,34 +63,52 @@ def crop_boxes(box: np.ndarray, scale: float, width: int, height: int) -> np.nda
 
 @torch.inference_mode()
 def crop_and_resize(
-    image: np.ndarray, boxes: np.ndarray, size: int, device: str | torch.device = "cpu"
+    image: np.ndarray,
+    boxes: np.ndarray,
+    size: int,
+    device: str | torch.device = "cpu",
+    interpolation: str = "bicubic",
+    resize_mode: str = "shortest",
 ) -> torch.Tensor:
-    """Crop boxes, resize the shorter side to `size` and cut the centre, as CLIP's preprocessing.
+    """Crop boxes and resize them to a square, as CLIP's preprocessing.
 
     Args:
         image: (height, width, 3) uint8.
         boxes: (n, 4) int64 xyxy, half-open, inside the image and not empty (see `crop_boxes`).
         size: side of the result.
         device: where to compute, and where the result is.
+        interpolation: "bicubic" or "bilinear", both antialiased.
+        resize_mode: "shortest" resizes the shorter side to `size` and cuts the centre; "squash"
+            resizes both sides to `size`.
 
     Returns:
-        (n, 3, size, size) uint8: PIL's, a grey level apart on a few of 100,000 pixels (float32).
+        (n, 3, size, size) uint8: PIL's; bicubic, in float32, a grey level apart on a few of
+        100,000 pixels.
     """
     if torch.device(device).type != "cpu":
-        return crop_and_resize_batched(torch.from_numpy(image).to(device), boxes, size)
-    extent, resized, offset = _extents(boxes, size)
-    short = extent.min(axis=1, keepdims=True)
+        pixels = torch.from_numpy(image).to(device)
+        return crop_and_resize_batched(pixels, boxes, size, interpolation, resize_mode)
+    extent, resized, offset = _extents(boxes, size, resize_mode)
     # Rows with their channels: the pixels of a crop are then one matrix, no copy needed.
-    rows = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 2, 1))).float()
+    rows = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 2, 1)))
+    rows = rows.to(PRECISION[interpolation])
     result = torch.empty((len(boxes), 3, size, size), dtype=torch.uint8)
-    order = np.argsort(short[:, 0], kind="stable")  # similar numbers of weights together
+    # Similar numbers of weights together.
+    order = np.argsort((extent / resized).max(axis=1), kind="stable")
     for start in range(0, len(order), CROPS_AT_ONCE):
         part = order[start : start + CROPS_AT_ONCE]
         x, y = (
-            _Weights(boxes[part, a], extent[part, a], resized[part, a], offset[part, a], size)
-            for a in (0, 1)
+            _Weights(
+                boxes[part, axis],
+                extent[part, axis],
+                resized[part, axis],
+                offset[part, axis],
+                size,
+                interpolation,
+            )
+            for axis in (0, 1)
         )
-        pixels = torch.empty((len(part), size, 3 * size))
+        pixels = rows.new_empty((len(part), size, 3 * size))
         for k in range(len(part)):
             _resize(rows, x, y, k, pixels[k])
         pixels = pixels.add_(0.5).clamp_(0, 255).to(torch.uint8).view(-1, size, 3, size)
@@ -89,36 +117,50 @@ def crop_and_resize(
 
 
 @torch.inference_mode()
-def crop_and_resize_batched(image: torch.Tensor, boxes: np.ndarray, size: int) -> torch.Tensor:
+def crop_and_resize_batched(
+    image: torch.Tensor,
+    boxes: np.ndarray,
+    size: int,
+    interpolation: str = "bicubic",
+    resize_mode: str = "shortest",
+) -> torch.Tensor:
     """`crop_and_resize` as two products over many crops at once, on the image's device.
 
     The weights reach over the whole image, zero outside the crop: more arithmetic, but no launch
     per crop, which is what an accelerator wants.
     """
     height, width = image.shape[:2]
-    pixels = image.permute(2, 0, 1).float().reshape(3 * height, width)
-    placed = np.concatenate([boxes[:, :2], *_extents(boxes, size)], axis=1)
+    pixels = image.permute(2, 0, 1).to(PRECISION[interpolation]).reshape(3 * height, width)
+    placed = np.concatenate([boxes[:, :2], *_extents(boxes, size, resize_mode)], axis=1)
     result = [torch.empty((0, 3, size, size), dtype=torch.uint8, device=image.device)]
     for part in torch.from_numpy(placed).to(image.device).split(CROPS_AT_ONCE):
         x, y = part.unflatten(1, (4, 2)).unbind(dim=2)
-        across = torch.matmul(pixels, _dense_weights(x, size, width).transpose(1, 2))
+        weights = _dense_weights(x, size, width, interpolation)
+        across = torch.matmul(pixels, weights.transpose(1, 2))
         across = across.add_(0.5).floor_().clamp_(0, 255).view(len(part), 3, height, size)
-        crops = torch.matmul(_dense_weights(y, size, height)[:, None], across)
+        weights = _dense_weights(y, size, height, interpolation)
+        crops = torch.matmul(weights[:, None], across)
         result.append(crops.add_(0.5).clamp_(0, 255).to(torch.uint8))
     return torch.cat(result)
 
 
-def _extents(boxes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _extents(
+    boxes: np.ndarray, size: int, resize_mode: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each crop (n, 2): its sides, those of the resized crop, where its centre is cut."""
     extent = boxes[:, 2:] - boxes[:, :2]
+    if resize_mode == "squash":
+        return extent, np.full_like(extent, size), np.zeros_like(extent)
     # torchvision's rule: int(size * long / short)
     resized = size * extent // extent.min(axis=1, keepdims=True)
     offset = np.rint((resized - size) / 2).astype(np.int64)  # to even, as Python's round
     return extent, resized, offset
 
 
-def _dense_weights(placed: torch.Tensor, size: int, pixels: int) -> torch.Tensor:
-    """The weights of `_bicubic` over a whole axis, (n, size, pixels) float32.
+def _dense_weights(
+    placed: torch.Tensor, size: int, pixels: int, interpolation: str
+) -> torch.Tensor:
+    """The weights of `_sparse_weights` over a whole axis, (n, size, pixels).
 
     Args:
         placed: (n, 4) int64: first pixel, length, resized length and offset of each crop.
@@ -127,15 +169,17 @@ def _dense_weights(placed: torch.Tensor, size: int, pixels: int) -> torch.Tensor
     step = torch.arange(size, device=placed.device)
     scale = length / resized
     stretch = scale.clamp(min=1)
+    radius = SUPPORT[interpolation] * stretch
     centre = (offset + step + 0.5) * scale
-    first = (centre - 2 * stretch + 0.5).floor().clamp(min=0)[:, :, None]
-    last = torch.minimum((centre + 2 * stretch + 0.5).floor(), length)[:, :, None]
+    first = (centre - radius + 0.5).floor().clamp(min=0)[:, :, None]
+    last = torch.minimum((centre + radius + 0.5).floor(), length)[:, :, None]
     pixel = (torch.arange(pixels, device=placed.device) - start)[:, None, :]
     x = (pixel + 0.5 - centre[:, :, None]).abs() / stretch[:, :, None]
-    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
-    weight = weight * ((x < 2) & (pixel >= first) & (pixel < last))
+    weight = _kernel(x, interpolation)
+    weight = weight * ((x < SUPPORT[interpolation]) & (pixel >= first) & (pixel < last))
     weight /= weight.sum(dim=2, keepdim=True)
-    return weight.mul_(2**FRACTION_BITS).round_().div_(2**FRACTION_BITS).float()
+    weight = weight.mul_(2**FRACTION_BITS).round_().div_(2**FRACTION_BITS)
+    return weight.to(PRECISION[interpolation])
 
 
 def _resize(rows: torch.Tensor, x: "_Weights", y: "_Weights", k: int, out: torch.Tensor) -> None:
@@ -151,8 +195,8 @@ def _resize(rows: torch.Tensor, x: "_Weights", y: "_Weights", k: int, out: torch
 class _Weights:
     """Weight matrices (size, width) of many crops along one axis, over the pixels from `start`."""
 
-    def __init__(self, first_pixel, length, resized, offset, size: int):
-        first, last, weight = _bicubic(length, resized, offset, size)
+    def __init__(self, first_pixel, length, resized, offset, size: int, interpolation: str):
+        first, last, weight = _sparse_weights(length, resized, offset, size, interpolation)
         self._size, taps = size, weight.shape[-1]
         width = last[:, -1] - first[:, 0]
         self.start = (first_pixel + first[:, 0]).tolist()
@@ -160,9 +204,9 @@ class _Weights:
         pitch = width + taps  # room for the weights beyond the last pixel, all of them zero
         begin = np.concatenate([[0], np.cumsum(size * pitch)])
         row = begin[:-1, None] + pitch[:, None] * np.arange(size) + first - first[:, :1]
-        flat = np.zeros(begin[-1], np.float32)
-        flat[row[:, :, None] + np.arange(taps)] = weight
-        self._flat = torch.from_numpy(flat)
+        flat = torch.zeros(begin[-1], dtype=PRECISION[interpolation])
+        flat.numpy()[row[:, :, None] + np.arange(taps)] = weight
+        self._flat = flat
         self._begin, self._pitch = begin.tolist(), pitch.tolist()
 
     def matrix(self, k: int) -> torch.Tensor:
@@ -171,7 +215,9 @@ class _Weights:
         )
 
 
-def _bicubic(length, resized, offset, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _sparse_weights(
+    length, resized, offset, size: int, interpolation: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """PIL's weights: of n crops of `length` pixels, for `size` of the `resized` pixels.
 
     Returns the first and past-the-last source pixel (n, size), and weights (n, size, taps), of
@@ -179,12 +225,21 @@ def _bicubic(length, resized, offset, size: int) -> tuple[np.ndarray, np.ndarray
     """
     scale = (length / resized)[:, None]
     stretch = np.maximum(scale, 1)
+    radius = SUPPORT[interpolation] * stretch
     centre = (offset[:, None] + np.arange(size) + 0.5) * scale
-    first = np.maximum(np.floor(centre - 2 * stretch + 0.5), 0).astype(np.int64)
-    last = np.minimum(np.floor(centre + 2 * stretch + 0.5).astype(np.int64), length[:, None])
+    first = np.maximum(np.floor(centre - radius + 0.5), 0).astype(np.int64)
+    last = np.minimum(np.floor(centre + radius + 0.5).astype(np.int64), length[:, None])
     pixel = np.arange((last - first).max())
     x = np.abs(pixel + (first - centre + 0.5)[:, :, None]) / stretch[:, :, None]
-    weight = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
-    weight[(x >= 2) | (pixel >= (last - first)[:, :, None])] = 0
+    weight = _kernel(x, interpolation)
+    weight[(x >= SUPPORT[interpolation]) | (pixel >= (last - first)[:, :, None])] = 0
     weight /= weight.sum(axis=-1, keepdims=True)
     return first, last, np.rint(weight * 2**FRACTION_BITS) / 2**FRACTION_BITS
+
+
+def _kernel(x: Distances, interpolation: str) -> Distances:
+    """PIL's filter at a distance of x >= 0 pixels; of use below its support."""
+    if interpolation == "bilinear":
+        return 1 - x
+    where = torch.where if isinstance(x, torch.Tensor) else np.where
+    return where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)

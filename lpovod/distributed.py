@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor, distributed, nn
 
-from lpovod.artifacts import LpovodError
+from lpovod.exceptions import LpovodError
 
 
 def join(device: str) -> str:

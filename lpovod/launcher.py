@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from lpovod.artifacts import LpovodError
+from lpovod.exceptions import LpovodError
 
 
 def command(

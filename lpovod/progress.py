@@ -1,5 +1,6 @@
-"""Progress with rate and time left, on a terminal and in a log file alike."""
+"""Progress with rate and time left, and the log: on a terminal and in a log file alike."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -7,11 +8,29 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Of the processes of one training (see lpovod.distributed) one speaks.
+# Of the processes of one training (see lpovod.distributed) only the first reports.
 FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
+log = logging.getLogger("lpovod")
+"""What every module reports to: `log.info`, `log.warning`, `log.error`."""
 
-def progress(items: Iterable[Any], what: str, unit: str, total: int | None = None, **kwargs):
+
+def start_logging() -> None:
+    """Send the log to standard error, each line with its time and, unless it is info, its level."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(datefmt="%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if FIRST_RANK else logging.ERROR)
+    log.propagate = False
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+        return f"{self.formatTime(record, self.datefmt)} {level}{record.getMessage()}"
+
+
+def progress(items: Iterable[Any] | None, what: str, unit: str, total: int | None = None, **kwargs):
     """A tqdm bar over `items`; in a log, a line every ten seconds instead of a redrawn one."""
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -30,15 +49,8 @@ class _Lines:
     """Turns tqdm's redrawing into lines: a log has no carriage return."""
 
     def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
-        if text:
-            print(text, file=sys.stderr, flush=True)
+        if text := text.strip("\r\n "):
+            log.info(text)
 
     def flush(self) -> None:
         sys.stderr.flush()
-
-
-def say(message: str) -> None:
-    """One line of a stage's log."""
-    if FIRST_RANK:
-        print(message, file=sys.stderr, flush=True)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpovod.artifacts import Identity, LpovodError, atomic, write_tensors
-from lpovod.config import Training
+from lpovod.artifacts import Identity, atomic, write_tensors
+from lpovod.config import TrainingSettings
 from lpovod.distributed import add_up_gradients, largest, rank, ranks, start_alike, total
-from lpovod.progress import progress, say
+from lpovod.exceptions import LpovodError
+from lpovod.progress import log, progress
 from lpovod.schedule import rate_at
 
 
@@ -25,19 +26,19 @@ def train(
     losses: Callable[[Any], dict[str, Tensor]],
     batches: Callable[[int, int], Iterable[Any]],
     steps_per_epoch: int,
-    settings: Training,
-    state: Path,
+    settings: TrainingSettings,
+    checkpoint: Path,
     fingerprint: str,
 ) -> list[dict[str, float]]:
     """Train a model in place and return its history, one dictionary per epoch.
 
-    A killed run goes on after its last whole epoch, one that was asked to end (SIGTERM, SIGINT)
-    after its last step: `state` holds the weights, the optimiser and the history, and is used again
-    only if its `fingerprint` (of settings, inputs and code) is this run's. `write_training` writes
-    the final artefact and then removes `state`.
+    A killed run resumes after its last whole epoch, one that was asked to end (SIGTERM, SIGINT)
+    after its last step: the checkpoint holds the weights, the optimizer and the history, and is
+    used only if its fingerprint (of settings, inputs and code) is this run's. `write_training`
+    writes the final artifact and then removes the checkpoint.
 
     On several ranks each step is divided over them; the result is that of one rank, but for
-    rounding, and a state is gone on from by any number of ranks.
+    rounding, and any number of ranks can resume a checkpoint.
 
     Args:
         model: in training mode as the caller wants it.
@@ -47,48 +48,48 @@ def train(
             numbers alone.
         steps_per_epoch: how many they are from step 0 on.
         settings: the schedule.
-        state: file of the unfinished training.
+        checkpoint: file of the unfinished training.
         fingerprint: what the training is made from.
 
     Raises:
-        LpovodError: at the first loss that is not finite, or if another process uses `state`.
-        SystemExit: when it was asked to end, with the state saved.
+        LpovodError: at the first loss that is not finite, or if the checkpoint is in use.
+        SystemExit: when it was asked to end, with the checkpoint saved.
     """
     if settings.images_per_step < ranks():
         raise LpovodError(f"{ranks()} GPUs cannot share {settings.images_per_step} images_per_step")
-    optimiser = build_optimiser(model, settings)
-    with _alone_with(state), _noting_signals() as signals:
-        history, first, sums = _resume(model, optimiser, state, fingerprint)
+    optimizer = build_optimizer(model, settings)
+    with _alone_with(checkpoint), _noting_signals() as signals:
+        history, first, sums = _resume(model, optimizer, checkpoint, fingerprint)
         start_alike(model, len(history) * steps_per_epoch + first)
         for epoch in range(len(history), settings.epochs):
             started, name = time.perf_counter(), f"epoch {epoch + 1}/{settings.epochs}"
             bar = progress(batches(epoch, first), name, "step", steps_per_epoch, initial=first)
             for number, batch in enumerate(bar, start=first):
                 step = epoch * steps_per_epoch + number
-                for group in optimiser.param_groups:
+                for group in optimizer.param_groups:
                     group["lr"] = rate_at(step, steps_per_epoch, settings)
-                found = _step(model, losses(batch), optimiser, settings, step)
-                sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
+                values = _step(model, losses(batch), optimizer, settings, step)
+                sums = {key: sums.get(key, 0.0) + value for key, value in values.items()}
                 (received,) = largest([max(signals, default=0)])
                 if received:
-                    _save(model, optimiser, history, number + 1, sums, state, fingerprint)
+                    _save(model, optimizer, history, number + 1, sums, checkpoint, fingerprint)
                     largest([0])  # wait for rank 0: the first to end ends the others
-                    say(f"signal {received} in step {step}: saved to {state}")
+                    log.info(f"signal {received} in step {step}: saved to {checkpoint}")
                     raise SystemExit(128 + received)
             means = {key: value / steps_per_epoch for key, value in sums.items()}
             history.append({"epoch": epoch + 1, **means})
-            told = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
-            say(f"{name}: {told}, {time.perf_counter() - started:.0f} s")
+            summary = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
+            log.info(f"{name}: {summary}, {time.perf_counter() - started:.0f} s")
             first, sums = 0, {}
-            _save(model, optimiser, history, first, sums, state, fingerprint)
+            _save(model, optimizer, history, first, sums, checkpoint, fingerprint)
     return history
 
 
 def _step(
     model: nn.Module,
     named: dict[str, Tensor],
-    optimiser: torch.optim.Optimizer,
-    settings: Training,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainingSettings,
     step: int,
 ) -> dict[str, float]:
     """Go down the sum of the losses; returns their values over all ranks."""
@@ -96,33 +97,33 @@ def _step(
     found = dict(zip(named, values, strict=True))
     if not all(map(math.isfinite, values)):
         raise LpovodError(f"step {step}: a loss is not finite: {found}. Lower the rate.")
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     sum(named.values()).backward()
     add_up_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_norm)
-    optimiser.step()
+    optimizer.step()
     return found
 
 
 @contextmanager
-def _alone_with(state: Path) -> Iterator[None]:
-    """Refuse a second training with the same state: each would overwrite the other's.
+def _alone_with(checkpoint: Path) -> Iterator[None]:
+    """Refuse a second training with the same checkpoint: each would overwrite the other's.
 
     The lock ends with its process, however that ends; its empty file stays.
     """
     if rank() > 0:
         yield
         return
-    state.parent.mkdir(parents=True, exist_ok=True)
-    with open(state.with_name(f".{state.name}.lock"), "w") as file:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with open(checkpoint.with_name(f".{checkpoint.name}.lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LpovodError(
-                f"{state} is in use: another process trains the same. Wait for it, or end it"
+                f"{checkpoint} is in use by another training. Wait for it, or stop it"
             ) from None
         except OSError as error:
-            say(f"{state} cannot be locked ({error}): see that nothing else trains the same")
+            log.warning(f"{checkpoint} cannot be locked ({error}): let no other training use it")
         yield
 
 
@@ -141,11 +142,11 @@ def _noting_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def build_optimiser(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """The optimiser of a schedule, over all parameters."""
+def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """The optimizer of a schedule, over all parameters."""
     # Fused: one pass over the weights, which is a fifth of a small network's step on a CPU.
     rate = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True}
-    if settings.optimiser == "adamw":
+    if settings.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **rate)
     return torch.optim.SGD(model.parameters(), momentum=settings.momentum, **rate)
 
@@ -156,50 +157,50 @@ def write_training(
     made_from: Identity,
     weights: Path,
     history: Path,
-    state: Path,
+    checkpoint: Path,
 ) -> None:
-    """Write what a training ends with: the weights, and one JSON line per epoch; remove `state`."""
+    """Write the weights and the history, one JSON line per epoch; remove the checkpoint."""
     if rank() > 0:
         return
     with atomic(history) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     write_tensors(weights, tensors, made_from)
-    state.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
 
 
-def _save(model, optimiser, history, steps, sums, state: Path, fingerprint: str) -> None:
-    """Write the state; `steps` of the next epoch are done, with losses that add up to `sums`."""
+def _save(model, optimizer, history, steps, sums, checkpoint: Path, fingerprint: str) -> None:
+    """Write the checkpoint: `steps` of the next epoch are done, their losses add up to `sums`."""
     if rank() > 0:
         return
-    with atomic(state) as partial:
+    with atomic(checkpoint) as partial:
         content = {
             "fingerprint": fingerprint,
             "history": history,
             "steps": steps,
             "sums": sums,
             "model": model.state_dict(),
-            "optimiser": optimiser.state_dict(),
+            "optimizer": optimizer.state_dict(),
         }
         torch.save(content, partial)
 
 
 def _resume(
-    model, optimiser, state: Path, fingerprint: str
+    model, optimizer, checkpoint: Path, fingerprint: str
 ) -> tuple[list[dict[str, float]], int, dict[str, float]]:
-    if not state.exists():
+    if not checkpoint.exists():
         return [], 0, {}
     try:
-        content = torch.load(state, weights_only=True, map_location="cpu")
+        content = torch.load(checkpoint, weights_only=True, map_location="cpu")
     except Exception as error:
-        say(f"{state} cannot be read ({error}): training starts afresh")
+        log.warning(f"{checkpoint} cannot be read ({error}): starting from the beginning")
         return [], 0, {}
     if content["fingerprint"] != fingerprint:
-        say(f"{state} belongs to other settings, inputs or code: training starts afresh")
+        log.info(f"{checkpoint} has other settings, inputs or code: starting from the beginning")
         return [], 0, {}
     model.load_state_dict(content["model"])
-    optimiser.load_state_dict(content["optimiser"])
+    optimizer.load_state_dict(content["optimizer"])
     history, steps = content["history"], content["steps"]
-    here = f"epoch {len(history)}" + f" and {steps} steps" * bool(steps)
-    say(f"going on after {here} of {state}")
+    done = f"epoch {len(history)}" + f" and {steps} steps" * bool(steps)
+    log.info(f"resuming after {done} of {checkpoint}")
     return history, steps, content["sums"]

@@ -7,13 +7,6 @@
 
 rule base_detector:
     input:
-        script="workflow_scripts/base_detector.py",
-        code=code(
-            *("base_detector", "detector", "rpn", "pooling"),
-            *("backbone", "timm_backbone", "boxes", "images"),
-            *("training", "schedule", "distributed"),
-            *START_CODE,
-        ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         shards=shards("train"),
@@ -33,12 +26,13 @@ rule base_detector:
         mem_mb=grows(NETWORK, 2 * LISTED),
         runtime=grows(60, CONFIG.base_detector.training.epochs * EPOCH),
     params:
+        code=source("base_detector"),
         seed=CONFIG.seed,
         device=DEVICE,
         backbone=block("backbone"),
         weights=START_DIGESTS,
         settings=block("base_detector"),
-        state=subpath(output.detector, with_suffix=".resume"),
+        checkpoint=subpath(output.detector, with_suffix=".checkpoint"),
     message:
         "Training the detector on base classes, with distillation"
     shell:
@@ -46,5 +40,5 @@ rule base_detector:
         " workflow_scripts.base_detector --dataset {input.dataset}"
         " --region-embeddings {input.shards} --network {input.network}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
-        " --state {params.state} --code {input.script} {input.code} --detector {output.detector}"
+        " --checkpoint {params.checkpoint} --code {params.code} --detector {output.detector}"
         " --history {output.history} --device {params.device} 2>&1 | tee {log}"

@@ -1,9 +1,11 @@
 # What all rules share: the validated configuration, paths and a few short helpers.
 
-from lpovod.artifacts import LpovodError, sha256
+from lpovod.artifacts import sha256
+from lpovod.catalogue import COCO, WEIGHTS
 from lpovod.config import load_config, slug
-from lpovod.download import COCO, WEIGHTS
-from lpovod.summary import print_summary
+from lpovod.exceptions import LpovodError
+from lpovod.measures.ablations import read_metrics, table
+from lpovod.source_digest import source_digest
 
 try:
     CONFIG = load_config(config)
@@ -43,7 +45,6 @@ if CONFIG.training_nodes > 1:
 # A cluster's last warning and Ctrl-C are for the stage, which ends by itself; without its shell and
 # its log it could not.
 shell.prefix("set -euo pipefail; trap '' TERM INT; ")
-START_CODE = ["importers/backbone", "importers/openmmlab"]  # reads what trainings start from
 
 
 wildcard_constraints:
@@ -57,9 +58,9 @@ def block(name):
     return getattr(CONFIG, name).model_dump_json()
 
 
-def code(*modules):
-    """Sources that shape a stage's result; Snakemake compares them by content."""
-    return [f"lpovod/{module}.py" for module in modules]
+def source(script):
+    """The meaning of a stage's code, as a param: a comment or another layout makes nothing stale."""
+    return source_digest(Path("workflow_scripts", f"{script}.py"), Path(workflow.basedir))
 
 
 def of_split(files, split):
@@ -94,3 +95,12 @@ def evaluated(pattern):
     """An input path on the split that the output's folder stands for."""
     splits = {"evaluation": "val", "evaluation_tune": "tune"}
     return lambda wildcards: expand(pattern, split=splits[wildcards.evaluation])
+
+
+def print_results():
+    """The table and where the page is, if the run made them."""
+    metrics, report = Path(RESULTS, "evaluation/metrics.json"), Path(RESULTS, "report/report.html")
+    if metrics.exists():
+        print(table(read_metrics(metrics)))
+    if report.exists():
+        print(f"\nReport: {report}")

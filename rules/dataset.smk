@@ -8,8 +8,6 @@
 
 rule dataset:
     input:
-        script="workflow_scripts/dataset.py",
-        code=code("dataset", "miniature"),
         downloads=ancient(COCO_DOWNLOADS),
     output:
         splits=expand(f"{RESULTS}/dataset/{{split}}.json", split=SPLITS),
@@ -26,6 +24,7 @@ rule dataset:
         mem_mb=grows(LIGHT, 0.04),
         runtime=grows(30, 0.001),
     params:
+        code=source("dataset"),
         seed=CONFIG.seed,
         settings=block("dataset"),
         base=CONFIG.classes.base,

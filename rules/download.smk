@@ -11,8 +11,6 @@ if CONFIG.dataset.source == "coco" and CONFIG.dataset.coco.download:
 
 
 rule download:
-    input:
-        script="workflow_scripts/download.py",
     output:
         f"{RESULTS}/download/{{archive}}.json",
     log:
@@ -43,8 +41,6 @@ rule download:
 if CONFIG.clip.weights and not CONFIG.clip.weights.is_file():
 
     rule download_weights:
-        input:
-            script="workflow_scripts/download.py",
         output:
             str(CONFIG.clip.weights),
         log:

@@ -8,8 +8,6 @@
 
 rule evaluation:
     input:
-        script="workflow_scripts/evaluation.py",
-        code=code("evaluation", "average_precision", "errors", "boxes", "overlaps"),
         dataset=evaluated(f"{RESULTS}/dataset/{{split}}.json"),
         features=evaluated(f"{RESULTS}/region_features/{{split}}.h5"),
         recall=evaluated(f"{RESULTS}/proposals/{{split}}.recall.json"),
@@ -23,7 +21,12 @@ rule evaluation:
             *expand(f"{RESULTS}/text_embeddings/novel/{{novel}}.safetensors", novel=NOVEL),
         ],
     output:
-        metrics=f"{RESULTS}/{{evaluation}}/metrics.json",
+        metrics=report(
+            f"{RESULTS}/{{evaluation}}/metrics.json",
+            category="Results",
+            labels={"run": CONFIG.name, "what": "metrics ({evaluation})"},
+            caption="../docs/captions/metrics.rst",
+        ),
         detections=f"{RESULTS}/{{evaluation}}/detections.json",
     log:
         f"{RESULTS}/logs/{{evaluation}}.log",
@@ -38,6 +41,7 @@ rule evaluation:
         mem_mb=grows(NETWORK, LISTED + SCORED, "val"),
         runtime=grows(60, PASS, "val"),
     params:
+        code=source("evaluation"),
         settings=block("evaluation"),
     message:
         "AP50 of the method and of its ablations ({wildcards.evaluation})"

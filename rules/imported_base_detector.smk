@@ -6,11 +6,6 @@
 
 rule base_detector:
     input:
-        script="workflow_scripts/importers.py",
-        code=code(
-            *("importers/checkpoints", "importers/openmmlab"),
-            *("detector", "backbone", "timm_backbone"),
-        ),
         dataset=f"{RESULTS}/dataset/val.json",
         checkpoint=CONFIG.base_detector.checkpoint,
     output:
@@ -27,13 +22,14 @@ rule base_detector:
         mem_mb=grows(4000),
         runtime=grows(30),
     params:
+        code=source("imported_base_detector"),
         base=CONFIG.classes.base,
         backbone=block("backbone"),
         settings=block("base_detector"),
     message:
         "The detector of {input.checkpoint}"
     shell:
-        "python -m workflow_scripts.importers import_base_detector --dataset {input.dataset}"
+        "python -m workflow_scripts.imported_base_detector --dataset {input.dataset}"
         " --checkpoint {input.checkpoint} --base {params.base:q} --backbone {params.backbone:q}"
         " --settings {params.settings:q} --detector {output.detector}"
         " --history {output.history} 2>&1 | tee {log}"

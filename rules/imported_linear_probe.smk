@@ -7,8 +7,6 @@
 
 rule linear_probe:
     input:
-        script="workflow_scripts/importers.py",
-        code=code("importers/checkpoints", "importers/openmmlab"),
         dataset=f"{RESULTS}/dataset/val.json",
         checkpoint=CONFIG.linear_probe.checkpoint,
         detector=rules.base_detector.output.detector,
@@ -25,11 +23,12 @@ rule linear_probe:
         mem_mb=grows(4000),
         runtime=grows(30),
     params:
+        code=source("imported_linear_probe"),
         novel=CONFIG.classes.novel,
         settings=block("linear_probe"),
     message:
         "The novel classes' weights of {input.checkpoint}"
     shell:
-        "python -m workflow_scripts.importers import_linear_probe --dataset {input.dataset}"
+        "python -m workflow_scripts.imported_linear_probe --dataset {input.dataset}"
         " --checkpoint {input.checkpoint} --detector {input.detector} --novel {params.novel:q}"
         " --settings {params.settings:q} --output {output} 2>&1 | tee {log}"

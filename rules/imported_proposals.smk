@@ -6,8 +6,6 @@
 
 rule proposals:
     input:
-        script="workflow_scripts/importers.py",
-        code=code("proposals", "importers/proposals", "importers/pickles"),
         dataset=f"{RESULTS}/dataset/{{split}}.json",
         file=lambda wildcards: of_split(CONFIG.proposals.files, wildcards.split),
         id_map=lambda wildcards: given(CONFIG.proposals.id_maps.get(wildcards.split)),
@@ -25,11 +23,12 @@ rule proposals:
         mem_mb=grows(8000),
         runtime=grows(60),
     params:
+        code=source("imported_proposals"),
         settings=block("proposals"),
         id_map=lambda wildcards, input: option("--id-map", input.id_map),
     message:
         "Proposals of the {wildcards.split} images, from {input.file}"
     shell:
-        "python -m workflow_scripts.importers import_proposals --dataset {input.dataset}"
+        "python -m workflow_scripts.imported_proposals --dataset {input.dataset}"
         " --file {input.file} {params.id_map} --settings {params.settings:q}"
         " --output {output.proposals} --recall {output.recall} 2>&1 | tee {log}"

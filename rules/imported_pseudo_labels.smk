@@ -6,8 +6,6 @@
 
 rule pseudo_labels:
     input:
-        script="workflow_scripts/importers.py",
-        code=code("importers/pseudo_labels", "pseudo_labels"),
         file=CONFIG.pseudo_labels.file,
         dataset=f"{RESULTS}/dataset/train.json",
     output:
@@ -23,11 +21,12 @@ rule pseudo_labels:
         mem_mb=grows(2000),
         runtime=grows(30),
     params:
+        code=source("imported_pseudo_labels"),
         name=lambda wildcards: NOVEL[wildcards.novel],
         settings=block("pseudo_labels"),
     message:
         "Pseudo-labels of {wildcards.novel}, from {input.file}"
     shell:
-        "python -m workflow_scripts.importers import_pseudo_labels --name {params.name:q}"
+        "python -m workflow_scripts.imported_pseudo_labels --name {params.name:q}"
         " --file {input.file} --dataset {input.dataset} --settings {params.settings:q}"
         " --output {output} 2>&1 | tee {log}"

@@ -6,8 +6,6 @@
 
 rule linear_probe:
     input:
-        script="workflow_scripts/linear_probe.py",
-        code=code("linear_probe", "overlaps", "schedule"),
         pseudo_labels=expand(rules.pseudo_labels.output, novel=NOVEL),
         features=expand(rules.retrieved_region_features.output, novel=NOVEL),
     output:
@@ -23,6 +21,7 @@ rule linear_probe:
         mem_mb=grows(LIGHT + CANDIDATES),
         runtime=grows(60),
     params:
+        code=source("linear_probe"),
         seed=CONFIG.seed,
         settings=block("linear_probe"),
     message:

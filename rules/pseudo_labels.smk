@@ -7,8 +7,6 @@
 
 rule pseudo_labels:
     input:
-        script="workflow_scripts/pseudo_labels.py",
-        code=code("pseudo_labels", "overlaps"),
         text_embedding=f"{RESULTS}/text_embeddings/novel/{{novel}}.safetensors",
         base=f"{RESULTS}/text_embeddings/base.safetensors",
         index=rules.region_index.output,
@@ -27,6 +25,7 @@ rule pseudo_labels:
         mem_mb=grows(LIGHT, 2 * LISTED),
         runtime=grows(30, 0.0003),
     params:
+        code=source("pseudo_labels"),
         name=lambda wildcards: NOVEL[wildcards.novel],
         settings=block("pseudo_labels"),
     message:

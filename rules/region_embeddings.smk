@@ -7,8 +7,6 @@
 
 rule region_embeddings:
     input:
-        script="workflow_scripts/region_embeddings.py",
-        code=code("region_embeddings", "crops", "clip", "importers/torchscript"),
         clip=ancient(CLIP_FILES),
         dataset=f"{RESULTS}/dataset/{{split}}.json",
         images=rules.dataset.output.images,
@@ -27,16 +25,17 @@ rule region_embeddings:
         runtime=grows(30, EMBEDDING),
         gpu=int(CONFIG.gpu),
     params:
+        code=source("region_embeddings"),
         device=DEVICE,
         clip=block("clip"),
         clip_files=CLIP_DIGESTS,
         settings=block("region_embeddings"),
-        state=subpath(output[0], with_suffix=".resume"),
+        checkpoint=subpath(output[0], with_suffix=".checkpoint"),
     message:
         "CLIP on the {wildcards.split} proposals, shard {wildcards.shard}"
     shell:
         "python -m workflow_scripts.region_embeddings --dataset {input.dataset}"
         " --proposals {input.proposals} --clip {params.clip:q} --settings {params.settings:q}"
-        " --shard {wildcards.shard} --state {params.state} --code {input.script} {input.code}"
+        " --shard {wildcards.shard} --checkpoint {params.checkpoint} --code {params.code}"
         " --output {output} --device {params.device} --threads {threads}"
         " 2>&1 | tee {log}"

@@ -8,11 +8,6 @@
 
 rule region_features:
     input:
-        script="workflow_scripts/region_features.py",
-        code=code(
-            *("region_features", "detector", "pooling"),
-            *("backbone", "timm_backbone", "boxes", "images"),
-        ),
         dataset=f"{RESULTS}/dataset/{{split}}.json",
         images=rules.dataset.output.images,
         proposals=rules.proposals.output.proposals,
@@ -31,6 +26,7 @@ rule region_features:
         runtime=grows(30, PASS),
         gpu=int(CONFIG.gpu),
     params:
+        code=source("region_features"),
         device=DEVICE,
         backbone=block("backbone"),
         base_detector=block("base_detector"),
@@ -38,7 +34,7 @@ rule region_features:
     message:
         "The frozen detector on the {wildcards.split} proposals"
     shell:
-        "python -m workflow_scripts.region_features describe_split --dataset {input.dataset}"
+        "python -m workflow_scripts.region_features extract_split --dataset {input.dataset}"
         " --proposals {input.proposals} --detector {input.detector}"
         " --backbone {params.backbone:q} --base-detector {params.base_detector:q}"
         " --settings {params.settings:q} --output {output} --device {params.device} 2>&1 | tee {log}"
@@ -46,11 +42,6 @@ rule region_features:
 
 rule retrieved_region_features:
     input:
-        script="workflow_scripts/region_features.py",
-        code=code(
-            *("region_features", "detector", "pooling"),
-            *("backbone", "timm_backbone", "boxes", "images"),
-        ),
         dataset=f"{RESULTS}/dataset/train.json",
         images=rules.dataset.output.images,
         proposals=f"{RESULTS}/proposals/train.h5",
@@ -70,6 +61,7 @@ rule retrieved_region_features:
         runtime=grows(60),
         gpu=int(CONFIG.gpu),
     params:
+        code=source("region_features"),
         device=DEVICE,
         backbone=block("backbone"),
         base_detector=block("base_detector"),
@@ -77,7 +69,7 @@ rule retrieved_region_features:
     message:
         "The frozen detector on the images that {wildcards.novel} retrieved"
     shell:
-        "python -m workflow_scripts.region_features describe_retrieved --dataset {input.dataset}"
+        "python -m workflow_scripts.region_features extract_retrieved --dataset {input.dataset}"
         " --proposals {input.proposals} --pseudo-labels {input.pseudo_labels}"
         " --detector {input.detector} --backbone {params.backbone:q}"
         " --base-detector {params.base_detector:q} --settings {params.settings:q}"

@@ -7,8 +7,6 @@
 
 rule region_index:
     input:
-        script="workflow_scripts/region_index.py",
-        code=code("region_index"),
         shards=shards("train"),
     output:
         f"{RESULTS}/region_index/train.index",
@@ -23,6 +21,7 @@ rule region_index:
         mem_mb=grows(LIGHT, LISTED),
         runtime=grows(30, 0.001),
     params:
+        code=source("region_index"),
         settings=block("region_index"),
     message:
         "FAISS index of the training regions"

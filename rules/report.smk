@@ -6,9 +6,7 @@
 
 rule report:
     input:
-        script="workflow_scripts/report.py",
-        code=code("report", "overlaps"),
-        template="lpovod/report_template.html.jinja",
+        template="lpovod/stages/report/template.html.jinja",
         metrics=f"{RESULTS}/evaluation/metrics.json",
         detections=f"{RESULTS}/evaluation/detections.json",
         val=f"{RESULTS}/dataset/val.json",
@@ -22,7 +20,12 @@ rule report:
         proposals=[] if CONFIG.proposals.files else rules.proposal_network.output.history,
         base_detector=rules.base_detector.output.history,
     output:
-        f"{RESULTS}/report/report.html",
+        report(
+            f"{RESULTS}/report/report.html",
+            category="Results",
+            labels={"run": CONFIG.name, "what": "everything on one page"},
+            caption="../docs/captions/report.rst",
+        ),
     log:
         f"{RESULTS}/logs/report.log",
     conda:
@@ -32,6 +35,7 @@ rule report:
         mem_mb=grows(LIGHT, 3 * LISTED),
         runtime=grows(30, 0.0003),
     params:
+        code=source("report"),
         settings=block("report"),
         benchmarks=f"{RESULTS}/benchmarks",
         proposals=lambda wildcards, input: option("--proposals-history", input.proposals),

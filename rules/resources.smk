@@ -4,7 +4,7 @@
 
 from math import ceil
 
-from lpovod.download import COCO_IMAGES
+from lpovod.catalogue import COCO_IMAGES
 
 # Bytes of annotations per image; COCO's have four to five thousand, outlines included.
 JSON_PER_IMAGE = 4000

@@ -5,9 +5,6 @@
 
 
 rule small_clip:
-    input:
-        script="workflow_scripts/small_clip.py",
-        code=code("small_clip", "miniature", "clip", "crops"),
     output:
         multiext(
             "results/small_clip/",
@@ -27,6 +24,7 @@ rule small_clip:
         mem_mb=grows(NETWORK),
         runtime=grows(120),
     params:
+        code=source("small_clip"),
         settings=block("small_clip"),
         folder=subpath(output[0], parent=True),
     message:

@@ -7,8 +7,6 @@
 
 rule text_embeddings:
     input:
-        script="workflow_scripts/text_embeddings.py",
-        code=code("text_embeddings", "clip", "importers/text_rows", "importers/torchscript"),
         clip=ancient(CLIP_FILES),
         file=given(CONFIG.text_embeddings.file),
         classes=given(CONFIG.text_embeddings.classes),
@@ -27,6 +25,7 @@ rule text_embeddings:
         mem_mb=grows(NETWORK),
         runtime=grows(30),
     params:
+        code=source("text_embeddings"),
         names=names_of,
         clip=block("clip"),
         clip_files=CLIP_DIGESTS,

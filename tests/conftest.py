@@ -11,9 +11,9 @@ from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
 
-from lpovod import config
 from lpovod.artifacts import identity
-from lpovod.store import write_regions
+from lpovod.config import ClipSettings
+from lpovod.formats.regions import write_regions
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -25,12 +25,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory) -> config.Clip:
+def tiny_clip(tmp_path_factory) -> ClipSettings:
     """Settings of a CLIP of two one-layer towers with random weights."""
     return make_clip(tmp_path_factory.mktemp("clip"), seed=0)
 
 
-def make_clip(folder: Path, seed: int) -> config.Clip:
+def make_clip(folder: Path, seed: int) -> ClipSettings:
     torch.manual_seed(seed)
     model = CLIP(**TINY_CLIP)
     for parameter in model.parameters():
@@ -38,7 +38,7 @@ def make_clip(folder: Path, seed: int) -> config.Clip:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     (folder / "architecture.json").write_text(json.dumps(TINY_CLIP))
     save_file(model.state_dict(), folder / "weights.safetensors")
-    return config.Clip(
+    return ClipSettings(
         architecture=str(folder / "architecture.json"),
         weights=folder / "weights.safetensors",
         vocabulary=None,

@@ -11,21 +11,26 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from lpovod.base_detector import train_base_detector
-from lpovod.config import Backbone, BaseDetector, Proposals, Training
+from lpovod.config import (
+    BackboneSettings,
+    BaseDetectorSettings,
+    ProposalsSettings,
+    TrainingSettings,
+)
 from lpovod.distributed import BatchNorm2d, add_up_gradients, join, rank, ranks, total
-from lpovod.proposals import train_proposals
-from lpovod.timm_backbone import share_statistics
+from lpovod.networks.timm_backbone import share_statistics
+from lpovod.stages.base_detector import train_base_detector
+from lpovod.stages.proposal_network import train_proposal_network
 from lpovod.training import train
 
-BACKBONE = Backbone(channels=16, long_side=120)
-TIMM = Backbone(architecture="timm:test_efficientnet", channels=16, long_side=120)
-STEP = Training(
+BACKBONE = BackboneSettings(channels=16, long_side=120)
+TIMM = BackboneSettings(architecture="timm:test_efficientnet", channels=16, long_side=120)
+STEP = TrainingSettings(
     epochs=1,
     images_per_step=4,  # of three images
     learning_rate=0.02,
     warmup_steps=0,
-    drops=[1],
+    milestones=[1],
     short_sides=[64, 96],
     gradient_norm=1000,
 )
@@ -34,29 +39,29 @@ STEP = Training(
 def learn_proposals(
     data: Path,
     output: Path,
-    schedule: Training = STEP,
-    backbone: Backbone = BACKBONE,
+    schedule: TrainingSettings = STEP,
+    backbone: BackboneSettings = BACKBONE,
     stem: str = "proposals",
 ) -> None:
     """One step of the proposal network, in double precision: rounding must not flip a ReLU."""
-    settings = Proposals(box_iou=0.3, samples=20, training=schedule)
+    settings = ProposalsSettings(box_iou=0.3, samples_per_image=20, training=schedule)
     outputs = [output / f"{stem}.{name}" for name in ("state", "safetensors", "jsonl")]
     torch.set_default_dtype(torch.float64)
-    train_proposals(data / "train.json", backbone, settings, 0, outputs[0], [], *outputs[1:])
+    train_proposal_network(data / "train.json", backbone, settings, 0, outputs[0], "", *outputs[1:])
     torch.set_default_dtype(torch.float32)
 
 
-def learn_with_timm(data: Path, output: Path, schedule: Training = STEP) -> None:
+def learn_with_timm(data: Path, output: Path, schedule: TrainingSettings = STEP) -> None:
     """One step of the proposal network on a model of timm's, with norms that have activations."""
     learn_proposals(data, output, schedule, TIMM, "timm")
 
 
-def learn_detector(data: Path, output: Path, schedule: Training = STEP) -> None:
+def learn_detector(data: Path, output: Path, schedule: TrainingSettings = STEP) -> None:
     """One step of the detector, from the proposal network in the folder of the data."""
-    settings = BaseDetector(
+    settings = BaseDetectorSettings(
         training=schedule,
-        samples=6,
-        branch_convolutions=1,
+        samples_per_image=6,
+        head_convolutions=1,
         dimension=32,
         finest_scale=16,
         distillation_regions=3,
@@ -65,7 +70,7 @@ def learn_detector(data: Path, output: Path, schedule: Training = STEP) -> None:
     outputs = [output / f"base_detector.{name}" for name in ("state", "safetensors", "jsonl")]
     network = data / "proposals.safetensors"
     train_base_detector(
-        data / "train.json", shards, network, BACKBONE, settings, 0, outputs[0], [], *outputs[1:]
+        data / "train.json", shards, network, BACKBONE, settings, 0, outputs[0], "", *outputs[1:]
     )
 
 
@@ -84,7 +89,9 @@ def fit(state: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
         error = (model(images)[:, 0] - images.sum((1, 2, 3))).square().sum()
         return {"square": error / total(torch.tensor(float(len(images))))}
 
-    schedule = Training(epochs=4, images_per_step=7, learning_rate=0.02, drops=[3], warmup_steps=3)
+    schedule = TrainingSettings(
+        epochs=4, images_per_step=7, learning_rate=0.02, milestones=[3], warmup_steps=3
+    )
     train(model, losses, batches, 3, schedule, state, "a")
     return model.state_dict()
 

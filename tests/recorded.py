@@ -24,18 +24,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lpovod.base_detector
 import lpovod.boxes
-from lpovod.backbone import freeze_statistics, level_of
-from lpovod.base_detector import training_losses
-from lpovod.config import Backbone, BaseDetector, Evaluation, Training
-from lpovod.dataset import CocoDataset
-from lpovod.detector import Detector, refine
-from lpovod.evaluation import Scores, Variant, detect, final_scores
-from lpovod.images import MEAN, STD, LoadedView, Normalisation, View, batch, padded, show
-from lpovod.rpn import Outputs, make_anchors, rpn_proposals
-from lpovod.store import Regions
+import lpovod.stages.base_detector
+from lpovod.config import (
+    BackboneSettings,
+    BaseDetectorSettings,
+    EvaluationSettings,
+    TrainingSettings,
+)
+from lpovod.formats.coco import CocoDataset
+from lpovod.formats.regions import Regions
+from lpovod.measures.ablations import Variant
+from lpovod.networks.backbone import freeze_statistics, level_of
+from lpovod.networks.detector import Detector
+from lpovod.networks.detector_inference import refine
+from lpovod.networks.rpn import Outputs, make_anchors, rpn_proposals
+from lpovod.scoring import Scores, detect, final_scores
+from lpovod.stages.base_detector import training_losses
 from lpovod.training import train
+from lpovod.views import MEAN, STD, LoadedView, Normalisation, View, apply_view, batch, padded
 
 IMAGE_IDS = {"A": 101, "B": 202}
 SIZES = {"A": (480, 640), "B": (427, 640)}  # height, width
@@ -48,12 +55,12 @@ BASE = [place for place in range(65) if place not in NOVEL]
 """Places among all 65 classes in the order of COCO's ids."""
 
 ORIGINAL = {
-    "region_branch.convs.": "roi_head.bbox_head.shared_convs.",
-    "region_branch.fc.": "roi_head.bbox_head.shared_fcs.0.",
-    "image_branch.convs.": "roi_head.bbox_head.shared_convs_for_image.",
-    "image_branch.fc.": "roi_head.bbox_head.shared_fcs_for_image.0.",
+    "region_head.convs.": "roi_head.bbox_head.shared_convs.",
+    "region_head.fc.": "roi_head.bbox_head.shared_fcs.0.",
+    "clip_head.convs.": "roi_head.bbox_head.shared_convs_for_image.",
+    "clip_head.fc.": "roi_head.bbox_head.shared_fcs_for_image.0.",
     "box_refinement.": "roi_head.bbox_head.fc_reg.",
-    "projection.": "roi_head.projection_for_image.",
+    "clip_projection.": "roi_head.projection_for_image.",
     "prototypes": "roi_head.prototype",
 }
 """The original's names of the heads' parameters; all others have one name."""
@@ -140,7 +147,7 @@ def text_embeddings() -> np.ndarray:
 
 
 def clip_embeddings(name: str) -> np.ndarray:
-    """(60, 512) unit rows, what the image head is to imitate on the proposals."""
+    """(60, 512) unit rows, what the CLIP head is to imitate on the proposals."""
     return unit_rows(f"clip_features_{name}", PROPOSALS)
 
 
@@ -178,8 +185,8 @@ def recorded_weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def build_detector() -> Detector:
     """The detector at the paper's size, with its RPN and the recorded weights."""
-    backbone = Backbone(architecture="resnet50", channels=256)
-    model = Detector(backbone, BaseDetector(regions="rpn"), BASE_CLASSES, DIMENSION)
+    backbone = BackboneSettings(architecture="resnet50", channels=256)
+    model = Detector(backbone, BaseDetectorSettings(regions="rpn"), BASE_CLASSES, DIMENSION)
     model.load_state_dict(
         {
             key: torch.from_numpy(np.asarray(recorded_weight(original_name(key), tensor.shape)))
@@ -197,7 +204,7 @@ def novel_weights() -> Tensor:
 
 
 def inference_view(name: str) -> LoadedView:
-    return show(make_image(name), View(IMAGE_IDS[name], 800, 1333))
+    return apply_view(make_image(name), View(IMAGE_IDS[name], 800, 1333))
 
 
 def training_view(name: str) -> LoadedView:
@@ -211,7 +218,7 @@ def training_view(name: str) -> LoadedView:
         objectness,
         {"embedding": clip_embeddings(name)},
     )
-    shown = show(make_image(name), View(image_id, 640, 1333, FLIPPED[name]))
+    shown = apply_view(make_image(name), View(image_id, 640, 1333, FLIPPED[name]))
     return LoadedView(shown.view, shown.pixels, shown.scale, extra)
 
 
@@ -303,7 +310,7 @@ def region_outputs(name: str, model: Detector, pyramid: list[Tensor], view: Load
     """What the heads say of the given proposals."""
     boxes = view.to_view(make_proposals(name)[0])
     pooled = model.pool(pyramid, [boxes])
-    outputs = model.describe(pooled)
+    outputs = model.extract(pooled)
     height, width = view.pixels.shape[1:]
     cosine = outputs.embedding @ torch.from_numpy(text_embeddings()).T
     return {
@@ -312,7 +319,7 @@ def region_outputs(name: str, model: Detector, pyramid: list[Tensor], view: Load
         f"{name}_roi_feats_stats": np.stack([statistics(one) for one in pooled]),
         f"{name}_roi_feats_slice": pooled[::6, ::4],
         f"{name}_region_embeddings": outputs.feature,
-        f"{name}_image_1024_slice": model.image_branch(pooled[::6]),
+        f"{name}_image_1024_slice": model.clip_head(pooled[::6]),
         f"{name}_image_embeddings": outputs.embedding,
         f"{name}_cls_logits_base": outputs.feature @ model.prototypes.T,
         f"{name}_cls_logits_novel": outputs.feature @ novel_weights().T,
@@ -342,7 +349,7 @@ def raw_scores(
         size: height and width of the original image.
         probe: whether there are novel weights.
     """
-    outputs = model.describe(model.pool(pyramid, [boxes]))
+    outputs = model.extract(model.pool(pyramid, [boxes]))
     height, width = size
     novel = (outputs.feature @ novel_weights().T).sigmoid()
     return Scores(
@@ -361,7 +368,7 @@ def raw_scores(
     )
 
 
-def detections(scores: Scores, variant: Variant, settings: Evaluation) -> np.ndarray:
+def detections(scores: Scores, variant: Variant, settings: EvaluationSettings) -> np.ndarray:
     """(k, 6): box in pixels of the original image, score, place of the class among the 65."""
     found = detect({0: scores}, BASE_CLASSES, BASE + NOVEL, variant, settings)
     box, score, place = found[0]
@@ -370,7 +377,7 @@ def detections(scores: Scores, variant: Variant, settings: Evaluation) -> np.nda
 
 def all_detections(name: str, model: Detector, pyramid: list[Tensor], view: LoadedView) -> Arrays:
     """With given proposals, without and with a probe; and with the RPN's boxes instead."""
-    settings = Evaluation()
+    settings = EvaluationSettings()
     variant = Variant(settings.alpha, settings.beta, temperature=0.01)
     boxes, objectness = make_proposals(name)
     given = (view.to_view(boxes), torch.from_numpy(objectness), SIZES[name])
@@ -386,7 +393,7 @@ def all_detections(name: str, model: Detector, pyramid: list[Tensor], view: Load
     own, scores = rpn_proposals(outputs, anchors, [size], per_level=1000)[0]
     scores = raw_scores(model, pyramid, view, own, scores, SIZES[name], probe=False)
     # The original takes the root of a score with objectness alone; here it is always taken.
-    without = Evaluation(score_threshold=math.sqrt(settings.score_threshold))
+    without = EvaluationSettings(score_threshold=math.sqrt(settings.score_threshold))
     rooted = detections(scores, replace(variant, objectness=False), without)
     found[f"{name}_base_rpnpath_dets"] = rooted ** np.float32([1, 1, 1, 1, 2, 1])
     return found
@@ -461,11 +468,11 @@ def proposed_in_order_of(recorded: list[np.ndarray]) -> Iterator[None]:
             found.append((boxes[row], scores[row]))
         return found
 
-    lpovod.base_detector.rpn_proposals = ordered
+    lpovod.stages.base_detector.rpn_proposals = ordered
     try:
         yield
     finally:
-        lpovod.base_detector.rpn_proposals = rpn_proposals
+        lpovod.stages.base_detector.rpn_proposals = rpn_proposals
 
 
 def training_step(
@@ -500,8 +507,8 @@ def training_step(
         proposed.extend(rpn_proposals(outputs, make_anchors(inputs[0]), sizes))
 
     model.rpn_head.register_forward_hook(propose)
-    settings = BaseDetector(regions="rpn")
-    schedule = Training(epochs=1, warmup_steps=0, learning_rate=0.02, weight_decay=2.5e-5)
+    settings = BaseDetectorSettings(regions="rpn")
+    schedule = TrainingSettings(epochs=1, warmup_steps=0, learning_rate=0.02, weight_decay=2.5e-5)
     with sampled_evenly(), proposed_in_order_of(order):
         (history,) = train(
             model,

@@ -4,9 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from lpovod import config
 from lpovod.artifacts import (
-    LpovodError,
     atomic,
     check_made_from,
     fingerprint,
@@ -18,6 +16,8 @@ from lpovod.artifacts import (
     write_json,
     write_tensors,
 )
+from lpovod.config import PseudoLabelsSettings
+from lpovod.exceptions import LpovodError
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -57,7 +57,7 @@ def test_identity_digests_files_and_states_settings(tmp_path):
     path.write_bytes(b"abc")
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256(path) == abc
-    ident = identity("pseudo_labels", config.PseudoLabels(k=5), shard=path, weights="digest")
+    ident = identity("pseudo_labels", PseudoLabelsSettings(k=5), shard=path, weights="digest")
     assert ident["inputs"] == {"shard": abc, "weights": "digest"}
     assert ident["settings"].items() >= {"k": 5, "objectness": 0.6}.items()
     assert ident["stage"] == "pseudo_labels"

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from lpovod.artifacts import LpovodError
-from lpovod.average_precision import (
-    ap50,
-    ap50_by_class,
-    coco_results,
-    evaluate_files,
-    ground_truth,
-)
-from lpovod.dataset import read_dataset
+from lpovod.apps.score import score_table
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import coco_results, read_dataset
+from lpovod.measures.average_precision import ap50, ap50_by_class, ground_truth
 
 ORACLE = Path("../shared/data/coco_eval_oracle")
 
@@ -158,7 +152,7 @@ def submitted(made_up, tmp_path):
 
 def test_anybody_s_detections_get_pycocotools_numbers(submitted):
     path, file, results = submitted
-    expected, found = reference(path, results), printed(evaluate_files(path, file))
+    expected, found = reference(path, results), printed(score_table(path, file))
     assert {
         n: found[f"{n:24}{s:>8}".strip()]
         for n, s in (("cat", "base"), ("dog", "base"), ("cow", "novel"))
@@ -169,28 +163,28 @@ def test_anybody_s_detections_get_pycocotools_numbers(submitted):
         (expected["cat"] + expected["dog"]) / 2, abs=0.006
     )
     # Without the empty images, as OV-COCO has it, their false positives count for nothing.
-    some = printed(evaluate_files(path, file, annotated_images=True))
+    some = printed(score_table(path, file, annotated_images=True))
     assert float(some["mean of all"]) > float(found["mean of all"])
 
 
 def test_a_split_is_named_where_the_categories_have_none(submitted):
     path, file, _ = submitted
-    by_file = evaluate_files(path, file)
+    by_file = score_table(path, file)
     content = json.loads(path.read_text())
     for category in content["categories"]:
         category["split"] = {"base": "seen", "novel": "unseen"}[category["split"]]
     path.write_text(json.dumps(content))
-    assert evaluate_files(path, file) == by_file  # as the original's files say it
+    assert score_table(path, file) == by_file  # as the original's files say it
     for category in content["categories"]:
         del category["split"]
     path.write_text(json.dumps(content))
     with pytest.raises(LpovodError, match="category 'cat' has the split None.*--novel CLASS"):
-        evaluate_files(path, file)
-    assert evaluate_files(path, file, novel=["cow"]) == by_file
-    few = printed(evaluate_files(path, file, base=["dog"], novel=["cow"]))
+        score_table(path, file)
+    assert score_table(path, file, novel=["cow"]) == by_file
+    few = printed(score_table(path, file, base=["dog"], novel=["cow"]))
     assert not any(line.startswith("cat") for line in few)
     with pytest.raises(LpovodError, match="no category 'unicorn'"):
-        evaluate_files(path, file, novel=["unicorn"])
+        score_table(path, file, novel=["unicorn"])
 
 
 @pytest.mark.parametrize(
@@ -207,15 +201,15 @@ def test_detections_of_another_form_are_refused(submitted, change, message):
     path, file, results = submitted
     file.write_text(json.dumps([results[0] | change, *results[1:]]))
     with pytest.raises(LpovodError, match=message):
-        evaluate_files(path, file)
+        score_table(path, file)
 
 
 def test_the_command_line(submitted):
     path, file, _ = submitted
-    command = [sys.executable, "-m", "lpovod.evaluation", "--ground-truth", str(path)]
+    command = ["lpovod", "score", "--ground-truth", str(path)]
     done = subprocess.run(
         [*command, "--detections", str(file)], capture_output=True, text=True, check=True
     )
-    assert done.stdout == evaluate_files(path, file) + "\n"
+    assert done.stdout == score_table(path, file) + "\n"
     done = subprocess.run([*command, "--detections", "none.json"], capture_output=True, text=True)
     assert done.returncode != 0 and "none.json: no such file" in done.stderr

@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lpovod.base_detector import (
+from lpovod.boxes import encode
+from lpovod.config import BackboneSettings, BaseDetectorSettings
+from lpovod.formats.coco import CocoDataset
+from lpovod.formats.regions import Regions
+from lpovod.networks.detector import Detector
+from lpovod.stages.base_detector import (
     classification_loss,
     detector_losses,
     sample_regions,
     training_losses,
 )
-from lpovod.boxes import encode
-from lpovod.config import Backbone, BaseDetector
-from lpovod.dataset import CocoDataset
-from lpovod.detector import Detector
-from lpovod.images import Normalisation, View, batch, show
-from lpovod.store import Regions
+from lpovod.views import Normalisation, View, apply_view, batch
 
 GOLDENS = Path("../shared/data/goldens")
-SMALL = Backbone(channels=16)
-HEADS = BaseDetector(
-    regions="proposals", branch_convolutions=1, dimension=32, finest_scale=16, sampling_ratio=1
+SMALL = BackboneSettings(channels=16)
+HEADS = BaseDetectorSettings(
+    regions="proposals", head_convolutions=1, dimension=32, finest_scale=16, sampling_ratio=1
 )
 
 
@@ -57,7 +57,7 @@ def test_focal_loss_equals_the_recorded_one():
 def test_annotated_boxes_are_among_the_sampled_regions():
     objects = torch.tensor([[0.0, 0, 20, 20], [40, 40, 80, 80]])
     proposals = torch.tensor([[1.0, 1, 21, 21], [100, 100, 120, 120], [200, 200, 230, 230]])
-    found = sample_regions(objects, torch.tensor([3, 5]), proposals, 12, BaseDetector())
+    found = sample_regions(objects, torch.tensor([3, 5]), proposals, 12, BaseDetectorSettings())
     assert found.positives == 3
     assert found.boxes[:3].tolist() == torch.cat([objects, proposals[:1]]).tolist()
     assert found.labels.tolist() == [3, 5, 3, 12, 12]
@@ -83,10 +83,10 @@ def test_losses_are_those_of_the_regions_they_name():
         box_losses, imitated, regions = [], [], 0
         for number, one in enumerate(sampled):
             level = [features[number : number + 1] for features in pyramid]
-            outputs = model.describe(model.pool(level, [one.boxes]))
+            outputs = model.extract(model.pool(level, [one.boxes]))
             wanted = encode(one.boxes[: one.positives], one.targets[: one.positives])
             box_losses.append((outputs.deltas[: one.positives] - wanted).abs().sum())
-            imitated.append(model.describe(model.pool(level, [proposals[number]])).embedding)
+            imitated.append(model.extract(model.pool(level, [proposals[number]])).embedding)
             regions += len(one.boxes)
     assert float(found["box"]) == pytest.approx(float(sum(box_losses)) / regions, rel=1e-4)
     distance = (torch.cat(imitated) - targets).abs().mean()
@@ -110,7 +110,7 @@ def test_regions_come_from_the_rpn_or_from_the_proposals(regions):
     embedding = np.eye(8, dtype=np.float16)[:2]
     extra = Regions(np.ones(2), np.arange(2), boxes, np.ones(2), {"embedding": embedding})
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    view = replace(show(pixels, View(1, 64, 96)), extra=extra)
+    view = replace(apply_view(pixels, View(1, 64, 96)), extra=extra)
     found = training_losses(model, data, [view], {7: 0}, settings, "cpu")
     own = {"rpn_classification", "rpn_box"} if regions == "rpn" else set()
     assert set(found) == {"classification", "box", "distillation"} | own

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lpovod.boxes import clip, decode, encode, match, sample
+from lpovod.boxes import decode, encode, match, sample
 
 
 def random_boxes(count: int, seed: int) -> torch.Tensor:
@@ -29,11 +29,6 @@ def test_size_ratios_are_clamped_on_both_sides():
     for sign, side in ((1, 1000.0), (-1, 16 * 16 / 1000)):
         found = decode(box, torch.tensor([[0.0, 0, sign * 99, sign * 99]]))[0]
         assert torch.allclose(found[2:] - found[:2], torch.tensor([side, side]), rtol=1e-4)
-
-
-def test_clip_cuts_to_the_image():
-    found = clip(torch.tensor([[-5.0, 3, 200, 90]]), 100, 50)
-    assert found.tolist() == [[0, 3, 100, 50]]
 
 
 def test_match_names_the_best_object():

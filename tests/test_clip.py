@@ -3,6 +3,7 @@
 import gzip
 import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,20 +11,26 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lpovod import small_clip
-from lpovod.artifacts import LpovodError
-from lpovod.clip import load_clip
+from lpovod.clip import Preprocessing, load_clip, preprocessing_of
+from lpovod.config import SmallClipSettings
+from lpovod.exceptions import LpovodError
 from lpovod.importers.torchscript import read_torchscript
-from lpovod.miniature import CLASSES
+from lpovod.miniature.pictograms import CLASSES
+from lpovod.stages.small_clip import train_small_clip
+from lpovod.stages.small_clip.captions import all_captions, learn_merges
+from lpovod.stages.small_clip.crops import crop
+from lpovod.stages.small_clip.training import contrastive_loss
+from lpovod.stages.small_clip.zero_shot import KINDS, zero_shot
 
 ROOT = Path(__file__).parents[1]
 RESOURCES = ROOT / "resources" / "small_clip"
 SHARED = ROOT.parent / "shared" / "data"
+OPENAI = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic", "shortest")
 
 TINY = {
     "embed_dim": 16,
@@ -33,8 +40,13 @@ TINY = {
 }
 
 
-def _source(architecture, weights, vocabulary=None):
-    return SimpleNamespace(architecture=str(architecture), weights=weights, vocabulary=vocabulary)
+def _source(architecture, weights=None, vocabulary=None, pretrained=None):
+    return SimpleNamespace(
+        architecture=str(architecture),
+        weights=weights,
+        vocabulary=vocabulary,
+        pretrained=pretrained,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +78,9 @@ def _pixels(count, size):
     return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
 
-def _reference(model, pixels):
+def _reference(model, pixels, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD):
     """Image features as open_clip computes them after its own normalisation."""
-    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
-    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
         return model.encode_image((pixels.float() / 255 - mean) / std)
 
@@ -78,7 +89,7 @@ def _reference(model, pixels):
 
 
 def test_small_clip_names_unseen_objects_whatever_the_box(small):
-    scores = small_clip.zero_shot(small, scenes=40, seed=2024, nuisance=0.5)
+    scores = zero_shot(small, scenes=40, seed=2024, nuisance=0.5)
     assert scores["ground_truth"]["accuracy"] >= 0.95
     # Badly placed boxes keep nearly all of the cosine: like a large CLIP, it is blind to them.
     good = scores["ground_truth"]["cosine"]
@@ -88,7 +99,7 @@ def test_small_clip_names_unseen_objects_whatever_the_box(small):
 
 
 def test_small_clip_knows_class_names_as_whole_tokens(small):
-    words = {word for text in small_clip.all_captions() for word in text.split()}
+    words = {word for text in all_captions() for word in text.split()}
     assert all(len(small.tokenizer.encode(word)) == 1 for word in words)
     names = F.normalize(small.encode_texts(list(CLASSES)), dim=1)
     off_diagonal = (names @ names.T).fill_diagonal_(-1)
@@ -103,7 +114,7 @@ def test_small_clip_record_is_of_the_shipped_weights(small):
     record = json.loads((RESOURCES / "record.json").read_text())
     assert record["weights_sha256"] == small.weights_digest
     assert record["zero_shot"]["nuisance 0.5"]["ground_truth"]["accuracy"] >= 0.9
-    assert small_clip.SmallClip(**record["settings"]) == small_clip.SmallClip()
+    assert SmallClipSettings(**record["settings"]) == SmallClipSettings()
 
 
 def test_folded_norms_change_nothing(small):
@@ -118,7 +129,7 @@ def test_folded_norms_change_nothing(small):
 def test_small_clip_is_a_frozen_description(small):
     assert (small.image_size, small.dimension) == (48, 128)
     assert 1 < small.logit_scale <= 100.01
-    assert small.mean == open_clip.OPENAI_DATASET_MEAN
+    assert small.preprocessing.mean == open_clip.OPENAI_DATASET_MEAN
     assert len(small.weights_digest) == 64
     with pytest.raises(AttributeError):
         small.image_size = 224
@@ -280,6 +291,144 @@ def test_vit_b_32_by_name(tmp_path):
     assert clip.model.visual.transformer.resblocks[0].mlp.gelu.__class__.__name__ == "QuickGELU"
 
 
+# ------------------------------------------------------------------------------ preprocessing
+
+# By words of the refusal: how many of open_clip's pretrained entries. Nothing is refused for its
+# preprocessing.
+ENTRIES = {
+    "accepted": 119,
+    "captioning": 4,
+    "tokenizer": 47,
+    "need QuickGELU": 26,
+}
+
+
+@pytest.fixture
+def open_clip_s(monkeypatch):
+    """The preprocessing that open_clip attaches to a model, which it builds without memory."""
+
+    def once(model_class):
+        built = {}
+
+        def build(**given):
+            key = json.dumps(given, default=str)
+            if key not in built:
+                with torch.device("meta"):
+                    built[key] = model_class(**given)
+            return built[key]
+
+        return build
+
+    monkeypatch.setattr(open_clip.factory, "CLIP", once(CLIP))
+    monkeypatch.setattr(open_clip.factory, "CustomTextCLIP", once(CustomTextCLIP))
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "not read")
+
+    def preprocessing(architecture, tag):
+        model = open_clip.create_model(architecture, tag, load_weights=False, device="meta")
+        cfg = model.visual.preprocess_cfg
+        height, width = cfg["size"] if isinstance(cfg["size"], tuple) else 2 * (cfg["size"],)
+        assert (height, cfg["mode"]) == (width, "RGB")
+        return Preprocessing(
+            height, cfg["mean"], cfg["std"], cfg["interpolation"], cfg["resize_mode"]
+        )
+
+    return preprocessing
+
+
+def _refusal(error):
+    return next(words for words in ENTRIES if words in str(error))
+
+
+def test_every_pretrained_entry_is_preprocessed_as_by_open_clip_or_refused(open_clip_s):
+    counts, unlike_openai = Counter(), 0
+    for architecture, tag in open_clip.list_pretrained():
+        try:
+            ours = preprocessing_of(_source(architecture, pretrained=tag))
+        except LpovodError as error:
+            counts[_refusal(error)] += 1
+            continue
+        counts["accepted"] += 1
+        assert ours == open_clip_s(architecture, tag), (architecture, tag)
+        openai = Preprocessing(ours.image_size, *OPENAI)
+        unlike_openai += ours != openai
+    assert (counts, unlike_openai) == (ENTRIES, 17)
+
+
+def test_without_a_tag_an_architecture_has_the_preprocessing_of_all_its_entries():
+    ambiguous = []
+    for architecture in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        try:
+            ours = preprocessing_of(_source(architecture))
+        except LpovodError as error:
+            if "differ in their preprocessing" in str(error):
+                ambiguous.append(architecture)
+                assert all(tag in str(error) for tag in tags)
+            continue
+        for tag in tags:
+            entry = open_clip.get_pretrained_cfg(architecture, tag)
+            for name in ("mean", "std", "interpolation", "resize_mode"):
+                assert getattr(ours, name) == entry[name], (architecture, tag)
+    assert ambiguous == ["ViT-H-14", "ViT-H-14-quickgelu", "ViT-L-14"]
+
+
+def test_an_architecture_without_entries_has_open_clip_s_default():
+    assert preprocessing_of(_source("ViT-S-32")) == Preprocessing(224, *OPENAI)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tag", "message"),
+    [
+        ("ViT-L-14", "laion2b_s32b_b28k", "did you mean laion2b_s32b_b82k"),
+        ("MobileCLIP-S1", "webli", "did you mean datacompdr"),
+        ("ViT-S-32", "openai", "knows none: set it to null"),
+        ("ViT-L-14", "openai", "set clip.architecture to ViT-L-14-quickgelu"),
+        (RESOURCES / "architecture.json", "openai", "states its own preprocessing"),
+    ],
+)
+def test_a_tag_that_does_not_fit_is_refused(architecture, tag, message):
+    with pytest.raises(LpovodError, match=message):
+        preprocessing_of(_source(architecture, pretrained=tag))
+
+
+def test_a_json_file_states_its_preprocessing(tiny):
+    model, source = tiny
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    stated = {"mean": mean, "std": std, "interpolation": "bilinear", "resize_mode": "squash"}
+    document = {"model_cfg": TINY, "preprocess_cfg": stated}
+    Path(source.architecture).write_text(json.dumps(document))
+    clip = load_clip(source)
+    assert clip.preprocessing == Preprocessing(32, tuple(mean), tuple(std), "bilinear", "squash")
+    pixels = _pixels(2, 32)
+    expected = _reference(model, pixels, mean, std)
+    torch.testing.assert_close(clip.encode_crops(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"resize_mode": "longest"}, "resize_mode 'longest'.*expected shortest or squash"),
+        ({"interpolation": "random"}, "interpolation 'random'.*expected bicubic or bilinear"),
+        ({"mode": "L"}, "mode 'L'.*expected RGB"),
+        ({"mean": 0.5}, "preprocess_cfg.mean is 0.5, expected three numbers"),
+    ],
+)
+def test_a_preprocessing_that_crops_cannot_do_is_refused(tiny, stated, message):
+    _, source = tiny
+    document = {"model_cfg": TINY, "preprocess_cfg": stated}
+    Path(source.architecture).write_text(json.dumps(document))
+    with pytest.raises(LpovodError, match=rf"tiny.json.*{message}"):
+        preprocessing_of(source)
+
+
+def test_an_oblong_image_is_refused(tiny):
+    _, source = tiny
+    config = TINY | {"vision_cfg": TINY["vision_cfg"] | {"image_size": [32, 64]}}
+    Path(source.architecture).write_text(json.dumps(config))
+    with pytest.raises(LpovodError, match="tiny.json sees 64 x 32 pixels"):
+        preprocessing_of(source)
+
+
 # ----------------------------------------------------------------------------------- refusals
 
 
@@ -333,11 +482,11 @@ def test_json_that_is_no_architecture_is_refused(tiny):
 
 
 def test_merges_make_each_word_one_token():
-    merges = small_clip.learn_merges(["fish", "finish", "a"])
+    merges = learn_merges(["fish", "finish", "a"])
     assert merges[:2] == [("f", "i"), ("s", "h</w>")]
     joined = {"".join(pair) for pair in merges}
     assert {"fish</w>", "finish</w>"} <= joined
-    assert merges == small_clip.learn_merges(["a", "finish", "fish"])
+    assert merges == learn_merges(["a", "finish", "fish"])
 
 
 def test_crop_is_clips_preprocessing():
@@ -350,30 +499,30 @@ def test_crop_is_clips_preprocessing():
         x1, y1 = max(int(np.floor(box[0])), 0), max(int(np.floor(box[1])), 0)
         x2, y2 = min(int(np.ceil(box[2])), 60), min(int(np.ceil(box[3])), 40)
         expected = np.asarray(reference(image.crop((x1, y1, x2, y2))))
-        np.testing.assert_array_equal(small_clip.crop(image, box, 64), expected)
+        np.testing.assert_array_equal(crop(image, box, 64), expected)
 
 
 def test_loss_counts_no_true_caption_as_a_mistake():
     classes, colours = torch.tensor([0, 0, 1]), torch.tensor([2, 3, 2])
     named = torch.tensor([-1, 3, -1])  # "fish", "blue fish", "cup"
     true = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 1]])
-    confident = small_clip.contrastive_loss(100 * true, classes, colours, named)
+    confident = contrastive_loss(100 * true, classes, colours, named)
     # What is left is the entropy of a crop and a caption that have two true partners each.
     assert confident == pytest.approx(np.log(2) / 3, abs=1e-4)
-    assert small_clip.contrastive_loss(-true, classes, colours, named) > 1
+    assert contrastive_loss(-true, classes, colours, named) > 1
 
 
 def test_training_writes_a_clip_that_loads_and_repeats(tmp_path):
-    settings = small_clip.SmallClip(crops=64, epochs=1, batch_size=32, held_out_scenes=2)
-    record = small_clip.train_small_clip(tmp_path / "a", settings)
-    again = small_clip.train_small_clip(tmp_path / "b", settings)
+    settings = SmallClipSettings(crops=64, epochs=1, batch_size=32, held_out_scenes=2)
+    record = train_small_clip(tmp_path / "a", settings)
+    again = train_small_clip(tmp_path / "b", settings)
     assert record["weights_sha256"] == again["weights_sha256"]
     for name in ("architecture.json", "vocabulary.txt.gz"):
         written = (tmp_path / "a" / name).read_bytes()
         assert written == (tmp_path / "b" / name).read_bytes()
         assert written == (RESOURCES / name).read_bytes(), "the shipped file is of other settings"
     for scores in record["zero_shot"].values():
-        assert set(scores) <= set(small_clip.KINDS)
+        assert set(scores) <= set(KINDS)
 
 
 # ------------------------------------------------------------------ the real model, where present
@@ -387,6 +536,6 @@ def test_crop_and_normalisation_are_openais():
     for path in sorted(folder.glob("*.jpg")):
         with Image.open(path) as image:
             image = image.convert("RGB")
-            pixels = small_clip.crop(image, (0, 0, *image.size), 224)
+            pixels = crop(image, (0, 0, *image.size), 224)
         tensor = ((pixels / 255 - mean) / std).transpose(2, 0, 1)
         np.testing.assert_allclose(tensor, recorded[f"tensor_{path.stem}"], atol=1e-4)

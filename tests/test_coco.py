@@ -8,9 +8,10 @@ import pytest
 import yaml
 from project import copy_project, snakemake
 
-from lpovod.artifacts import LpovodError, read_json
-from lpovod.config import CocoFiles, Dataset, load_config, merge
-from lpovod.dataset import make_dataset
+from lpovod.artifacts import read_json
+from lpovod.config import CocoSettings, DatasetSettings, load_config, merge
+from lpovod.exceptions import LpovodError
+from lpovod.stages.dataset import make_dataset
 
 COCO_TINY = Path("../shared/data/coco_tiny")
 
@@ -25,7 +26,7 @@ def test_the_settings_are_the_original_s():
     assert (len(config.classes.base), len(config.classes.novel)) == (48, 17)
     training = config.base_detector.training.model_dump()
     original = {
-        "optimiser": "sgd",
+        "optimizer": "sgd",
         "epochs": 20,
         "images_per_step": 16,
         "learning_rate": 0.02,
@@ -33,7 +34,7 @@ def test_the_settings_are_the_original_s():
         "weight_decay": 2.5e-5,
         "warmup_steps": 500,
         "warmup_ratio": 0.001,
-        "drops": [16, 19],
+        "milestones": [16, 19],
         "gradient_norm": 15,
         "short_sides": [640, 672, 704, 736, 768, 800],
         "flip": 0.5,
@@ -41,8 +42,8 @@ def test_the_settings_are_the_original_s():
     assert {key: training[key] for key in original} == original
     detector = config.base_detector
     assert detector.regions == "rpn"
-    assert (detector.samples, detector.positives) == (512, 0.25)
-    assert (detector.branch_convolutions, detector.dimension) == (4, 1024)
+    assert (detector.samples_per_image, detector.positives) == (512, 0.25)
+    assert (detector.head_convolutions, detector.dimension) == (4, 1024)
     assert (detector.finest_scale, detector.sampling_ratio) == (56, 0)
     assert detector.distillation_weight == 256
     backbone = config.backbone
@@ -53,13 +54,13 @@ def test_the_settings_are_the_original_s():
     assert (config.pseudo_labels.k, config.pseudo_labels.objectness) == (100, 0.6)
     probe = config.linear_probe
     assert (probe.epochs, probe.images_per_step, probe.learning_rate) == (12, 2, 0.001)
-    assert (probe.warmup_steps, probe.warmup_ratio, probe.drops) == (20, 0.1, [8, 11])
+    assert (probe.warmup_steps, probe.warmup_ratio, probe.milestones) == (20, 0.1, [8, 11])
     assert probe.negatives_per_positive == 10
     evaluation = config.evaluation
     assert (evaluation.alpha, evaluation.beta, evaluation.per_image) == (0, 0.8, 100)
     assert (evaluation.score_threshold, evaluation.nms) == (0.05, 0.5)
     proposals = config.proposals
-    assert (proposals.training.epochs, proposals.training.drops) == (8, [6, 7])
+    assert (proposals.training.epochs, proposals.training.milestones) == (8, [6, 7])
     assert (proposals.box_iou, proposals.samples, proposals.per_level) == (0.7, 256, 2000)
 
 
@@ -97,11 +98,11 @@ def test_the_number_of_base_boxes_is_checked(tmp_path):
     names = {c["id"]: c["name"] for c in content["categories"]}
     boxes = sum(names[a["category_id"]] in base for a in content["annotations"])
     assert 0 < boxes < len(content["annotations"])
-    files = CocoFiles(root=COCO_TINY, base_boxes={"val": boxes})
-    make_dataset(tmp_path / "right", Dataset(source="coco", coco=files), base, 0)
-    files = CocoFiles(root=COCO_TINY, base_boxes={"val": boxes + 1})
+    files = CocoSettings(root=COCO_TINY, base_boxes={"val": boxes})
+    make_dataset(tmp_path / "right", DatasetSettings(source="coco", coco=files), base, 0)
+    files = CocoSettings(root=COCO_TINY, base_boxes={"val": boxes + 1})
     with pytest.raises(LpovodError, match=f"has {boxes} boxes of base classes"):
-        make_dataset(tmp_path / "wrong", Dataset(source="coco", coco=files), base, 0)
+        make_dataset(tmp_path / "wrong", DatasetSettings(source="coco", coco=files), base, 0)
 
 
 def test_nothing_of_the_default_run_reaches_the_paper_s():

@@ -13,10 +13,10 @@ from PIL import Image
 from project import copy_project, snakemake
 from recorded import original_name
 
-from lpovod.config import Backbone, BaseDetector
-from lpovod.detector import Detector
+from lpovod.config import BackboneSettings, BaseDetectorSettings
+from lpovod.networks.detector import Detector
 
-SIZES = {"branch_convolutions": 1, "dimension": 16, "finest_scale": 14}
+SIZES = {"head_convolutions": 1, "dimension": 16, "finest_scale": 14}
 BASE = ["person", "car", "bench", "bird", "book", "vase"]
 NOVEL = ["cat", "airplane", "cup"]  # of 48 + 17, for time; in no order
 OVERLAY = {
@@ -31,8 +31,8 @@ OVERLAY = {
 def original_layout() -> dict[str, torch.Tensor]:
     """A random model under the original's names."""
     torch.manual_seed(0)
-    backbone = Backbone(architecture="resnet50", channels=256)
-    model = Detector(backbone, BaseDetector(**SIZES), len(BASE), 512)
+    backbone = BackboneSettings(architecture="resnet50", channels=256)
+    model = Detector(backbone, BaseDetectorSettings(**SIZES), len(BASE), 512)
     state = {}
     for name, tensor in model.state_dict().items():
         # Else sixteen blocks would double the features sixteen times.

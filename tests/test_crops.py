@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from lpovod.artifacts import LpovodError
 from lpovod.crops import crop_and_resize, crop_and_resize_batched, crop_boxes
+from lpovod.exceptions import LpovodError
 
 RECORDED = np.load(Path(__file__).parent / "data" / "crops.npz")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -17,31 +17,44 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32).reshape(3,
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32).reshape(3, 1, 1)
 
 
-def pil_crop(image: np.ndarray, box, size: int) -> np.ndarray:
+def pil_crop(image: np.ndarray, box, size: int, resample=Image.Resampling.BICUBIC, squash=False):
     """torchvision's transforms on PIL images, its resize done as two resizes of one axis each:
     Pillow from 13 on would choose the order of the passes by the shape."""
     crop = Image.fromarray(image).crop(tuple(int(v) for v in box))
     small = Image.new("1", crop.size)
-    resized = Resize(size, InterpolationMode.NEAREST)(small).size
-    crop = crop.resize((resized[0], crop.height), Image.Resampling.BICUBIC)
-    crop = CenterCrop(size)(crop.resize(resized, Image.Resampling.BICUBIC))
+    side = (size, size) if squash else size
+    resized = Resize(side, InterpolationMode.NEAREST)(small).size
+    crop = crop.resize((resized[0], crop.height), resample)
+    crop = CenterCrop(size)(crop.resize(resized, resample))
     return np.asarray(crop).transpose(2, 0, 1)
 
 
-def assert_same_as_pil(image, boxes, size, part=0.001):
+FRACTION_OFF = {
+    ("bicubic", "shortest"): 0.001,
+    ("bicubic", "squash"): 0.002,  # 0.00101 for one sliver, whose weights reach over few pixels
+    ("bilinear", "shortest"): 0,
+    ("bilinear", "squash"): 0,
+}
+"""Of the pixels of a crop, that may be a grey level off."""
+
+
+def assert_same_as_pil(image, boxes, size, interpolation="bicubic", resize_mode="shortest"):
     """Both forms: the one for a CPU, and the batched one for an accelerator."""
     boxes = np.asarray(boxes, np.int64)
+    ways = {"interpolation": interpolation, "resize_mode": resize_mode}
+    resample = Image.Resampling[interpolation.upper()]
+    expected = [pil_crop(image, box, size, resample, resize_mode == "squash") for box in boxes]
     for crops in (
-        crop_and_resize(image, boxes, size),
-        crop_and_resize_batched(torch.from_numpy(image), boxes, size),
+        crop_and_resize(image, boxes, size, **ways),
+        crop_and_resize_batched(torch.from_numpy(image), boxes, size, **ways),
     ):
-        assert_near(crops, image, boxes, size, part)
+        assert_near(crops, expected, boxes, size, FRACTION_OFF[interpolation, resize_mode])
 
 
-def assert_near(ours, image, boxes, size, part):
+def assert_near(ours, expected, boxes, size, part):
     assert (ours.dtype, ours.shape) == (torch.uint8, (len(boxes), 3, size, size))
-    for box, crop in zip(boxes, ours.numpy(), strict=True):
-        difference = np.abs(crop.astype(int) - pil_crop(image, box, size))
+    for box, crop, pil in zip(boxes, ours.numpy(), expected, strict=True):
+        difference = np.abs(crop.astype(int) - pil)
         assert difference.max() <= 1, box
         assert (difference > 0).mean() <= part, box
 
@@ -50,16 +63,30 @@ def noise(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
+WAYS = pytest.mark.parametrize(
+    ("interpolation", "resize_mode"),
+    [
+        ("bicubic", "shortest"),
+        ("bilinear", "shortest"),
+        ("bicubic", "squash"),
+        ("bilinear", "squash"),
+    ],
+)
+
+
+@WAYS
 @pytest.mark.parametrize("size", [48, 224])
-def test_crops_of_any_shape_equal_pil(size):
+def test_crops_of_any_shape_equal_pil(size, interpolation, resize_mode):
     random = np.random.default_rng(size)
     corners = random.integers(0, [[160], [120]], (2, 40)).T, random.integers(1, 120, (40, 2))
     low = corners[0]
     high = np.minimum(low + corners[1], [160, 120])
-    assert_same_as_pil(noise(120, 160), np.concatenate([low, high], axis=1), size)
+    boxes = np.concatenate([low, high], axis=1)
+    assert_same_as_pil(noise(120, 160), boxes, size, interpolation, resize_mode)
 
 
-def test_slivers_border_boxes_and_extreme_aspects_equal_pil():
+@WAYS
+def test_slivers_border_boxes_and_extreme_aspects_equal_pil(interpolation, resize_mode):
     boxes = [
         [0, 0, 400, 300],
         [0, 0, 1, 1],
@@ -73,8 +100,8 @@ def test_slivers_border_boxes_and_extreme_aspects_equal_pil():
         [100, 100, 149, 148],
         [1, 1, 26, 25],
     ]
-    assert_same_as_pil(noise(300, 400), boxes, 48)
-    assert_same_as_pil(noise(300, 400), boxes, 224)
+    for size in (48, 224):
+        assert_same_as_pil(noise(300, 400), boxes, size, interpolation, resize_mode)
 
 
 def test_wide_crops_that_are_resized_to_1684_pixels_equal_pil():

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpovod.artifacts import LpovodError, read_json, sha256
-from lpovod.config import CocoFiles, Dataset, Miniature
-from lpovod.dataset import make_dataset, read_dataset
-from lpovod.miniature import BASE_CLASSES, CLASSES
+from lpovod.artifacts import read_json, sha256
+from lpovod.config import CocoSettings, DatasetSettings, MiniatureSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import read_dataset
+from lpovod.miniature.pictograms import BASE_CLASSES, CLASSES
+from lpovod.stages.dataset import make_dataset
 
-TINY = Dataset(miniature=Miniature(train_images=6, val_images=4, tune_images=2))
+TINY = DatasetSettings(miniature=MiniatureSettings(train_images=6, val_images=4, tune_images=2))
 COCO_TINY = Path("../shared/data/coco_tiny")
 
 
@@ -69,7 +71,7 @@ def coco(tmp_path) -> dict:
 
 
 def make(coco: dict, output: Path, base=("cat",)) -> None:
-    settings = Dataset(source="coco", coco=CocoFiles(root=coco["root"]))
+    settings = DatasetSettings(source="coco", coco=CocoSettings(root=coco["root"]))
     make_dataset(output, settings, list(base), seed=0)
 
 
@@ -137,7 +139,7 @@ def test_real_photographs(tmp_path):
     names = [
         c["name"] for c in read_json(COCO_TINY / "annotations/instances_val2017.json")["categories"]
     ]
-    settings = Dataset(source="coco", coco=CocoFiles(root=COCO_TINY))
+    settings = DatasetSettings(source="coco", coco=CocoSettings(root=COCO_TINY))
     make_dataset(tmp_path, settings, names[:40], seed=0)
     data = read_dataset(tmp_path / "val.json")
     assert len(data.images) == 80

@@ -16,7 +16,8 @@ from conftest import make_world, write_shards
 from ranks import STEP, fit, learn_detector, learn_proposals, learn_with_timm, normalise
 from timm.layers import BatchNormAct2d
 
-from lpovod.artifacts import LpovodError, read_tensors
+from lpovod.artifacts import read_tensors
+from lpovod.exceptions import LpovodError
 from lpovod.launcher import command
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lpovod import download as stage
-from lpovod.artifacts import LpovodError, read_json
-from lpovod.download import Remote, download, download_coco, extract
+from lpovod.artifacts import read_json
+from lpovod.catalogue import Remote
+from lpovod.exceptions import LpovodError
+from lpovod.stages import download as stage
+from lpovod.stages.download import download, download_coco, extract
 
 CONTENT = bytes(range(256)) * 1000
 OTHER = CONTENT[::-1]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lpovod.config import Evaluation
-from lpovod.dataset import CocoDataset
-from lpovod.errors import count_errors
-from lpovod.evaluation import Scores, Variant, detect, final_scores, variants
+from lpovod.config import EvaluationSettings
+from lpovod.formats.coco import CocoDataset
+from lpovod.measures.ablations import Variant, variants
+from lpovod.measures.mistakes import count_mistakes
+from lpovod.scoring import Scores, detect, final_scores
 
 
 def scores(**changed) -> Scores:
@@ -46,20 +47,20 @@ def test_scores_follow_the_formula():
     ],
 )
 def test_each_ablation_takes_one_thing_away(name, novel):
-    settings = Evaluation()
+    settings = EvaluationSettings()
     found = final_scores(scores(), 1, variants(settings, 0.1, True)[name])[1, 1]
     clip = math.exp(2.5) / (math.exp(2.5) + math.exp(2.0))
     assert float(found) == pytest.approx(math.sqrt(novel(clip, 0.6, 0.25)), rel=1e-5)
 
 
 def test_true_clip_replaces_the_image_head():
-    rows = variants(Evaluation(), 0.1, True)
+    rows = variants(EvaluationSettings(), 0.1, True)
     swapped = scores(cosine=scores().clip)
     assert torch.equal(
         final_scores(scores(), 1, rows["true_clip_with_probe"]),
         final_scores(swapped, 1, rows["full"]),
     )
-    assert "true_clip_with_probe" not in variants(Evaluation(), 0.1, False)
+    assert "true_clip_with_probe" not in variants(EvaluationSettings(), 0.1, False)
 
 
 def test_detections_are_thresholded_suppressed_within_a_class_and_best_first():
@@ -71,7 +72,7 @@ def test_detections_are_thresholded_suppressed_within_a_class_and_best_first():
         sigmoid=torch.tensor([[0.81, 0.49], [0.64, 0.36], [0.001, 0.001]]),
         cosine=torch.zeros(3, 2),
     )
-    found = detect({5: one}, 1, [7, 9], Variant(0, 1, 1.0), Evaluation())
+    found = detect({5: one}, 1, [7, 9], Variant(0, 1, 1.0), EvaluationSettings())
     box, score, category = found[5]
     assert category.tolist() == [7, 9]  # the second region is suppressed in both classes
     assert score.tolist() == pytest.approx([0.9, 0.7])
@@ -79,7 +80,7 @@ def test_detections_are_thresholded_suppressed_within_a_class_and_best_first():
 
 
 def test_raw_boxes_can_be_asked_for():
-    raw = detect({5: scores()}, 1, [7, 9], Variant(0, 1, 1.0, refined=False), Evaluation())
+    raw = detect({5: scores()}, 1, [7, 9], Variant(0, 1, 1.0, refined=False), EvaluationSettings())
     assert {tuple(b) for b in raw[5][0].tolist()} <= {(0, 0, 10, 10), (20, 20, 30, 30)}
 
 
@@ -108,7 +109,7 @@ def test_a_mistake_has_a_name(tmp_path, box, kind):
         {1: {"name": "a"}, 2: {"name": "b"}},
     )
     detections = {1: (np.array([box], np.float32), np.array([0.9]), np.array([1]))}
-    assert count_errors(data, detections, [1])[kind] == 100
+    assert count_mistakes(data, detections, [1])[kind] == 100
     twice = {1: (np.array([box] * 2, np.float32), np.array([0.9, 0.8]), np.array([1, 1]))}
     expected = {"correct": 50, "duplicate": 50} if kind == "correct" else {kind: 100}
-    assert {k: v for k, v in count_errors(data, twice, [1]).items() if v} == expected
+    assert {k: v for k, v in count_mistakes(data, twice, [1]).items() if v} == expected

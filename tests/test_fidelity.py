@@ -28,17 +28,17 @@ from recorded import (
 )
 from recorded_values.make import FILE, THINNED, UNUSED
 
-from lpovod.backbone import STRIDES
-from lpovod.base_detector import sample_regions
-from lpovod.config import BaseDetector
-from lpovod.rpn import make_anchors, sample_anchors
+from lpovod.config import BaseDetectorSettings
+from lpovod.networks.backbone import STRIDES
+from lpovod.networks.rpn import make_anchors, sample_anchors
+from lpovod.stages.base_detector import sample_regions
 
 WHOLE = Path("../shared/data/goldens")
 PIXELS, SCORE, RELATIVE = 0.05, 1e-4, 1e-4
 GRADIENT_NORM, GRADIENT = 2e-3, 2e-2
 """Relative. The gradient of ReLU jumps, and rounding decides for values at the jump."""
 
-UNORDERED = ("top50", "_dets", "base/train_proposals")
+UNORDERED = ("top50", "_dets", "base/train_proposal_network")
 """Boxes with scores, best first: equal scores have no order."""
 
 SAMPLED = ("base/rpn_", "base/roi_")
@@ -190,7 +190,7 @@ def test_samples_are_the_original_s(original, number):
     proposals = torch.from_numpy(recorded[f"train_proposals_{number}"][:, :4])
     with sampled_evenly():
         positive, negative, learned = sample_anchors(batch, objects, *view.pixels.shape[1:])
-        regions = sample_regions(objects, labels, proposals, 48, BaseDetector())
+        regions = sample_regions(objects, labels, proposals, 48, BaseDetectorSettings())
     assert torch.equal(batch[positive], own[recorded[f"rpn_pos_inds_{number}"]])
     assert torch.equal(batch[negative], own[recorded[f"rpn_neg_inds_{number}"]])
     assert torch.equal(learned, objects[recorded[f"rpn_pos_gt_{number}"]])

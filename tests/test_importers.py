@@ -10,11 +10,17 @@ import torch
 import torchvision
 from recorded import original_name
 
-from lpovod.artifacts import LpovodError, identity, read_identity, read_json, sha256
-from lpovod.backbone import ResNet
-from lpovod.config import Backbone, BaseDetector, LinearProbe, Proposals, PseudoLabels
-from lpovod.detector import Detector, load_detector
-from lpovod.evaluation import read_class_weights
+from lpovod.artifacts import identity, read_identity, read_json, sha256
+from lpovod.config import (
+    BackboneSettings,
+    BaseDetectorSettings,
+    LinearProbeSettings,
+    ProposalsSettings,
+    PseudoLabelsSettings,
+)
+from lpovod.exceptions import LpovodError
+from lpovod.formats.pseudo_labels import read_pseudo_labels
+from lpovod.formats.regions import read_proposals
 from lpovod.importers.backbone import start_from
 from lpovod.importers.checkpoints import (
     export_checkpoint,
@@ -26,12 +32,15 @@ from lpovod.importers.pickles import read_pickled_arrays
 from lpovod.importers.proposals import import_proposals
 from lpovod.importers.pseudo_labels import import_pseudo_labels
 from lpovod.importers.text_rows import check_rows, read_rows
-from lpovod.proposals import ProposalNetwork, read_proposals
-from lpovod.pseudo_labels import read_pseudo_labels
+from lpovod.networks.backbone import ResNet
+from lpovod.networks.detector import Detector
+from lpovod.networks.detector_inference import load_detector
+from lpovod.networks.proposal_network import ProposalNetwork
+from lpovod.scoring import read_class_weights
 
 SHARED = Path("../shared/data")
-SMALL = Backbone(channels=8)
-HEAD = BaseDetector(branch_convolutions=1, dimension=12)
+SMALL = BackboneSettings(channels=8)
+HEAD = BaseDetectorSettings(head_convolutions=1, dimension=12)
 CATEGORIES = {1: "person", 3: "car", 5: "airplane", 13: "stop sign", 17: "cat", 86: "vase"}
 BASE, NOVEL = ["vase", "person", "car"], ["cat", "airplane"]  # as a user may list them
 IN_ORDER = {"base": ["person", "car", "vase"], "novel": ["airplane", "cat"]}
@@ -108,7 +117,7 @@ def imported(world, tmp_path, content, id_map=None, name="p.pkl", **settings):
         places.write_text(json.dumps(id_map))
     output = tmp_path / "imported.h5"
     import_proposals(
-        world.dataset, file, Proposals(**settings), output, tmp_path / "recall.json", places
+        world.dataset, file, ProposalsSettings(**settings), output, tmp_path / "recall.json", places
     )
     return read_proposals(output, world.dataset)
 
@@ -245,8 +254,8 @@ def files(tmp_path):
 
 def save(folder: Path, state: dict, meta: dict | None = None) -> None:
     meta = {"CLASSES": tuple(CATEGORIES.values()), "epoch": 12} if meta is None else meta
-    optimiser = {"state": {}, "param_groups": [{"lr": 0.1}]}
-    content = {"meta": meta, "state_dict": state, "optimizer": optimiser}
+    optimizer = {"state": {}, "param_groups": [{"lr": 0.1}]}
+    content = {"meta": meta, "state_dict": state, "optimizer": optimizer}
     torch.save(content, folder / "ft.pth")
 
 
@@ -265,7 +274,7 @@ def read_detector(files: Path, base: list[str] = BASE) -> Path:
 
 def read_probe(files: Path, novel: list[str] = NOVEL) -> Path:
     arguments = (files / "val.json", files / "ft.pth", files / "detector.safetensors")
-    import_linear_probe(*arguments, novel, LinearProbe(), files / "weights.safetensors")
+    import_linear_probe(*arguments, novel, LinearProbeSettings(), files / "weights.safetensors")
     return files / "weights.safetensors"
 
 
@@ -295,9 +304,9 @@ def test_rows_go_to_their_classes(files, meta):
 
     rows = {n: np.eye(5, dtype=np.float32)[i] for i, n in enumerate([*BASE, *NOVEL])}
     write_tensors(files / "text", rows, ident | {"logit_scale": 100.0})
-    from lpovod.config import Evaluation
+    from lpovod.config import EvaluationSettings
 
-    classes = read_class_weights(detector, probe, [files / "text"], Evaluation())
+    classes = read_class_weights(detector, probe, [files / "text"], EvaluationSettings())
     assert classes.names == [*IN_ORDER["base"], *IN_ORDER["novel"]]
     weights = torch.cat([state["roi_head.prototype"], state["roi_head.prototype_novel"]])
     assert torch.equal(classes.weights, weights)
@@ -380,7 +389,7 @@ def test_the_original_s_own_list_of_tensors(files, kind):
         json.dumps({"images": [], "annotations": [], "categories": names})
     )
     torch.save({"meta": {}, "state_dict": state}, files / "ft.pth")
-    large = (Backbone(architecture="resnet50", channels=256), BaseDetector())
+    large = (BackboneSettings(architecture="resnet50", channels=256), BaseDetectorSettings())
     outputs = (files / "detector.safetensors", files / "history.jsonl")
     import_base_detector(files / "val.json", files / "ft.pth", base, *large, *outputs)
     probe = read_probe(files, novel) if kind == "ft" else None
@@ -414,7 +423,7 @@ def test_training_starts_from_openmmlab_s_weights(tmp_path, capsys):
     detector = Detector(SMALL, HEAD, 3, 16)
     start_from(detector, tmp_path / "soco.pth", "small")
     shared = state["roi_head.bbox_head.shared_fcs.0.weight"]
-    assert torch.equal(detector.region_branch.fc.weight, shared)
+    assert torch.equal(detector.region_head.fc.weight, shared)
     assert "not used: roi_head.mask_head.convs.0.weight" in "".join(capsys.readouterr())
     del state["backbone.layer2.0.conv1.weight"]
     torch.save(state, tmp_path / "soco.pth")
@@ -562,7 +571,7 @@ def labels_file(folder: Path, world, **change) -> Path:
 
 
 def split_off(name: str, file: Path, world, output: Path) -> dict:
-    import_pseudo_labels(name, file, world.dataset, PseudoLabels(file=file), output)
+    import_pseudo_labels(name, file, world.dataset, PseudoLabelsSettings(file=file), output)
     return json.loads(output.read_text())
 
 
@@ -622,7 +631,7 @@ def test_all_of_the_original_s_1700_labels_arrive_with_their_names(tmp_path):
     novel = [c["name"] for c in content["categories"] if c["split"] == "unseen"]
     for name in novel:
         output = tmp_path / f"{name}.json"
-        import_pseudo_labels(name, file, train, PseudoLabels(file=file), output)
+        import_pseudo_labels(name, file, train, PseudoLabelsSettings(file=file), output)
     found = read_pseudo_labels([tmp_path / f"{name}.json" for name in novel])
     assert len(novel) == 17 and list(found) == novel
     counts = {n: sum(len(boxes) for boxes, _ in found[n].values()) for n in novel}

@@ -7,14 +7,22 @@ import pytest
 import torch
 
 from benchmarks.linear_probe import label_images, online_loss
-from lpovod import miniature
-from lpovod.artifacts import LpovodError, identity, read_tensors, write_json, write_tensors
-from lpovod.base_detector import classification_loss
-from lpovod.config import Backbone, BaseDetector, LinearProbe, RegionFeatures
-from lpovod.dataset import read_dataset
-from lpovod.detector import Detector, load_detector
-from lpovod.images import LoadedView, View, show
-from lpovod.linear_probe import (
+from lpovod.artifacts import identity, read_tensors, write_json, write_tensors
+from lpovod.config import (
+    BackboneSettings,
+    BaseDetectorSettings,
+    LinearProbeSettings,
+    RegionFeaturesSettings,
+)
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import read_dataset
+from lpovod.formats.pseudo_labels import PseudoLabels, read_pseudo_labels
+from lpovod.formats.regions import read_proposals, write_regions
+from lpovod.miniature.split import draw_split
+from lpovod.networks.detector import Detector
+from lpovod.networks.detector_inference import load_detector
+from lpovod.stages.base_detector import classification_loss
+from lpovod.stages.linear_probe import (
     Candidates,
     draw,
     fit,
@@ -22,16 +30,14 @@ from lpovod.linear_probe import (
     gather_candidates,
     train_linear_probe,
 )
-from lpovod.proposals import read_proposals
-from lpovod.pseudo_labels import PseudoLabels, read_pseudo_labels
-from lpovod.region_features import describe_retrieved
-from lpovod.store import write_regions
+from lpovod.stages.region_features import extract_retrieved
+from lpovod.views import LoadedView, View, apply_view
 
 GOLDENS = Path("../shared/data/goldens")
 NAMES = ["fish", "house"]
 HALF = 2**-11
 """Features are stored in 16 bits: the largest relative error of one number."""
-SETTINGS = LinearProbe(epochs=60, learning_rate=0.05, drops=[50])
+SETTINGS = LinearProbeSettings(epochs=60, learning_rate=0.05, milestones=[50])
 
 
 def make_inputs(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -142,17 +148,21 @@ def test_the_loss_and_its_gradient_are_those_of_the_detector_s_classification():
 def test_few_regions_are_all_drawn_and_many_by_the_rule():
     label = np.repeat([1, -1], [3, 50])
     image = Candidates(np.arange(53, dtype=np.float32)[:, None], label)
-    feature, labels = draw([image], LinearProbe(), np.random.default_rng(0))
+    feature, labels = draw([image], LinearProbeSettings(), np.random.default_rng(0))
     assert labels.tolist() == [1] * 3 + [-1] * 30  # ten negatives per positive
     assert feature[:3, 0].tolist() == [0, 1, 2]
     assert len(np.unique(feature[3:])) == 30 and feature[3:].min() >= 3
-    feature, labels = draw([image], LinearProbe(samples=8), np.random.default_rng(0))
+    feature, labels = draw(
+        [image], LinearProbeSettings(samples_per_image=8), np.random.default_rng(0)
+    )
     assert labels.tolist() == [1] * 2 + [-1] * 6
 
 
-BACKBONE = Backbone(channels=16)
-HEADS = BaseDetector(regions="proposals", branch_convolutions=0, dimension=24, sampling_ratio=1)
-STEP = LinearProbe(samples=400, positives=0.5, negatives_per_positive=100)
+BACKBONE = BackboneSettings(channels=16)
+HEADS = BaseDetectorSettings(
+    regions="proposals", head_convolutions=0, dimension=24, sampling_ratio=1
+)
+STEP = LinearProbeSettings(samples_per_image=400, positive_fraction=0.5, negatives_per_positive=100)
 
 
 def test_a_step_on_stored_features_is_the_one_on_images(tmp_path):
@@ -172,7 +182,7 @@ def test_a_step_on_stored_features_is_the_one_on_images(tmp_path):
 
 def drawn_world(folder: Path) -> tuple[PseudoLabels, list[Path], list[LoadedView], Detector]:
     """Pseudo-labels of two classes on two drawn images, their stored features, and the images."""
-    content = miniature.draw_split(folder / "images/train", 2, 0, "train")
+    content = draw_split(folder / "images/train", 2, 0, "train")
     write_json(folder / "train.json", content)
     data, draw = read_dataset(folder / "train.json"), np.random.default_rng(0)
     with write_regions(
@@ -208,11 +218,11 @@ def drawn_world(folder: Path) -> tuple[PseudoLabels, list[Path], list[LoadedView
         )
         stored.append(folder / f"{name}.h5")
         inputs = (folder / "train.json", folder / "proposals.h5", labels[-1], detector)
-        describe_retrieved(*inputs, BACKBONE, HEADS, RegionFeatures(), stored[-1])
+        extract_retrieved(*inputs, BACKBONE, HEADS, RegionFeaturesSettings(), stored[-1])
     retrieved = read_pseudo_labels(labels)
     views = []
     for image_id, boxes in label_images(retrieved, {}, proposals).items():
-        shown = show(data.load(image_id), View(image_id, 160, 160))
+        shown = apply_view(data.load(image_id), View(image_id, 160, 160))
         views.append(LoadedView(shown.view, shown.pixels, shown.scale, boxes))
     return retrieved, stored, views, load_detector(detector, BACKBONE, HEADS)[0]
 
@@ -220,7 +230,7 @@ def drawn_world(folder: Path) -> tuple[PseudoLabels, list[Path], list[LoadedView
 def test_weights_that_run_away_are_an_error():
     one = Candidates(np.full((2, 3), 1e20, np.float32), np.array([0, -1]))
     with pytest.raises(LpovodError, match="Lower linear_probe.learning_rate"):
-        fit([one], 1, LinearProbe(learning_rate=1e30), 0)
+        fit([one], 1, LinearProbeSettings(learning_rate=1e30), 0)
 
 
 @pytest.mark.skipif(not GOLDENS.exists(), reason="needs the recorded values")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from lpovod.backbone import STRIDES, level_of
-from lpovod.pooling import pool_regions
+from lpovod.networks.backbone import STRIDES, level_of
+from lpovod.networks.pooling import pool_regions
 
 
 def pyramid(draw: torch.Generator, images: int, height: int, width: int) -> list[torch.Tensor]:

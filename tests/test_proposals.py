@@ -11,28 +11,33 @@ import numpy as np
 import pytest
 import torch
 
-from lpovod.artifacts import LpovodError, read_json, read_tensors, sha256
-from lpovod.config import Backbone, Dataset, Miniature, Proposals, Training, read_config
-from lpovod.dataset import CocoDataset, make_dataset, read_dataset
-from lpovod.miniature import BASE_CLASSES
-from lpovod.proposals import (
-    centerness,
-    proposal_losses,
-    propose,
-    read_proposals,
-    recall_by_split,
-    train_proposals,
+from lpovod.artifacts import read_json, read_tensors, sha256
+from lpovod.config import (
+    BackboneSettings,
+    DatasetSettings,
+    MiniatureSettings,
+    ProposalsSettings,
+    TrainingSettings,
+    read_config,
 )
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import CocoDataset, read_dataset
+from lpovod.formats.regions import read_proposals
+from lpovod.measures.recall import recall_by_split
+from lpovod.miniature.pictograms import BASE_CLASSES
+from lpovod.stages.dataset import make_dataset
+from lpovod.stages.proposal_network import centerness, proposal_losses, train_proposal_network
+from lpovod.stages.proposals import propose
 
-BACKBONE = Backbone(channels=16)
-SETTINGS = Proposals(
+BACKBONE = BackboneSettings(channels=16)
+SETTINGS = ProposalsSettings(
     box_iou=0.3,
     per_image=30,
-    training=Training(
-        optimiser="adamw",
+    training=TrainingSettings(
+        optimizer="adamw",
         learning_rate=2e-3,
         epochs=3,
-        drops=[3],
+        milestones=[3],
         images_per_step=2,
         warmup_steps=0,
     ),
@@ -42,16 +47,16 @@ SETTINGS = Proposals(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("proposals")
-    drawn = Miniature(train_images=12, val_images=4, tune_images=1)
-    make_dataset(folder / "dataset", Dataset(miniature=drawn), list(BASE_CLASSES), 0)
+    drawn = MiniatureSettings(train_images=12, val_images=4, tune_images=1)
+    make_dataset(folder / "dataset", DatasetSettings(miniature=drawn), list(BASE_CLASSES), 0)
     train(folder, "whole")
     return folder
 
 
 def train(folder: Path, name: str, dataset: str = "dataset/train.json") -> Path:
-    outputs = [folder / f"{name}.{ending}" for ending in ("state", "network", "history")]
-    code = [Path("lpovod/proposals.py")]
-    train_proposals(
+    outputs = [folder / f"{name}.{ending}" for ending in ("checkpoint", "network", "history")]
+    code = "a"
+    train_proposal_network(
         folder / dataset, BACKBONE, SETTINGS, 0, outputs[0], code, outputs[1], outputs[2]
     )
     return outputs[1]
@@ -120,31 +125,31 @@ def test_the_loss_falls_and_the_state_is_gone(folder):
     lines = [json.loads(line) for line in (folder / "whole.history").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["box"] < lines[0]["box"]
-    assert not (folder / "whole.state").exists()
+    assert not (folder / "whole.checkpoint").exists()
 
 
 def test_a_killed_training_ends_in_the_same_file(folder):
     """SIGKILL after the first epoch of the real command line; the same command goes on."""
-    outputs = {key: str(folder / f"killed.{key}") for key in ("state", "network", "history")}
-    command = [sys.executable, "-m", "workflow_scripts.proposals", "train_proposals"]
+    outputs = {key: str(folder / f"killed.{key}") for key in ("checkpoint", "network", "history")}
+    command = [sys.executable, "-m", "workflow_scripts.proposal_network"]
     command += ["--dataset", str(folder / "dataset/train.json"), "--seed", "0"]
     command += ["--backbone", BACKBONE.model_dump_json(), "--settings", SETTINGS.model_dump_json()]
-    command += ["--code", "lpovod/proposals.py"]
+    command += ["--code", "a"]
     command += [word for key, path in outputs.items() for word in (f"--{key}", path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as first:
         for line in first.stderr:
-            if line.startswith("epoch 2/3:"):  # the first epoch's state is written
+            if "epoch 2/3:" in line:  # the first epoch's state is written
                 first.send_signal(signal.SIGKILL)
                 break
-    assert Path(outputs["state"]).exists()
+    assert Path(outputs["checkpoint"]).exists()
     assert not Path(outputs["network"]).exists()
     again = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert again.returncode == 0, again.stderr
-    assert "going on after epoch 1" in again.stderr
+    assert "resuming after epoch 1" in again.stderr
     for key in ("network", "history"):
         assert sha256(Path(outputs[key])) == sha256(folder / f"whole.{key}")
-    assert not Path(outputs["state"]).exists()
+    assert not Path(outputs["checkpoint"]).exists()
 
 
 def test_images_without_annotations_are_refused_if_there_are_no_others(folder, tmp_path):

@@ -9,10 +9,12 @@ import torch
 from conftest import write_shards
 from torchvision.ops import box_area, box_iou
 
-from lpovod import config
-from lpovod.artifacts import LpovodError, identity, read_json, write_tensors
-from lpovod.pseudo_labels import read_ignored, read_pseudo_labels, retrieve
-from lpovod.region_index import build_region_index
+from lpovod.artifacts import identity, read_json, write_tensors
+from lpovod.config import PseudoLabelsSettings, RegionIndexSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.pseudo_labels import read_ignored, read_pseudo_labels
+from lpovod.stages.pseudo_labels import retrieve
+from lpovod.stages.region_index import build_region_index
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 DIMENSION = 32
@@ -39,7 +41,7 @@ class Retrieval:
             "index": self.folder / "index",
             "shards": self.shards,
             "dataset": self.dataset,
-            "settings": config.PseudoLabels(k=k, objectness=floor, per_image=per_image, nms=nms),
+            "settings": PseudoLabelsSettings(k=k, objectness=floor, per_image=per_image, nms=nms),
             "output": self.folder / "out.json",
         } | changed
         retrieve(**given)
@@ -82,7 +84,9 @@ def make(folder, seed=0, images=30, factory="SQfp16", vectors=None, text=None, c
     base = {"dog": text[::-1].copy(), "cat": np.eye(len(text), dtype=np.float32)[1]}
     write_tensors(folder / "base.safetensors", base, made_from | {"logit_scale": 100.0})
     shards = write_shards(folder, dataset, vectors, boxes, objectness)
-    build_region_index(shards, config.RegionIndex(factory=factory, block_rows=64), folder / "index")
+    build_region_index(
+        shards, RegionIndexSettings(factory=factory, block_rows=64), folder / "index"
+    )
     rows = [(i, n) for i, v in vectors.items() for n in range(len(v))]
     dense = (np.concatenate(list(d.values())) for d in (vectors, boxes, objectness))
     return Retrieval(folder, text, dataset, shards, rows, *dense)
@@ -140,7 +144,7 @@ def test_a_centred_query_is_the_name_less_the_mean_of_the_base_classes(tmp_path)
     query /= np.linalg.norm(query)
     best, cosine = data.dense(25, 0.3, query)
     assert best != data.dense(25, 0.3)[0]
-    settings = config.PseudoLabels(k=25, objectness=0.3, centred=True)
+    settings = PseudoLabelsSettings(k=25, objectness=0.3, centred=True)
     labels = data.run(settings=settings)["annotations"]
     assert [a["image_id"] for a in labels] == [data.rows[n][0] for n in best]
     assert [a["cosine"] for a in labels] == pytest.approx(cosine[best].tolist(), abs=1e-6)
@@ -159,7 +163,7 @@ def same_as_the_name(data: Retrieval) -> Path:
 def test_the_most_similar_objects_of_any_objectness_are_ignored(tmp_path):
     """Down the ranking, by torchvision's areas: regions of an object that has none yet."""
     data = make(tmp_path, images=20)
-    content = data.run(settings=config.PseudoLabels(k=10, objectness=0.6, ignored=60))
+    content = data.run(settings=PseudoLabelsSettings(k=10, objectness=0.6, ignored=60))
     better, cosine = data.dense(10, 0.6)
     boxes = torch.from_numpy(data.boxes)
     area = box_area(boxes)
@@ -353,7 +357,7 @@ def test_the_recorded_top_100_of_the_original_s_retrieval(tmp_path, monkeypatch)
     boxes = {i: p[:, :4] for i, p in zip(ids, proposals, strict=True)}
     vectors = dict(zip(ids, features, strict=True))
     data.shards = write_shards(data.folder, data.dataset, vectors, boxes, objectness)
-    build_region_index(data.shards, config.RegionIndex(), data.folder / "index")
+    build_region_index(data.shards, RegionIndexSettings(), data.folder / "index")
     labels = data.run(100, 0.5)["annotations"]
     taken = [boxes[i][n][:2].tolist() for i, n in golden["exact_top100"][number].tolist()]
     assert sorted(a["bbox"][:2] for a in labels) == sorted(taken)

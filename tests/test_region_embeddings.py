@@ -1,24 +1,28 @@
+import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_clip, make_world, write_proposals
+from conftest import TINY_CLIP, make_clip, make_world, write_proposals
+from open_clip.model import CLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors.torch import load_file
 
-from lpovod import config
-from lpovod.artifacts import LpovodError, check_made_from, sha256
+from lpovod.artifacts import check_made_from, sha256
 from lpovod.clip import load_clip
+from lpovod.config import ClipSettings, RegionEmbeddingsSettings
 from lpovod.crops import crop_boxes
-from lpovod.region_embeddings import divide_images, embed_regions
-from lpovod.store import RegionStore
+from lpovod.exceptions import LpovodError
+from lpovod.formats.regions import RegionStore
+from lpovod.stages.region_embeddings import divide_images, embed_regions
 
-SETTINGS = config.RegionEmbeddings(shards=1, batch_size=7)
+SETTINGS = RegionEmbeddingsSettings(shards=1, batch_size=7)
 
 
 def embed(world, clip, output, settings=SETTINGS, shard=0):
-    state, code = output.with_suffix(".resume"), [Path(__file__)]
+    state, code = output.with_suffix(".checkpoint"), "a"
     embed_regions(world.dataset, world.proposals, clip, settings, shard, state, code, output)
     assert not state.exists()
     return RegionStore(output, "region_embeddings")
@@ -47,7 +51,7 @@ def reference(world, clip, image_id, scales):
 
 @pytest.mark.parametrize("scales", [[1.0, 1.5], [1.0]])
 def test_every_region_has_the_vector_of_its_own_crops(world, tiny_clip, tmp_path, scales):
-    settings = config.RegionEmbeddings(shards=1, batch_size=7, scales=scales)
+    settings = RegionEmbeddingsSettings(shards=1, batch_size=7, scales=scales)
     store = embed(world, tiny_clip, tmp_path / "s.h5", settings)
     assert store.image_ids == sorted(world.images)
     for image_id, boxes in world.boxes.items():
@@ -61,10 +65,38 @@ def test_every_region_has_the_vector_of_its_own_crops(world, tiny_clip, tmp_path
             np.testing.assert_allclose(regions["embedding"], expected, atol=2e-3)
 
 
+def test_crops_are_preprocessed_as_the_architecture_states(world, tiny_clip, tmp_path):
+    """Against open_clip's own transform, where it differs from OpenAI's in everything."""
+    stated = {
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.4],
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    }
+    document = {"model_cfg": TINY_CLIP, "preprocess_cfg": stated}
+    (tmp_path / "squash.json").write_text(json.dumps(document))
+    clip = tiny_clip.model_copy(update={"architecture": str(tmp_path / "squash.json")})
+    store = embed(world, clip, tmp_path / "s.h5", RegionEmbeddingsSettings(shards=1, scales=[1.0]))
+    transform = image_transform_v2(PreprocessCfg(size=32, **stated), is_train=False)
+    model = CLIP(**TINY_CLIP).eval()
+    model.load_state_dict(load_file(clip.weights))
+    for image_id in (7, 3):
+        height, width = world.images[image_id].shape[:2]
+        picture = Image.fromarray(world.images[image_id])
+        boxes = crop_boxes(world.boxes[image_id], 1.0, width, height).tolist()
+        with torch.no_grad():
+            features = model.encode_image(torch.stack([transform(picture.crop(b)) for b in boxes]))
+        expected = torch.nn.functional.normalize(features, dim=1)
+        # Pillow 13 may run the vertical pass first, which rounds some pixels differently.
+        np.testing.assert_allclose(store.read(image_id)["embedding"], expected, atol=5e-3)
+    plain = embed(world, tiny_clip, tmp_path / "plain.h5").identity["inputs"]
+    assert store.identity["inputs"]["clip_preprocessing"] != plain["clip_preprocessing"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 1000])
 def test_the_batch_size_changes_no_vector(world, tiny_clip, tmp_path, batch_size):
     ours = embed(world, tiny_clip, tmp_path / "a.h5")
-    settings = config.RegionEmbeddings(shards=1, batch_size=batch_size)
+    settings = RegionEmbeddingsSettings(shards=1, batch_size=batch_size)
     other = embed(world, tiny_clip, tmp_path / "b.h5", settings)
     for image_id in world.images:
         one, two = ours.read(image_id)["embedding"], other.read(image_id)["embedding"]
@@ -79,7 +111,7 @@ def test_the_same_run_gives_the_same_bytes(world, tiny_clip, tmp_path):
 
 def test_shards_together_hold_what_one_holds(world, tiny_clip, tmp_path):
     whole = embed(world, tiny_clip, tmp_path / "whole.h5")
-    settings = config.RegionEmbeddings(shards=3, batch_size=7)
+    settings = RegionEmbeddingsSettings(shards=3, batch_size=7)
     paths = [tmp_path / f"{n}.h5" for n in range(3)]
     for shard, path in enumerate(paths):
         embed(world, tiny_clip, path, settings, shard)
@@ -126,7 +158,7 @@ def fails_before_clip_is_loaded(world, tmp_path, message, **changed):
     """No CLIP is there to be loaded, no image to be decoded."""
     for path in (tmp_path / "images" / "train").iterdir():
         path.unlink()
-    nowhere = config.Clip.model_construct(architecture="none.json", weights=tmp_path / "none")
+    nowhere = ClipSettings.model_construct(architecture="none.json", weights=tmp_path / "none")
     files = {"dataset": world.dataset, "proposals": world.proposals} | changed
     with pytest.raises(LpovodError, match=message):
         embed_regions(
@@ -134,8 +166,8 @@ def fails_before_clip_is_loaded(world, tmp_path, message, **changed):
             clip=nowhere,
             settings=SETTINGS,
             shard=0,
-            state=tmp_path / "s.resume",
-            code=[],
+            state=tmp_path / "s.checkpoint",
+            code="",
             output=tmp_path / "s.h5",
         )
     assert not (tmp_path / "s.h5").exists()
@@ -192,7 +224,7 @@ def test_equal_crops_have_equal_vectors(world, tiny_clip, tmp_path):
 
 def test_half_precision_is_near(world, tiny_clip, tmp_path):
     exact = embed(world, tiny_clip, tmp_path / "a.h5")
-    settings = config.RegionEmbeddings(shards=1, batch_size=7, precision="bfloat16")
+    settings = RegionEmbeddingsSettings(shards=1, batch_size=7, precision="bfloat16")
     near = embed(world, tiny_clip, tmp_path / "b.h5", settings)
     assert near.identity["settings"]["precision"] == "bfloat16"
     one, two = (next(s.blocks(100))["embedding"].astype(np.float64) for s in (exact, near))
@@ -202,7 +234,7 @@ def test_half_precision_is_near(world, tiny_clip, tmp_path):
 
 
 # A block is then 8 crops, so each of the images 3, 7 and 20 is one, and 41 and 900 are the last.
-SMALL_BLOCKS = config.RegionEmbeddings(shards=1, batch_size=1)
+SMALL_BLOCKS = RegionEmbeddingsSettings(shards=1, batch_size=1)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 150])
@@ -214,13 +246,13 @@ def test_a_killed_shard_goes_on_after_its_last_whole_block(world, tiny_clip, tmp
     with pytest.raises(LpovodError, match="image 41"):
         embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
     assert not (tmp_path / "s.h5").exists()
-    state = tmp_path / "s.resume"
+    state = tmp_path / "s.checkpoint"
     state.write_bytes(state.read_bytes()[: -cut or None])
     (tmp_path / "41.png").rename(images / "000041.png")
     (images / "000003.png").unlink()  # is not needed any more
     (images / "000007.png").unlink()
     embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
-    assert f"going on after {13 if cut else 19} regions" in capsys.readouterr().err
+    assert f"resuming after {13 if cut else 19} regions" in capsys.readouterr().err
     assert (tmp_path / "s.h5").read_bytes() == whole.read_bytes()
 
 
@@ -229,7 +261,7 @@ def test_a_state_of_another_run_is_not_gone_on_from(world, tiny_clip, tmp_path, 
     with pytest.raises(LpovodError, match="image 41"):
         embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
     (tmp_path / "41.png").rename(tmp_path / "images" / "train" / "000041.png")
-    other = config.RegionEmbeddings(shards=1, batch_size=1, scales=[1.0])
+    other = RegionEmbeddingsSettings(shards=1, batch_size=1, scales=[1.0])
     fresh = embed(world, tiny_clip, tmp_path / "fresh.h5", other).paths[0].read_bytes()
     embed(world, tiny_clip, tmp_path / "s.h5", other)
     assert "s.resume belongs to other settings" in capsys.readouterr().err
@@ -244,7 +276,7 @@ def test_bad_images_are_recorded_and_skipped_when_asked_for(world, tiny_clip, tm
     boxes = {i: b.copy() for i, b in world.boxes.items()}
     boxes[20][3] = [500, 5, 520, 20]
     write_proposals(world.proposals, world.dataset, boxes, world.objectness)
-    settings = config.RegionEmbeddings(shards=1, batch_size=7, bad_images="skip")
+    settings = RegionEmbeddingsSettings(shards=1, batch_size=7, bad_images="skip")
     store = embed(world, tiny_clip, tmp_path / "s.h5", settings)
     log = capsys.readouterr().err
     assert store.image_ids == good.image_ids

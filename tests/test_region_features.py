@@ -3,21 +3,23 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import clip_boxes_to_image
 
-from lpovod.artifacts import LpovodError, identity, write_json, write_tensors
-from lpovod.boxes import clip, decode
-from lpovod.config import Backbone, BaseDetector, RegionFeatures
-from lpovod.dataset import read_dataset
-from lpovod.detector import Detector
-from lpovod.images import Normalisation, View, batch, show
-from lpovod.region_features import describe_retrieved, describe_split
-from lpovod.store import RegionStore
+from lpovod.artifacts import identity, write_json, write_tensors
+from lpovod.boxes import decode
+from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import read_dataset
+from lpovod.formats.regions import RegionStore
+from lpovod.networks.detector import Detector
+from lpovod.stages.region_features import extract_retrieved, extract_split
+from lpovod.views import Normalisation, View, apply_view, batch
 
-BACKBONE = Backbone(channels=16, short_side=96, long_side=128)
-HEADS = BaseDetector(
-    regions="proposals", branch_convolutions=1, dimension=24, finest_scale=16, sampling_ratio=1
+BACKBONE = BackboneSettings(channels=16, short_side=96, long_side=128)
+HEADS = BaseDetectorSettings(
+    regions="proposals", head_convolutions=1, dimension=24, finest_scale=16, sampling_ratio=1
 )
-SETTINGS = RegionFeatures(batch_size=2)
+SETTINGS = RegionFeaturesSettings(batch_size=2)
 
 
 @pytest.fixture()
@@ -34,19 +36,23 @@ def detector(tmp_path):
 @torch.inference_mode()
 def directly(model, data, image_id, boxes):
     """Features, embeddings and refined boxes of one image, alone in its batch."""
-    shown = show(data.load(image_id), View(image_id, 96, 128))
+    shown = apply_view(data.load(image_id), View(image_id, 96, 128))
     given = shown.to_view(boxes)
     image = batch([shown], "cpu", Normalisation(), pad_with_black=True)
-    outputs = model.describe(model.pool(model.pyramid(image), [given]))
+    outputs = model.extract(model.pool(model.pyramid(image), [given]))
     size = data.images[image_id]
     refined = decode(given, outputs.deltas) / shown.scale.repeat(2)
-    return outputs.feature, outputs.embedding, clip(refined, size["width"], size["height"])
+    return (
+        outputs.feature,
+        outputs.embedding,
+        clip_boxes_to_image(refined, (size["height"], size["width"])),
+    )
 
 
 def test_a_split_is_described_region_by_region(world, detector, tmp_path):
     path, model = detector
     output = tmp_path / "features.h5"
-    describe_split(world.dataset, world.proposals, path, BACKBONE, HEADS, SETTINGS, output)
+    extract_split(world.dataset, world.proposals, path, BACKBONE, HEADS, SETTINGS, output)
     store, data = RegionStore(output, "region_features"), read_dataset(world.dataset)
     assert sorted(store.image_ids) == sorted(world.boxes)
     for image_id, boxes in world.boxes.items():
@@ -72,7 +78,7 @@ def test_images_of_pseudo_labels_are_described_with_all_their_proposals(world, d
     labels, output = tmp_path / "fish.json", tmp_path / "fish.h5"
     content = {"images": [data.images[3]], "annotations": [annotation]}
     write_json(labels, content | {"categories": [{"id": 1, "name": "fish"}]})
-    describe_retrieved(
+    extract_retrieved(
         world.dataset, world.proposals, labels, path, BACKBONE, HEADS, SETTINGS, output
     )
     store = RegionStore(output, "region_features")
@@ -84,8 +90,8 @@ def test_images_of_pseudo_labels_are_described_with_all_their_proposals(world, d
 
 
 def test_a_detector_of_other_settings_is_refused(world, detector, tmp_path):
-    other = BaseDetector(branch_convolutions=2, dimension=24)
+    other = BaseDetectorSettings(head_convolutions=2, dimension=24)
     with pytest.raises(LpovodError, match="does not fit the settings of backbone and base_detect"):
-        describe_split(
+        extract_split(
             world.dataset, world.proposals, detector[0], BACKBONE, other, SETTINGS, tmp_path / "f"
         )

@@ -2,20 +2,15 @@ import numpy as np
 import pytest
 from conftest import write_shards
 
-from lpovod import config, region_index
-from lpovod.artifacts import LpovodError
-from lpovod.region_index import (
-    INDEX_BITS,
-    best_rows,
-    build_region_index,
-    open_index,
-    open_shards,
-    region_key,
-    split_key,
-    widen,
-)
+from lpovod.config import RegionIndexSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats import index as index_format
+from lpovod.formats.index import open_index, widen
+from lpovod.formats.regions import INDEX_BITS, open_shards, region_key, split_key
+from lpovod.search import best_rows
+from lpovod.stages.region_index import build_region_index
 
-SETTINGS = config.RegionIndex(block_rows=50)
+SETTINGS = RegionIndexSettings(block_rows=50)
 
 
 def random_shards(folder, images=20, dimension=24, seed=0, **more):
@@ -62,7 +57,7 @@ def test_a_key_out_of_range_is_refused(image_id, index, message):
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16", "IVF1,Flat"])
 def test_search_equals_the_dense_product(tmp_path, factory):
     shards, keys, vectors = random_shards(tmp_path)
-    settings = config.RegionIndex(factory=factory, block_rows=50)
+    settings = RegionIndexSettings(factory=factory, block_rows=50)
     build_region_index(shards, settings, tmp_path / "i")
     index = open_index(tmp_path / "i")
     assert sorted(index.keys) == sorted(keys)
@@ -77,10 +72,10 @@ def test_search_equals_the_dense_product(tmp_path, factory):
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
 def test_many_vectors_are_searched_at_once(tmp_path, factory, monkeypatch):
     """Pieces smaller than the index's parts, and results that are pruned on the way."""
-    monkeypatch.setattr(region_index, "READ_ROWS", 30)
-    monkeypatch.setattr(region_index, "COMPARED_ROWS", 8)
+    monkeypatch.setattr(index_format, "READ_ROWS", 30)
+    monkeypatch.setattr(index_format, "COMPARED_ROWS", 8)
     shards, keys, vectors = random_shards(tmp_path, images=60)
-    build_region_index(shards, config.RegionIndex(factory=factory, block_rows=64), tmp_path / "i")
+    build_region_index(shards, RegionIndexSettings(factory=factory, block_rows=64), tmp_path / "i")
     index = open_index(tmp_path / "i")
     assert index.exact
     place = {key: n for n, key in enumerate(keys.tolist())}
@@ -122,7 +117,7 @@ def test_rows_that_float32_cannot_tell_apart_are_ranked_by_exact_sums():
 def test_quantised_indices_are_not_exact(tmp_path):
     shards, _, _ = random_shards(tmp_path, images=80)
     for factory, exact in (("SQ8", False), ("IVF2,SQfp16", False), ("SQfp16", True)):
-        settings = config.RegionIndex(factory=factory, block_rows=50)
+        settings = RegionIndexSettings(factory=factory, block_rows=50)
         build_region_index(shards, settings, tmp_path / "i")
         assert open_index(tmp_path / "i").exact == exact
 
@@ -140,7 +135,7 @@ def test_search_returns_allowed_rows_alone(tmp_path):
 @pytest.mark.parametrize("factory", ["IVF4,SQfp16", "IVF2,PQ4x4"])
 def test_trained_factories_find_most_of_what_is_near(tmp_path, factory):
     shards, keys, vectors = random_shards(tmp_path, images=80)
-    settings = config.RegionIndex(factory=factory, block_rows=50)
+    settings = RegionIndexSettings(factory=factory, block_rows=50)
     build_region_index(shards, settings, tmp_path / "i")
     index = open_index(tmp_path / "i")
     key_of = keys.tolist()
@@ -154,7 +149,7 @@ def test_the_same_shards_give_the_same_bytes_in_any_order_and_block_size(tmp_pat
     build_region_index(shards, SETTINGS, tmp_path / "a")
     build_region_index(shards[::-1], SETTINGS, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    build_region_index(shards, config.RegionIndex(block_rows=7), tmp_path / "c")
+    build_region_index(shards, RegionIndexSettings(block_rows=7), tmp_path / "c")
     one, two = open_index(tmp_path / "a"), open_index(tmp_path / "c")
     assert (len(one.parts), len(two.parts)) != (1, 1)
     np.testing.assert_array_equal(one.keys, two.keys)
@@ -179,7 +174,7 @@ def test_a_damaged_or_foreign_index_is_refused(tmp_path):
 def test_a_factory_that_cannot_be_searched_is_refused(tmp_path):
     shards, _, _ = random_shards(tmp_path)
     for factory in ("Flatt", "HNSW32", "PQ4x4"):
-        settings = config.RegionIndex(factory=factory)
+        settings = RegionIndexSettings(factory=factory)
         with pytest.raises(LpovodError, match=f"region_index.factory = '{factory}'"):
             build_region_index(shards, settings, tmp_path / "i")
     assert not (tmp_path / "i").exists()

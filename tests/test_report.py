@@ -14,17 +14,14 @@ import numpy as np
 import pytest
 from project import install
 
-from lpovod import config, miniature
-from lpovod.artifacts import LpovodError, sha256
-from lpovod.dataset import read_dataset
-from lpovod.report import (
-    choose_images,
-    duration,
-    place_labels,
-    signed,
-    stage_times,
-    write_report,
-)
+from lpovod.artifacts import sha256
+from lpovod.config import ReportSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import read_dataset
+from lpovod.miniature.split import draw_split
+from lpovod.stages.report import duration, signed, write_report
+from lpovod.stages.report.numbers import stage_times
+from lpovod.stages.report.scenes import choose_images, place_labels
 
 BASE, NOVEL = ["square", "disk"], ["star", "fish"]
 HEADER = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load\tcpu_time\n"
@@ -81,7 +78,7 @@ def drawn(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "tiny-run"
     folder = run / "dataset"
     for split, count in (("train", 8), ("val", 6)):
-        content = miniature.draw_split(folder / "images" / split, count, 3, split)
+        content = draw_split(folder / "images" / split, count, 3, split)
         for category in content["categories"]:
             category["split"] = "novel" if category["name"] in NOVEL else "base"
         # What is drawn stays; what is annotated is known exactly.
@@ -148,7 +145,7 @@ def make_run(drawn: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     files["detector_history"].write_text('{"epoch": 1, "distillation": 0.75}\n')
     write_benchmarks(files["benchmarks"])
     labels = pseudo_labels(run / "star.json", "star", STARS, dataset)
-    arguments = files | {"pseudo_labels": [labels], "settings": config.Report(images=4)}
+    arguments = files | {"pseudo_labels": [labels], "settings": ReportSettings(images=4)}
     return arguments | changes
 
 
@@ -169,7 +166,7 @@ def metrics(val: Path) -> dict:
             "base": {"10": 71.25, "50": 90.0, "100": 95.0},
             "novel": {"10": 61.0, "50": 80.0, "100": 85.0},
         },
-        "novel_errors": {
+        "novel_mistakes": {
             "full": {"correct": 75.0, "too tight": 25.0},
             "without_probe": {"correct": 50.0, "group": 50.0},
         },
@@ -288,7 +285,7 @@ def test_crops_are_marked_best_cosine_first(page):
 
 
 def test_purity_counts_all_regions_not_only_those_shown(run):
-    page = written(run, settings=config.Report(crops_per_class=2))
+    page = written(run, settings=ReportSettings(crops_per_class=2))
     assert len(page.crops("star")) == 2
     assert "38 % pure" in page.texts["retrieved"]
     assert "8 regions: 3 right, 3 badly placed, 2 wrong" in page.texts["retrieved"]
@@ -507,5 +504,5 @@ def test_numbers_read_well():
 
 
 def test_torch_is_not_imported():
-    code = "import sys, lpovod.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, lpovod.stages.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lpovod.boxes import encode
-from lpovod.rpn import (
+from lpovod.networks.rpn import (
     STDS,
     RegionProposalNetwork,
     make_anchors,

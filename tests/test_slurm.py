@@ -20,12 +20,12 @@ SLURM = ["--workflow-profile", "profiles/slurm", "--slurm-init-seconds-before-st
 # The fewest classes; two devices for stages that compute on the CPU all the same.
 FEW = {
     "classes": {"novel": ["star", "ring"]},
-    "base_detector": {"training": {"epochs": 3, "drops": [3]}},
+    "base_detector": {"training": {"epochs": 3, "milestones": [3]}},
 }
 # Eight steps of a training; AdamW would divide the rounding of small gradients by their size.
 SHORT = {
     "dataset": {"miniature": {"train_images": 16, "val_images": 1, "tune_images": 1}},
-    "proposals": {"training": {"optimiser": "sgd", "learning_rate": 0.02, "warmup_steps": 0}},
+    "proposals": {"training": {"optimizer": "sgd", "learning_rate": 0.02, "warmup_steps": 0}},
 }
 GPU_STAGES = ["proposal_network", "base_detector", "region_embeddings"]
 ON_GPU = ["--set-resources", *(f"{stage}:gpu=1" for stage in GPU_STAGES)]
@@ -150,14 +150,14 @@ def test_a_cancelled_job_was_submitted_again_and_went_on(dag, cluster):
     folder, printed = dag
     states = [job["JobState"] for job in jobs_of("proposal_network", printed, cluster)]
     assert states == ["CANCELLED", "COMPLETED"]
-    assert "going on after epoch" in read(folder / "results/smallest/logs/proposal_network.log")
+    assert "resuming after epoch" in read(folder / "results/smallest/logs/proposal_network.log")
 
 
 def test_ctrl_c_cancels_the_jobs_and_the_same_command_goes_on(dag, cluster):
     folder, printed = dag
     states = [job["JobState"] for job in jobs_of("base_detector", printed, cluster)]
     assert states == ["CANCELLED", "COMPLETED"]
-    assert "going on after epoch" in read(folder / "results/smallest/logs/base_detector.log")
+    assert "resuming after epoch" in read(folder / "results/smallest/logs/base_detector.log")
 
 
 def test_a_job_past_its_time_saves_and_goes_on_with_more(probed, cluster, tmp_path):
@@ -206,7 +206,7 @@ def test_a_training_on_two_nodes_cancelled_on_the_way_gives_what_one_process_giv
     jobs = jobs_of("proposal_network", printed, cluster)
     assert [job["JobState"] for job in jobs] == ["CANCELLED", "COMPLETED"]
     assert {job["NodeList"] for job in jobs} == {"cpu1,gpu1"}
-    assert re.search(r"going on after epoch \d+ and \d+ steps", read(two / log))
+    assert re.search(r"resuming after epoch \d+ and \d+ steps", read(two / log))
     history, expected = (
         [json.loads(line) for line in read(folder / stage / "history.jsonl").splitlines()]
         for folder in (two, one)

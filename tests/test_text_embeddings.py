@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from conftest import make_clip
 
-from lpovod import config
-from lpovod.artifacts import LpovodError, identity, read_identity, sha256, write_tensors
+from lpovod.artifacts import identity, read_identity, sha256, write_tensors
 from lpovod.clip import load_clip
-from lpovod.text_embeddings import embed_classes, read_text_embeddings
+from lpovod.config import TextEmbeddingsSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.class_embeddings import read_text_embeddings
+from lpovod.stages.text_embeddings import embed_classes
 
-BARE = config.TextEmbeddings()
-ENSEMBLE = config.TextEmbeddings(templates=["{}", "a photo of a {}", "many {}s"])
+BARE = TextEmbeddingsSettings()
+ENSEMBLE = TextEmbeddingsSettings(templates=["{}", "a photo of a {}", "many {}s"])
 
 
 def test_a_bare_name_is_its_unit_vector(tiny_clip, tmp_path):
@@ -97,7 +99,7 @@ def test_rows_of_a_file_stand_in_for_prompts(tiny_clip, tmp_path):
     raw = load_clip(tiny_clip).encode_texts(names).numpy() * 10
     np.save(tmp_path / "rows.npy", raw)
     (tmp_path / "names.json").write_text(json.dumps(names))
-    settings = config.TextEmbeddings(file=tmp_path / "rows.npy", classes=tmp_path / "names.json")
+    settings = TextEmbeddingsSettings(file=tmp_path / "rows.npy", classes=tmp_path / "names.json")
     embed_classes(["bus", "dog"], tiny_clip, settings, tmp_path / "t")
     read = read_text_embeddings(tmp_path / "t")
     for name, vector in zip(read.names, read.vectors, strict=True):
@@ -119,7 +121,8 @@ def test_rows_of_a_file_stand_in_for_prompts(tiny_clip, tmp_path):
 
 def test_reading_and_retrieval_load_no_torch():
     code = (
-        "import sys, lpovod.text_embeddings, lpovod.region_index, lpovod.pseudo_labels;"
+        "import sys, lpovod.formats.class_embeddings;"
+        "import lpovod.stages.region_index, lpovod.stages.pseudo_labels;"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

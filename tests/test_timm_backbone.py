@@ -14,27 +14,38 @@ from conftest import World, make_world, write_shards
 from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lpovod.artifacts import LpovodError, identity, read_tensors, sha256, write_tensors
-from lpovod.backbone import build_backbone, freeze_statistics
-from lpovod.base_detector import train_base_detector
-from lpovod.config import Backbone, BaseDetector, Proposals, RegionFeatures, Training
-from lpovod.dataset import CocoDataset, read_dataset
-from lpovod.detector import Detector
-from lpovod.images import View, batch, show
+from lpovod.artifacts import identity, read_tensors, sha256, write_tensors
+from lpovod.config import (
+    BackboneSettings,
+    BaseDetectorSettings,
+    ProposalsSettings,
+    RegionFeaturesSettings,
+    TrainingSettings,
+)
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import CocoDataset, read_dataset
+from lpovod.formats.regions import RegionStore
 from lpovod.importers.backbone import start_from
 from lpovod.importers.checkpoints import export_checkpoint, import_base_detector
-from lpovod.proposals import ProposalNetwork, propose, train_proposals
-from lpovod.region_features import describe_split
-from lpovod.store import RegionStore
-from lpovod.timm_backbone import TimmBackbone
+from lpovod.networks.backbone import build_backbone, freeze_statistics
+from lpovod.networks.detector import Detector
+from lpovod.networks.proposal_network import ProposalNetwork
+from lpovod.networks.timm_backbone import TimmBackbone
+from lpovod.stages.base_detector import train_base_detector
+from lpovod.stages.proposal_network import train_proposal_network
+from lpovod.stages.proposals import propose
+from lpovod.stages.region_features import extract_split
+from lpovod.views import View, apply_view, batch
 
 # timm's own miniatures: batch norms; batch norms with activations; layer norms, no stride of 2.
 NAMES = ("test_resnet", "test_efficientnet", "test_convnext")
-HEADS = BaseDetector(regions="proposals", branch_convolutions=1, dimension=24, finest_scale=16)
+HEADS = BaseDetectorSettings(
+    regions="proposals", head_convolutions=1, dimension=24, finest_scale=16
+)
 
 
-def settings(name: str) -> Backbone:
-    return Backbone(architecture=f"timm:{name}", channels=16, short_side=64, long_side=96)
+def settings(name: str) -> BackboneSettings:
+    return BackboneSettings(architecture=f"timm:{name}", channels=16, short_side=64, long_side=96)
 
 
 def pixels(height: int, width: int) -> np.ndarray:
@@ -69,7 +80,7 @@ def test_maps_of_an_image_are_those_of_timm_s_model(checkpoint, name):
     start_from(model, path, f"timm:{name}")
     image = pixels(64, 96)
     found = model.backbone(
-        batch([show(image, View(1, 64, 96))], "cpu", model.backbone.normalisation)
+        batch([apply_view(image, View(1, 64, 96))], "cpu", model.backbone.normalisation)
     )
     config = timm.data.resolve_data_config(model=whole)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -153,7 +164,7 @@ def test_frozen_statistics_stay(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_state_dict_of_torch_s_format_is_read_too(checkpoint, tmp_path, name, nested, capsys):
+def test_a_state_dict_of_torch_s_format_is_read_too(checkpoint, tmp_path, name, nested, caplog):
     whole, _ = checkpoint(name)
     state = whole.state_dict()
     torch.save({"state_dict": state} if nested else state, tmp_path / "a.pth")
@@ -168,7 +179,7 @@ def test_a_state_dict_of_torch_s_format_is_read_too(checkpoint, tmp_path, name, 
     for key, tensor in reference.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[f"net.{key}"], tensor)
     head = {"test_convnext": "head.fc", "test_resnet": "fc", "test_efficientnet": "bn2"}
-    unused = "".join(capsys.readouterr()).partition("not used: ")[2]
+    unused = caplog.text.partition("not used: ")[2]
     assert f"{head[name]}.weight" in unused
     assert "conv1" not in unused and "blocks" not in unused and "stages" not in unused
 
@@ -240,16 +251,16 @@ def files(tmp_path_factory) -> Files:
     return Files(world, write_shards(folder, world.dataset, vectors, world.boxes, world.objectness))
 
 
-SCHEDULE = Training(
-    optimiser="adamw",
+SCHEDULE = TrainingSettings(
+    optimizer="adamw",
     learning_rate=2e-3,
     epochs=2,
-    drops=[2],
+    milestones=[2],
     images_per_step=2,
     warmup_steps=0,
     short_sides=[64],
 )
-PROPOSALS = Proposals(training=SCHEDULE, box_iou=0.3, per_image=6, samples=32)
+PROPOSALS = ProposalsSettings(training=SCHEDULE, box_iou=0.3, per_image=6, samples_per_image=32)
 DETECTOR = HEADS.model_copy(
     update={"training": SCHEDULE, "regions": "rpn", "samples": 16, "sampling_ratio": 1}
 )
@@ -262,14 +273,14 @@ def outputs(folder: Path, stage: str) -> list[Path]:
 def learn_proposals(files: Files, name: str, folder: Path) -> Path:
     state, network, history = outputs(folder, "proposals")
     backbone = settings(name)
-    train_proposals(files.world.dataset, backbone, PROPOSALS, 0, state, [], network, history)
+    train_proposal_network(files.world.dataset, backbone, PROPOSALS, 0, state, "", network, history)
     return network
 
 
 def learn_detector(files: Files, name: str, folder: Path, network: Path) -> Path:
     state, detector, history = outputs(folder, "base_detector")
     inputs = (files.world.dataset, files.shards, network, settings(name), DETECTOR)
-    train_base_detector(*inputs, 0, state, [], detector, history)
+    train_base_detector(*inputs, 0, state, "", detector, history)
     return detector
 
 
@@ -329,7 +340,7 @@ def test_every_stage_shows_the_network_pixels_as_timm_does(files, name, tmp_path
         assert len(seen) == 2 * 6 + 5
         shown = len(seen)
         described = (dataset, tmp_path / "train.h5", detector, settings(name), DETECTOR)
-        describe_split(*described, RegionFeatures(batch_size=2), tmp_path / "features.h5")
+        extract_split(*described, RegionFeaturesSettings(batch_size=2), tmp_path / "features.h5")
         assert len(seen) == shown + 5
     finally:
         hook.remove()
@@ -366,7 +377,7 @@ def test_a_detector_is_exported_and_imported_again(files, tmp_path):
 @torch.inference_mode()
 def test_images_smaller_than_the_largest_stride_are_padded():
     model = Detector(settings("test_resnet"), HEADS, 2, 8).eval()
-    image = batch([show(pixels(9, 20), View(1, 9, 20))], "cpu", model.backbone.normalisation)
+    image = batch([apply_view(pixels(9, 20), View(1, 9, 20))], "cpu", model.backbone.normalisation)
     assert [tuple(p.shape[-2:]) for p in model.pyramid(image)] == [(8, 8), (4, 4), (2, 2)] + [
         (1, 1)
     ] * 2

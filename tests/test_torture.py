@@ -13,10 +13,10 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     ("stage", "torture", "outcome"),
     [
-        ("proposal_network", "TERM under way", "same result, going on after epoch 1"),
+        ("proposal_network", "TERM under way", "same result, resuming after epoch 1"),
         ("proposal_network", "reboot", "same result"),
-        ("base_detector", "KILL under way", "same result, going on after epoch 1"),
-        ("base_detector", "KILL while writing", "same result, going on after epoch 2"),
+        ("base_detector", "KILL under way", "same result, resuming after epoch 1"),
+        ("base_detector", "KILL while writing", "same result, resuming after epoch 2"),
         ("base_detector", "disk full", "told, then the same result"),
         ("region_embeddings", "KILL while writing", "same result"),
         ("region_embeddings", "disk full", "told, then the same result"),

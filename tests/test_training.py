@@ -1,4 +1,4 @@
-"""The training loop: the original's schedule, and going on after a kill."""
+"""The training loop: the original's schedule, and resuming after a kill."""
 
 import fcntl
 import math
@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from lpovod.artifacts import LpovodError
-from lpovod.config import LinearProbe, Training
+from lpovod.config import LinearProbeSettings, TrainingSettings
+from lpovod.exceptions import LpovodError
 from lpovod.schedule import rate_at
 from lpovod.training import train
 
 RECORDED = Path("../shared/data/goldens/golden_lr.npz")
 
-# Some of the original's recorded rates, 60 steps per epoch: warm-up, plateau, both drops.
-BASE = Training(learning_rate=0.02, epochs=20, drops=[16, 19], warmup_steps=500, warmup_ratio=0.001)
+# Some of the original's recorded rates, 60 steps per epoch: warm-up, plateau, both milestones.
+BASE = TrainingSettings(
+    learning_rate=0.02, epochs=20, milestones=[16, 19], warmup_steps=500, warmup_ratio=0.001
+)
 STEPS = {0: 2e-5, 250: 0.01001, 499: 0.01996004, 500: 0.02, 959: 0.02, 960: 0.002, 1140: 0.0002}
 
 
@@ -32,7 +34,9 @@ def test_every_recorded_rate():
     recorded = np.load(RECORDED)
     base = [rate_at(i, 60, BASE) for i in range(1200)]
     assert np.allclose(base, recorded["base_ipe60"], rtol=1e-6)
-    probe = LinearProbe(learning_rate=0.001, drops=[8, 11], warmup_steps=20, warmup_ratio=0.1)
+    probe = LinearProbeSettings(
+        learning_rate=0.001, milestones=[8, 11], warmup_steps=20, warmup_ratio=0.1
+    )
     found = [rate_at(i, 7, probe) for i in range(84)]
     assert np.allclose(found, recorded["ft_ipe7"], rtol=1e-6)
 
@@ -41,7 +45,7 @@ def fit(
     state: Path,
     stop_at: int | None = None,
     fingerprint: str = "a",
-    optimiser: str = "sgd",
+    optimizer: str = "sgd",
     signal_at: tuple[int, int, int] | None = None,
 ):
     """Fit a small random regression; optionally end abruptly in an epoch.
@@ -66,19 +70,19 @@ def fit(
     def losses(batch):
         return {"square": (model(batch[:, :3]) - batch.sum(1, keepdim=True)).square().mean()}
 
-    schedule = Training(
-        epochs=4, learning_rate=0.05, drops=[3], warmup_steps=3, optimiser=optimiser
+    schedule = TrainingSettings(
+        epochs=4, learning_rate=0.05, milestones=[3], warmup_steps=3, optimizer=optimizer
     )
     history = train(model, losses, batches, 5, schedule, state, fingerprint)
     return model.state_dict(), history, started
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_a_killed_training_goes_on_to_the_same_result(tmp_path, optimiser):
-    whole, history, _ = fit(tmp_path / "whole", optimiser=optimiser)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_killed_training_goes_on_to_the_same_result(tmp_path, optimizer):
+    whole, history, _ = fit(tmp_path / "whole", optimizer=optimizer)
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "killed", stop_at=2, optimiser=optimiser)
-    resumed, resumed_history, started = fit(tmp_path / "killed", optimiser=optimiser)
+        fit(tmp_path / "killed", stop_at=2, optimizer=optimizer)
+    resumed, resumed_history, started = fit(tmp_path / "killed", optimizer=optimizer)
     assert started == [(2, 0), (3, 0)]
     assert resumed_history == history
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
@@ -102,20 +106,20 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
             lambda batch: {"bad": model(batch).sum() / 0},
             lambda epoch, step: torch.ones(1, 1, 1),
             1,
-            Training(),
+            TrainingSettings(),
             tmp_path / "state",
             "a",
         )
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_training_that_is_asked_to_end_goes_on_after_its_last_step(tmp_path, optimiser, number):
-    whole, history, _ = fit(tmp_path / "whole", optimiser=optimiser)
+def test_a_training_that_is_asked_to_end_goes_on_after_its_last_step(tmp_path, optimizer, number):
+    whole, history, _ = fit(tmp_path / "whole", optimizer=optimizer)
     with pytest.raises(SystemExit) as ended:
-        fit(tmp_path / "ended", optimiser=optimiser, signal_at=(2, 1, number))
+        fit(tmp_path / "ended", optimizer=optimizer, signal_at=(2, 1, number))
     assert ended.value.code == 128 + number
-    resumed, resumed_history, started = fit(tmp_path / "ended", optimiser=optimiser)
+    resumed, resumed_history, started = fit(tmp_path / "ended", optimizer=optimizer)
     assert started == [(2, 2), (3, 0)]
     assert resumed_history == history
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)

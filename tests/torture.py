@@ -7,6 +7,7 @@ outside, when a file shows that the job has come so far; nothing in the product 
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,12 +33,12 @@ class Stage:
     Attributes:
         outputs: its files; the first one is what Snakemake is asked for.
         log: what it prints.
-        state: where a training keeps what it has.
+        checkpoint: where a training keeps what it has.
     """
 
     outputs: tuple[str, ...]
     log: str
-    state: str | None = None
+    checkpoint: str | None = None
 
 
 STAGES = {
@@ -51,7 +52,7 @@ STAGES = {
     "proposal_network": Stage(
         ("proposals/network.safetensors", "proposals/history.jsonl"),
         "proposal_network.log",
-        "proposals/network.safetensors.resume",
+        "proposals/network.safetensors.checkpoint",
     ),
     "proposals": Stage(
         ("proposals/train.h5", "proposals/train.recall.json"), "proposals/train.log"
@@ -61,7 +62,7 @@ STAGES = {
     "base_detector": Stage(
         ("base_detector/detector.safetensors", "base_detector/history.jsonl"),
         "base_detector.log",
-        "base_detector/detector.safetensors.resume",
+        "base_detector/detector.safetensors.checkpoint",
     ),
     "pseudo_labels": Stage(("pseudo_labels/star.json",), "pseudo_labels/star.log"),
     "region_features": Stage(("region_features/val.h5",), "region_features/val.log"),
@@ -97,8 +98,8 @@ class Job:
 
     def under_way(self) -> bool:
         """A training has finished an epoch, another stage has said something."""
-        if self.stage.state:
-            return self.path(self.stage.state).exists()
+        if self.stage.checkpoint:
+            return self.path(self.stage.checkpoint).exists()
         log = self.path(f"logs/{self.stage.log}")
         return (log.exists() and log.stat().st_size > 0) or self.partial.exists()
 
@@ -162,7 +163,10 @@ def compare(job: Job, finished: Path) -> None:
     expected, found = digests(finished), digests(job.folder)
     wrong = sorted(path for path in expected if found.get(path) != expected[path])
     assert not wrong, f"other than in an undisturbed run: {wrong}"
-    left = [*(job.folder / RESULTS).rglob(".*.partial"), *(job.folder / RESULTS).rglob("*.resume")]
+    left = [
+        *(job.folder / RESULTS).rglob(".*.partial"),
+        *(job.folder / RESULTS).rglob("*.checkpoint"),
+    ]
     assert not left, f"left behind: {left}"
 
 
@@ -189,8 +193,8 @@ def torture_by_kill(
 
 def _resumed(job: Job) -> str:
     log = job.path(f"logs/{job.stage.log}").read_text()
-    told = [line for line in log.splitlines() if line.startswith("going on after")]
-    return f", {told[0].partition(' of ')[0]}" if told else ""
+    resumed = re.search(r"resuming after .*?(?= of )", log)
+    return f", {resumed[0]}" if resumed else ""
 
 
 def reboot(stage: Stage, finished: Path) -> str:
@@ -200,7 +204,7 @@ def reboot(stage: Stage, finished: Path) -> str:
         names = [n for n in stage.outputs if (finished / RESULTS / n).is_file()]
         for name in names:
             shutil.copy(finished / RESULTS / name, job.path(name))
-        written = [job.partial, *(job.path(n) for n in (*names, stage.state) if n)]
+        written = [job.partial, *(job.path(n) for n in (*names, stage.checkpoint) if n)]
         for path in written:
             if path.exists():
                 os.truncate(path, path.stat().st_size // 2)

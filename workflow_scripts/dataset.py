@@ -1,6 +1,6 @@
 """Command line of stage `dataset`."""
 
-from lpovod.dataset import make_dataset
+from lpovod.stages.dataset import make_dataset
 from workflow_scripts import run
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Command lines of stage `download`."""
 
-from lpovod.download import download_coco, download_weights
+from lpovod.stages.download import download_coco, download_weights
 from workflow_scripts import run
 
 if __name__ == "__main__":

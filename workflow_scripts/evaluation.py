@@ -1,6 +1,6 @@
 """Command line of stage `evaluation`."""
 
-from lpovod.evaluation import evaluate
+from lpovod.stages.evaluation import evaluate
 from workflow_scripts import run
 
 if __name__ == "__main__":

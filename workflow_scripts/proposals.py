@@ -1,7 +1,7 @@
 """Command line of stage `proposals`."""
 
-from lpovod.proposals import propose, train_proposals
+from lpovod.stages.proposals import propose
 from workflow_scripts import run
 
 if __name__ == "__main__":
-    run(propose, train_proposals)
+    run(propose)

@@ -1,6 +1,6 @@
 """Command line of stage `pseudo_labels`."""
 
-from lpovod.pseudo_labels import retrieve
+from lpovod.stages.pseudo_labels import retrieve
 from workflow_scripts import run
 
 if __name__ == "__main__":

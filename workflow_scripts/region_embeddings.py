@@ -1,6 +1,6 @@
 """Command line of stage `region_embeddings`."""
 
-from lpovod.region_embeddings import embed_regions
+from lpovod.stages.region_embeddings import embed_regions
 from workflow_scripts import run
 
 if __name__ == "__main__":

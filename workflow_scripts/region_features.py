@@ -1,7 +1,7 @@
-"""Command line of stage `region_features`."""
+"""Command lines of stage `region_features`."""
 
-from lpovod.region_features import describe_retrieved, describe_split
+from lpovod.stages.region_features import extract_retrieved, extract_split
 from workflow_scripts import run
 
 if __name__ == "__main__":
-    run(describe_retrieved, describe_split)
+    run(extract_retrieved, extract_split)

@@ -1,6 +1,6 @@
 """Command line of stage `report`."""
 
-from lpovod.report import write_report
+from lpovod.stages.report import write_report
 from workflow_scripts import run
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Command line of stage `text_embeddings`."""
 
-from lpovod.text_embeddings import embed_classes
+from lpovod.stages.text_embeddings import embed_classes
 from workflow_scripts import run
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lpovod.artifacts import LpovodError, read_tensors, some
+from lpovod.artifacts import read_tensors
 from lpovod.config import TIMM
-from lpovod.images import MEAN, STD
+from lpovod.exceptions import LpovodError, existing, some
 from lpovod.importers.openmmlab import original_name, read_checkpoint
-from lpovod.progress import say
+from lpovod.progress import log
+from lpovod.views import MEAN, STD
 
 TORCHVISION_MEAN = tuple(255 * v for v in (0.485, 0.456, 0.406))
 TORCHVISION_STD = tuple(255 * v for v in (0.229, 0.224, 0.225))
@@ -60,7 +61,9 @@ def start_from(model: nn.Module, path: Path, architecture: str) -> None:
     }
     model.load_state_dict(ours, strict=False)
     left = sorted([*(state.keys() - used), *unused])
-    say(f"training starts from {len(used)} tensors of {path}; not used: {some(left) or 'none'}")
+    log.info(
+        f"training starts from {len(used)} tensors of {path}; not used: {some(left) or 'none'}"
+    )
 
 
 def _read(
@@ -85,9 +88,7 @@ def _read(
 
 def _open_safetensors(path: Path) -> safe_open:
     try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise LpovodError(f"{path}: no such file") from None
+        return safe_open(existing(path), framework="pt")
     except SafetensorError as error:
         raise LpovodError(f"{path} is not a whole safetensors file ({error})") from None
 

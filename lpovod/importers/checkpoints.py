@@ -12,29 +12,21 @@ import torch
 from torch import Tensor
 
 from lpovod import __version__
-from lpovod.artifacts import (
-    LpovodError,
-    atomic,
-    check_made_from,
-    identity,
-    read_tensors,
-    sha256,
-    some,
-    write_tensors,
-)
-from lpovod.config import Backbone, BaseDetector, LinearProbe
-from lpovod.dataset import CocoDataset, read_dataset
-from lpovod.detector import Detector
+from lpovod.artifacts import atomic, check_made_from, identity, read_tensors, sha256, write_tensors
+from lpovod.config import BackboneSettings, BaseDetectorSettings, LinearProbeSettings
+from lpovod.exceptions import LpovodError, some
+from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.importers.openmmlab import CARRIED, NOVEL, original_name, read_checkpoint
-from lpovod.progress import say
+from lpovod.networks.detector import Detector
+from lpovod.progress import log
 
 
 def import_base_detector(
     dataset: Path,
     checkpoint: Path,
     base: list[str],
-    backbone: Backbone,
-    settings: BaseDetector,
+    backbone: BackboneSettings,
+    settings: BaseDetectorSettings,
     detector: Path,
     history: Path,
 ) -> None:
@@ -68,7 +60,7 @@ def import_base_detector(
     with atomic(history) as partial:
         partial.write_text("")
     write_tensors(detector, tensors, ident)
-    say(f"{len(tensors)} tensors and {rows} base classes from {checkpoint}")
+    log.info(f"{len(tensors)} tensors and {rows} base classes from {checkpoint}")
 
 
 def import_linear_probe(
@@ -76,7 +68,7 @@ def import_linear_probe(
     checkpoint: Path,
     detector: Path,
     novel: list[str],
-    settings: LinearProbe,
+    settings: LinearProbeSettings,
     output: Path,
 ) -> None:
     """Write a fine-tuned checkpoint's novel weights as the artefact of stage `linear_probe`.
@@ -110,7 +102,7 @@ def import_linear_probe(
     classes = class_order(meta, read_dataset(dataset), novel, rows, "novel", checkpoint)
     weights = dict(zip(classes, state[NOVEL].numpy(), strict=True))
     write_tensors(output, weights, identity("linear_probe", settings, detector=sha256(detector)))
-    say(f"{rows} novel classes from {checkpoint}")
+    log.info(f"{rows} novel classes from {checkpoint}")
 
 
 def export_checkpoint(
@@ -142,7 +134,7 @@ def export_checkpoint(
     meta = {"CLASSES": tuple(names), "lpovod_version": __version__}
     with atomic(output) as partial:
         torch.save({"meta": meta, "state_dict": state}, partial)
-    say(f"{len(state)} tensors to {output}")
+    log.info(f"{len(state)} tensors to {output}")
 
 
 def class_order(

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpovod.artifacts import LpovodError
+from lpovod.exceptions import LpovodError, existing
 
 HEADS = {
-    "region_branch.convs": "roi_head.bbox_head.shared_convs",
-    "region_branch.fc": "roi_head.bbox_head.shared_fcs.0",
-    "image_branch.convs": "roi_head.bbox_head.shared_convs_for_image",
-    "image_branch.fc": "roi_head.bbox_head.shared_fcs_for_image.0",
+    "region_head.convs": "roi_head.bbox_head.shared_convs",
+    "region_head.fc": "roi_head.bbox_head.shared_fcs.0",
+    "clip_head.convs": "roi_head.bbox_head.shared_convs_for_image",
+    "clip_head.fc": "roi_head.bbox_head.shared_fcs_for_image.0",
     "box_refinement": "roi_head.bbox_head.fc_reg",
-    "projection": "roi_head.projection_for_image",
+    "clip_projection": "roi_head.projection_for_image",
     "prototypes": "roi_head.prototype",
 }
 """Our names of the heads' parts, and the original's."""
@@ -41,10 +41,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         LpovodError: if the file is missing, damaged, holds anything else, or has no state dict.
     """
+    existing(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise LpovodError(f"{path}: no such file") from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LpovodError(

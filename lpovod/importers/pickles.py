@@ -12,7 +12,7 @@ import numpy as np
 from numpy._core.multiarray import _reconstruct
 from numpy._core.numeric import _frombuffer
 
-from lpovod.artifacts import LpovodError
+from lpovod.exceptions import LpovodError, existing
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -51,11 +51,10 @@ def read_pickled_arrays(path: Path) -> Any:
     Raises:
         LpovodError: if the file is missing, is damaged, or names anything else.
     """
+    existing(path)
     try:
         with open(path, "rb") as file:
             return _ArraysOnly(file).load()
-    except FileNotFoundError:
-        raise LpovodError(f"{path}: no such file") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise LpovodError(
             f"{path} is no pickle of numpy arrays alone ({error}); nothing of it was run"

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from lpovod.artifacts import LpovodError, identity, read_json, write_json
-from lpovod.config import Proposals
-from lpovod.dataset import CocoDataset, read_dataset
+from lpovod.artifacts import identity, read_json, write_json
+from lpovod.config import ProposalsSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import CocoDataset, corners, read_dataset, read_results
+from lpovod.formats.regions import write_regions
 from lpovod.importers.pickles import read_pickled_arrays
-from lpovod.progress import progress, say
-from lpovod.proposals import recall_by_split
-from lpovod.store import write_regions
+from lpovod.measures.recall import recall_by_split
+from lpovod.progress import log, progress
 
 TOLERANCE = 1.0
 """Pixels that a box may reach over the image's edge: rounding of a scale factor, then clipped."""
@@ -20,7 +21,7 @@ TOLERANCE = 1.0
 def import_proposals(
     dataset: Path,
     file: Path,
-    settings: Proposals,
+    settings: ProposalsSettings,
     output: Path,
     recall: Path,
     id_map: Path | None = None,
@@ -56,7 +57,7 @@ def import_proposals(
             kept[image_id], thin = box[best], thin + dropped
     measured = recall_by_split(data, kept)
     write_json(recall, {"recall": measured, "seen": f"not known: they come from {file.name}"})
-    say(
+    log.info(
         f"{sum(map(len, kept.values()))} proposals of {len(kept)} images from {file}, "
         f"{thin} thinner than a pixel dropped; recall: {measured}"
     )
@@ -122,20 +123,10 @@ def _rows(file: Path, content: list, place: int, image_id: int) -> np.ndarray:
 
 
 def _from_results(file: Path, data: CocoDataset) -> dict[int, np.ndarray]:
-    content = read_json(file)
-    if not isinstance(content, list):
-        raise LpovodError(f"{file} is not in COCO's results format, a list of detections")
-    found: dict[int, list[list[float]]] = {i: [] for i in data.images}
-    for number, item in enumerate(content):
-        try:
-            (x, y, width, height), image_id = item["bbox"], item["image_id"]
-            row = [x, y, x + width, y + height, item["score"]]
-        except (KeyError, TypeError, ValueError):
-            raise LpovodError(f"{file}: entry {number} has no image_id, bbox or score") from None
-        if image_id not in found:
-            raise LpovodError(f"{file}: entry {number}: {data.path} has no image {image_id}")
-        found[image_id].append(row)
-    return {i: np.array(rows, np.float32).reshape(-1, 5) for i, rows in found.items()}
+    rows: dict[int, list[list[float]]] = {i: [] for i in data.images}
+    for item in read_results(file, data):
+        rows[item["image_id"]].append([*corners(item["bbox"]).tolist(), item["score"]])
+    return {i: np.array(of_image, np.float32).reshape(-1, 5) for i, of_image in rows.items()}
 
 
 def _checked(

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from lpovod.artifacts import LpovodError, identity, write_json
-from lpovod.config import PseudoLabels
-from lpovod.dataset import read_dataset
-from lpovod.progress import say
-from lpovod.pseudo_labels import as_coco
+from lpovod.artifacts import identity, write_json
+from lpovod.config import PseudoLabelsSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import read_dataset
+from lpovod.formats.pseudo_labels import as_coco
+from lpovod.progress import log
 
 
 def import_pseudo_labels(
-    name: str, file: Path, dataset: Path, settings: PseudoLabels, output: Path
+    name: str, file: Path, dataset: Path, settings: PseudoLabelsSettings, output: Path
 ) -> None:
     """Write one class's pseudo-labels out of a file of all classes, in place of retrieval.
 
@@ -38,7 +39,9 @@ def import_pseudo_labels(
     labels.sort(key=lambda label: -label["cosine"])
     ident = identity("pseudo_labels", settings, dataset=dataset, file=file)
     write_json(output, as_coco(name, labels, dataset) | {"info": {"identity": ident}})
-    say(f"{name}: {len(labels)} regions of {len({r['image_id'] for r in labels})} images of {file}")
+    log.info(
+        f"{name}: {len(labels)} regions of {len({r['image_id'] for r in labels})} images of {file}"
+    )
 
 
 def _checked_label(annotation: dict, file: Path, theirs: dict, ours: dict, dataset: Path) -> dict:

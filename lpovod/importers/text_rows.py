@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lpovod.artifacts import LpovodError, read_json
+from lpovod.artifacts import read_json
+from lpovod.exceptions import LpovodError, existing
 
 
 def read_rows(file: Path, classes: Path) -> dict[str, np.ndarray]:
@@ -75,14 +76,13 @@ def _read_names(path: Path) -> list[str]:
 
 
 def _read_matrix(path: Path) -> np.ndarray:
+    existing(path)
     try:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False).astype(np.float64)
         import torch
 
         return torch.load(path, map_location="cpu", weights_only=True).double().numpy()
-    except FileNotFoundError:
-        raise LpovodError(f"{path}: no such file") from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise LpovodError(
             f"{path} holds no matrix of numbers alone ({str(error).splitlines()[0]}); nothing of "

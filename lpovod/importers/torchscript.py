@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpovod.artifacts import LpovodError
+from lpovod.exceptions import LpovodError
 
 _DTYPES = {
     "FloatStorage": torch.float32,

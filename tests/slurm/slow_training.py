@@ -18,7 +18,7 @@ def main(state: Path, output: Path) -> None:
     import torch
     from torch import nn
 
-    from lpovod.config import Training
+    from lpovod.config import TrainingSettings
     from lpovod.training import train
 
     begun: list[tuple[int, int]] = []
@@ -33,7 +33,7 @@ def main(state: Path, output: Path) -> None:
 
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    schedule = Training(epochs=4, learning_rate=0.001, drops=[3])
+    schedule = TrainingSettings(epochs=4, learning_rate=0.001, milestones=[3])
     history = train(
         model,
         lambda batch: {"loss": (model(batch) - 1).square().mean()},

@@ -1,0 +1,57 @@
+"""The console command `lpovod`: one subcommand per program, imported only when it is asked for."""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+COMMANDS = {
+    "search": ("lpovod.apps.search", "show the regions of a finished run that match any words"),
+    "score": ("lpovod.apps.score", "AP50 of any detector's results, base and novel classes apart"),
+    "plan": ("lpovod.apps.plan", "hours, disk and memory of a run, before it starts"),
+    "config": ("lpovod.apps.config", "check a configuration, print it whole, or list every key"),
+}
+"""Module and one line of help; the module's function has the command's name."""
+
+USAGE = """usage: lpovod COMMAND [OPTIONS]
+
+Programs beside the workflow; the workflow itself is run by `snakemake --cores all`.
+
+commands:
+{commands}
+
+`lpovod COMMAND --help` lists the options of a command."""
+
+
+def main() -> None:
+    """Run the subcommand that the command line names.
+
+    Raises:
+        SystemExit: 0 after help, 1 for wrong data or settings, 2 for wrong usage.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        from lpovod.command_line import run
+
+        module, _ = COMMANDS[name]
+        run(getattr(import_module(module), name), program=f"lpovod {name}", arguments=sys.argv[2:])
+    elif name in ("--help", "-h"):
+        print(_usage())
+    elif name == "--version":
+        from lpovod import __version__
+
+        print(f"lpovod {__version__}")
+    else:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        problem = f"error: there is no command {name!r}{hint}\n\n" if name else ""
+        print(problem + _usage(), file=sys.stderr)
+        sys.exit(2)
+
+
+def _usage() -> str:
+    lines = [f"  {name:8}{help_}" for name, (_, help_) in COMMANDS.items()]
+    return USAGE.format(commands="\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""`lpovod score`: AP50 of any detector's results, by class and by split."""
+
+from pathlib import Path
+
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import CocoDataset, read_dataset, read_results
+from lpovod.measures.average_precision import (
+    ap50,
+    ap50_by_class,
+    ground_truth,
+    without_garbage_collection,
+)
+
+SPLITS = {"base": "base", "novel": "novel", "seen": "base", "unseen": "novel"}
+"""What a category's ``split`` may say; the original's files say seen and unseen."""
+
+
+def score(
+    ground_truth: Path,
+    detections: Path,
+    novel: list[str] | None = None,
+    base: list[str] | None = None,
+    annotated_images: bool = False,
+) -> None:
+    """Print AP50 of any detector's results: pycocotools' numbers, by class and by split.
+
+    Args:
+        ground_truth: COCO json of the images that were searched.
+        detections: COCO's results format: a json list of image_id, category_id, bbox and score.
+        novel: the novel classes; without them, the categories whose "split" says so.
+        base: the base classes; without them, the categories whose "split" says so, or all others.
+        annotated_images: leave out images without any of the classes, as OV-COCO does and this
+            workflow's own metrics do; otherwise every image counts, as with pycocotools.
+    """
+    print(score_table(ground_truth, detections, base, novel, annotated_images))
+
+
+def score_table(
+    truth: Path,
+    detections: Path,
+    base: list[str] | None = None,
+    novel: list[str] | None = None,
+    annotated_images: bool = False,
+) -> str:
+    """The table that `score` prints, with its arguments.
+
+    Detections of classes that are not evaluated are ignored.
+
+    Raises:
+        LpovodError: if the split is not known, or a detection is not of the format or of an image
+            that is not listed.
+    """
+    data = read_dataset(truth)
+    splits = _splits(data, base, novel)
+    categories = set(data.category_ids([*splits]))
+    results = [r for r in read_results(detections, data) if r.get("category_id") in categories]
+    with without_garbage_collection():
+        by_class = ap50_by_class(ground_truth(data, [*splits], not annotated_images), results)
+    named = {s: [n for n, split in splits.items() if split == s] for s in ("base", "novel")}
+    means = ap50(by_class, named["base"], named["novel"])
+    rows = [(f"{'class':24}{'split':>8}", "AP50")]
+    rows += [
+        (f"{name:24}{split:>8}", f"{by_class[name]:.2f}" if name in by_class else "-")
+        for name, split in splits.items()
+    ]
+    rows += [
+        (f"{'mean of ' + split:32}", "-" if means[split] is None else f"{means[split]:.2f}")
+        for split in ("novel", "base", "all")
+    ]
+    return "\n".join(f"{left}{right:>8}" for left, right in rows)
+
+
+def _splits(data: CocoDataset, base: list[str] | None, novel: list[str] | None) -> dict[str, str]:
+    """The evaluated classes with their split, in the order of their ids."""
+    data.category_ids([*(base or []), *(novel or [])])
+    splits = {}
+    for _, category in sorted(data.categories.items()):
+        name = category["name"]
+        if novel is None and base is None:
+            split = SPLITS.get(category.get("split"))
+            if split is None:
+                raise LpovodError(
+                    f"{data.path}: category {name!r} has the split {category.get('split')!r}, "
+                    'expected "base" or "novel". Write it there, or name the novel classes: '
+                    "--novel CLASS CLASS ... (and --base, if not all others are base classes)"
+                )
+        elif novel is not None and name in novel:
+            split = "novel"
+        else:
+            split = "base" if base is None or name in base else None
+        if split:
+            splits[name] = split
+    return splits

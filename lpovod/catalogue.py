@@ -1,0 +1,79 @@
+"""What is published: addresses, digests, sizes and class names. Data alone, no code.
+
+COCO publishes no digests: those here are the SHA-1 that GluonCV's download script has recorded, and
+the sizes those of other public code; neither was checked against the server. OpenAI's address of a
+CLIP model contains the file's SHA-256.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A public file.
+
+    Attributes:
+        url: where it is.
+        digest: its SHA-1 or SHA-256, hexadecimal; told apart by length.
+        size: in bytes, where known.
+    """
+
+    url: str
+    digest: str
+    size: int | None = None
+
+
+COCO = {
+    "annotations_trainval2017.zip": Remote(
+        "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+        "8551ee4bb5860311e79dace7e79cb91e432e78b3",
+        252_907_541,
+    ),
+    "val2017.zip": Remote(
+        "http://images.cocodataset.org/zips/val2017.zip",
+        "4950dc9d00dbe1c933ee0170f5797584351d2a41",
+        815_585_330,
+    ),
+    "train2017.zip": Remote(
+        "http://images.cocodataset.org/zips/train2017.zip",
+        "10ad623668ab00c62c096f0ed636d6aff41faca5",
+        19_336_861_798,
+    ),
+}
+"""The archives of COCO 2017 by their names."""
+
+COCO_IMAGES = {"train": 118_287, "val": 5_000}
+"""How many images its splits have."""
+
+COCO_CONTENT = {
+    "annotations_trainval2017.zip": (
+        "annotations/instances_train2017.json",
+        "annotations/instances_val2017.json",
+    ),
+    "val2017.zip": ("val2017",),
+    "train2017.zip": ("train2017",),
+}
+"""What of an archive is used: where that is, nothing is downloaded."""
+
+_NAMES = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant,
+bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard,
+sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
+wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
+vase, scissors, teddy bear, hair drier, toothbrush
+"""
+
+COCO_CLASSES = tuple(name.strip() for name in _NAMES.split(","))
+"""Names of the annotated classes, to check a configuration before the annotations are there."""
+
+WEIGHTS = {
+    "ViT-B-32.pt": Remote(
+        "https://openaipublic.azureedge.net/clip/models/"
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    )
+}
+"""Weights that are downloaded where a file of this name is asked for and missing."""

@@ -1,0 +1,348 @@
+"""The region store: boxes of many images with objectness and vectors, in HDF5, keyed by image id.
+
+Layout of a file, `rows` being all regions of all its images and images written one after another::
+
+    image_id    (images,)   int64      start  (images,)  int64     count  (images,)  int64
+    box         (rows, 4)   float32    xyxy, absolute pixels of the original image, half-open
+    objectness  (rows,)     float32
+    <column>    (rows, d)   float16 or float32, any number of them
+    skipped     json: reasons by image id, where images were skipped; they have no regions
+    attrs       identity: json (see `lpovod.artifacts`), format: int
+
+Proposals are a store without columns; region embeddings and region features have some. A region's
+key is its image id and box; its vectors are stored beside the key and are only ever read with it.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from lpovod.artifacts import Identity, atomic, fingerprint, need_room, sha256
+from lpovod.exceptions import LpovodError, existing
+
+FORMAT = 1
+CHUNK_ROWS = 128
+MARGIN = 1 << 25  # bytes that must stay free: HDF5 crashes on a full disk, or loses rows unsaid
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Regions of one image, or a block of regions of several.
+
+    Attributes:
+        image_id: (n,) int64.
+        index: (n,) int64, the region's place among the regions of its image.
+        box: (n, 4) float32, xyxy.
+        objectness: (n,) float32.
+        columns: vectors by name, (n, d).
+    """
+
+    image_id: np.ndarray
+    index: np.ndarray
+    box: np.ndarray
+    objectness: np.ndarray
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.box)
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.columns[column]
+
+
+class RegionWriter:
+    """Appends the regions of one image after another; made by `write_regions`."""
+
+    def __init__(self, file: h5py.File):
+        self._file = file
+        # Held open: a dataset that is closed with every image cannot tell that its writing failed.
+        self._data: dict[str, h5py.Dataset] = dict(file.items())
+        self._seen: set[int] = set()
+        self._skipped: dict[int, str] = {}
+
+    def add(
+        self, image_id: int, box: np.ndarray, objectness: np.ndarray, **columns: np.ndarray
+    ) -> None:
+        """Append all regions of one image (there may be none of them).
+
+        Raises:
+            LpovodError: if the image is there already, lengths differ, a value is not finite, or
+                the disk is full.
+        """
+        arrays = {"box": np.asarray(box).reshape(-1, 4), "objectness": objectness, **columns}
+        for name, array in arrays.items():
+            if len(array) != len(arrays["box"]):
+                raise LpovodError(
+                    f"image {image_id}: {len(array)} rows of {name} for {len(arrays['box'])} boxes"
+                )
+            if not np.isfinite(array).all():
+                raise LpovodError(f"image {image_id}: {name} holds NaN or infinite values")
+        start = self._data["box"].shape[0]
+        self._check_columns(image_id, columns, len(arrays["box"]), start)
+        count = len(arrays["box"])
+        need_room(Path(self._file.filename), sum(a.nbytes for a in arrays.values()) + MARGIN)
+        self._list(image_id, start, count)
+        for name, array in arrays.items():
+            dataset = self._data[name] if name in self._data else self._column(name, array)
+            dataset.resize(start + count, axis=0)
+            dataset[start:] = array
+
+    def skip(self, image_id: int, reason: str) -> None:
+        """Record that an image has no regions because something is wrong with it."""
+        self._list(image_id, self._file["box"].shape[0], 0)
+        self._skipped[image_id] = reason
+
+    def finish(self) -> None:
+        """Write what is known at the end alone."""
+        if self._skipped:
+            self._file["skipped"] = json.dumps(self._skipped)
+
+    def _list(self, image_id: int, start: int, count: int) -> None:
+        if image_id in self._seen:
+            raise LpovodError(f"image {image_id} is written to {self._file.filename} twice")
+        self._seen.add(image_id)
+        for name, value in (("image_id", image_id), ("start", start), ("count", count)):
+            self._data[name].resize(len(self._seen), axis=0)
+            self._data[name][-1] = value
+
+    def _check_columns(self, image_id: int, columns: dict, rows: int, start: int) -> None:
+        """A column that some image lacks would be shorter than the boxes, and its rows shifted."""
+        there = {n: d.shape[1:] for n, d in self._data.items() if n not in _FIXED}
+        given = {name: array.shape[1:] for name, array in columns.items()}
+        if given != there and (start > 0 or there) and (rows > 0 or given):
+            raise LpovodError(
+                f"image {image_id} has columns {given}, the images before it have {there}"
+            )
+
+    def _column(self, name: str, like: np.ndarray) -> h5py.Dataset:
+        shape = like.shape[1:]
+        # Rows of earlier images, all without regions, need no filling.
+        self._data[name] = self._file.create_dataset(
+            name, (0, *shape), like.dtype, maxshape=(None, *shape), chunks=(CHUNK_ROWS, *shape)
+        )
+        return self._data[name]
+
+
+@contextmanager
+def write_regions(path: Path, ident: Identity) -> Iterator[RegionWriter]:
+    """Write a store; it gets its name when the block ends without an error."""
+    with atomic(path) as partial, h5py.File(partial, "w") as file:
+        file.attrs["identity"] = json.dumps(ident, sort_keys=True)
+        file.attrs["format"] = FORMAT
+        for name, shape, dtype in (
+            ("box", (4,), "f4"),
+            ("objectness", (), "f4"),
+            ("image_id", (), "i8"),
+            ("start", (), "i8"),
+            ("count", (), "i8"),
+        ):
+            chunk = (CHUNK_ROWS * (8 if shape == () else 1), *shape)
+            file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunk)
+        writer = RegionWriter(file)
+        yield writer
+        writer.finish()
+        file.flush()
+
+
+class RegionStore:
+    """Reads one store or the shards of one, by image or in blocks.
+
+    The headers are read at once; the files are opened when first used, in the process that uses
+    them, so that a store may be handed to the workers of a data loader.
+
+    Args:
+        paths: a file or several with different images.
+        stage: the stage that must have written them.
+
+    Attributes:
+        skipped: reasons by image id, of images that have no regions because of them.
+
+    Raises:
+        LpovodError: if a file is missing, damaged, of another stage or format, or if two files
+            hold the same image or were made with different settings.
+    """
+
+    def __init__(self, paths: Path | Iterable[Path], stage: str):
+        self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+        self._files: dict[tuple[int, int], dict[str, h5py.Dataset]] = {}
+        self._where: dict[int, tuple[int, int, int]] = {}
+        self.identities: list[Identity] = []
+        self.skipped: dict[int, str] = {}
+        for number, path in enumerate(self.paths):
+            self._read_header(number, path, stage)
+
+    def _read_header(self, number: int, path: Path, stage: str) -> None:
+        with _open(path) as file:
+            if "identity" not in file.attrs or file.attrs.get("format") != FORMAT:
+                raise LpovodError(
+                    f"{path} is not a region store of format {FORMAT}. Make it again: "
+                    f"snakemake --forcerun {stage}"
+                )
+            ident = json.loads(file.attrs["identity"])
+            if ident["stage"] != stage:
+                raise LpovodError(f"{path} was written by stage {ident['stage']}, not {stage}")
+            self.identities.append(ident)
+            if ident != {**self.identities[0], "inputs": ident["inputs"]}:
+                raise LpovodError(f"{path} and {self.paths[0]} were made with different settings")
+            skipped = json.loads(file["skipped"][()]) if "skipped" in file else {}
+            self.skipped |= {int(image_id): reason for image_id, reason in skipped.items()}
+            columns = (file[name][:].tolist() for name in ("image_id", "start", "count"))
+            for image_id, start, count in zip(*columns, strict=True):
+                if image_id in self._where:
+                    other = self.paths[self._where[image_id][0]]
+                    raise LpovodError(f"image {image_id} is both in {other} and in {path}")
+                self._where[image_id] = (number, start, count)
+
+    @property
+    def identity(self) -> Identity:
+        """The identity of the first file; shards differ from it in nothing that matters."""
+        return self.identities[0]
+
+    @property
+    def image_ids(self) -> list[int]:
+        """Ids of all images, those without regions included, in the order of writing."""
+        return list(self._where)
+
+    def __len__(self) -> int:
+        """Number of regions."""
+        return sum(count for _, _, count in self._where.values())
+
+    def __contains__(self, image_id: int) -> bool:
+        return image_id in self._where
+
+    def count(self, image_id: int) -> int:
+        """Number of regions of one image."""
+        return self._find(image_id)[2]
+
+    def read(self, image_id: int, columns: Iterable[str] | None = None) -> Regions:
+        """All regions of one image, with all vectors or the named ones.
+
+        Raises:
+            LpovodError: if the image is not in the store.
+        """
+        number, start, count = self._find(image_id)
+        ids = np.full(count, image_id, np.int64)
+        return self._rows(number, start, start + count, ids, np.arange(count), columns)
+
+    def blocks(self, rows: int, columns: Iterable[str] | None = None) -> Iterator[Regions]:
+        """All regions in order, at most `rows` at once."""
+        for number in range(len(self.paths)):
+            mine = [(i, s, c) for i, (n, s, c) in self._where.items() if n == number]
+            ids = np.repeat([i for i, _, _ in mine], [c for _, _, c in mine]).astype(np.int64)
+            index = np.concatenate([np.arange(c) for _, _, c in mine] or [np.arange(0)])
+            for start in range(0, len(ids), rows):
+                part = slice(start, min(start + rows, len(ids)))
+                yield self._rows(number, start, part.stop, ids[part], index[part], columns)
+
+    def _rows(self, number, start, stop, ids, index, columns) -> Regions:
+        file = self._file(number)
+        names = [n for n in file if n not in _FIXED] if columns is None else list(columns)
+        missing = [n for n in names if n not in file]
+        if missing and len(file["box"]) > 0:  # a store without regions has no columns
+            raise LpovodError(f"{self.paths[number]} has no column {', '.join(missing)}")
+        vectors = {n: file[n][start:stop] for n in names if n in file}
+        return Regions(ids, index, file["box"][start:stop], file["objectness"][start:stop], vectors)
+
+    def _find(self, image_id: int) -> tuple[int, int, int]:
+        try:
+            return self._where[image_id]
+        except KeyError:
+            raise LpovodError(
+                f"image {image_id} is not in {', '.join(map(str, self.paths))} "
+                f"({len(self._where)} images)"
+            ) from None
+
+    def _file(self, number: int) -> dict[str, h5py.Dataset]:
+        here = os.getpid(), number  # a file that was open when a worker was forked is not its own
+        if here not in self._files:
+            self._files[here] = dict(_open(self.paths[number]))  # a lookup costs more than a read
+        return self._files[here]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_files": {}}
+
+
+_FIXED = ("box", "objectness", "image_id", "start", "count", "skipped")
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(existing(path), "r")
+    except OSError as error:
+        raise LpovodError(f"{path} is not a whole HDF5 file ({error}). Delete it.") from None
+
+
+INDEX_BITS = 20  # of a region's place in its image; the image id has the other 43
+
+
+def region_key(image_id: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """A region's key in the index, int64: image_id * 2**20 + its place in the image.
+
+    Raises:
+        LpovodError: naming the first image id or place that does not fit.
+    """
+    image_id, index = np.broadcast_arrays(np.asarray(image_id), np.asarray(index))
+    for what, values, bits in (("image id", image_id, 43), ("region", index, INDEX_BITS)):
+        outside = (values < 0) | (values >= 1 << bits)
+        if outside.any():
+            first = np.atleast_1d(values)[np.atleast_1d(outside)][0]
+            raise LpovodError(f"{what} {first} is not in 0 ... 2**{bits} - 1")
+    return (image_id.astype(np.int64) << INDEX_BITS) | index.astype(np.int64)
+
+
+def split_key(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Image ids and places of region keys, both int64."""
+    key = np.asarray(key, np.int64)
+    return key >> INDEX_BITS, key & ((1 << INDEX_BITS) - 1)
+
+
+def open_shards(paths: Iterable[Path]) -> RegionStore:
+    """All shards of the region embeddings as one store, in one order whatever order is given.
+
+    Raises:
+        LpovodError: if a shard is missing or damaged, or they are not shards of one division of
+            the same proposals.
+    """
+    paths = sorted(Path(p) for p in paths)
+    if not paths:
+        raise LpovodError("no shard of region embeddings was given")
+    store = RegionStore(paths, "region_embeddings")
+    for path, ident in zip(paths, store.identities, strict=True):
+        for name, digest in ident["inputs"].items():
+            if digest != store.identity["inputs"][name]:
+                raise LpovodError(
+                    f"{path} and {paths[0]} were made from different {name}. Make them again: "
+                    "snakemake --forcerun region_embeddings"
+                )
+    expected = store.identity["settings"]["shards"]
+    if len(paths) != expected:
+        raise LpovodError(f"{len(paths)} shards were given, {paths[0]} is one of {expected}")
+    return store
+
+
+def digest_of_shards(store: RegionStore) -> str:
+    """One digest of what the shards were made from and which regions they hold.
+
+    The vectors themselves are not read: at the paper's scale they are 40 GB.
+    """
+    counts = [[image_id, store.count(image_id)] for image_id in store.image_ids]
+    return fingerprint({"identity": store.identity, "counts": counts})
+
+
+def read_proposals(path: Path, dataset: Path) -> RegionStore:
+    """Open the proposals of a split, whoever wrote them.
+
+    Raises:
+        LpovodError: if they were made for another split or other images.
+    """
+    store = RegionStore(path, "proposals")
+    stated = store.identity["inputs"].get("dataset")
+    if stated != sha256(dataset):
+        raise LpovodError(f"{path} holds proposals of other images than those of {dataset}")
+    return store

@@ -1,0 +1,91 @@
+"""COCO's average precision at an IoU of .5, over base, novel and all classes.
+
+The engine is faster-coco-eval, which gives pycocotools' numbers at a fraction of its time.
+"""
+
+import contextlib
+import gc
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+
+from lpovod.formats.coco import CocoDataset
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """For what makes a hundred thousand small objects and no cycles: a quarter of its time.
+
+    Reference counts free them; Python's collector would only walk over them again and again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def ground_truth(data: CocoDataset, names: list[str], every_image: bool = False) -> COCO:
+    """Annotations of the named classes alone, on the images that have some of them.
+
+    Images without any of the classes are left out, as in the generalised OV-COCO protocol, unless
+    `every_image` keeps them.
+    """
+    categories = set(data.category_ids(names))
+    kept = {
+        image_id: [a for a in found if a["category_id"] in categories]
+        for image_id, found in data.annotations.items()
+    }
+    images = [data.images[i] for i, found in kept.items() if found or every_image]
+    annotations = [
+        {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a} for f in kept.values() for a in f
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(
+            {
+                "images": images,
+                "annotations": annotations,
+                "categories": [data.categories[c] | {"id": c} for c in sorted(categories)],
+            }
+        )
+
+
+def ap50_by_class(truth: COCO, results: list[dict[str, Any]]) -> dict[str, float]:
+    """AP50 in percent of every class that has an object, by class name.
+
+    Args:
+        truth: from `ground_truth`.
+        results: from `coco_results`; images that `truth` leaves out are ignored.
+    """
+    known = set(truth.getImgIds())
+    here = [r for r in results if r["image_id"] in known]
+    names = {c: truth.cats[c]["name"] for c in sorted(truth.cats)}
+    present = {a["category_id"] for a in truth.anns.values() if not a["iscrowd"]}
+    if not here:
+        return {name: 0.0 for c, name in names.items() if c in present}
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval_faster(truth, truth.loadRes(here), "bbox")
+        evaluator.params.iouThrs = np.array([0.5])
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluator.params.maxDets = [100]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    # precision: (IoU, recall, class, area, detections per image); -1 where a class has no object
+    precision = evaluator.eval["precision"][0, :, :, 0, 0]
+    means = {c: float(precision[:, k].mean()) for k, c in enumerate(evaluator.params.catIds)}
+    return {names[c]: 100 * means[c] for c in names if c in present}
+
+
+def ap50(by_class: dict[str, float], base: list[str], novel: list[str]) -> dict[str, float | None]:
+    """Means over novel, base and all classes; None where none of them has an object."""
+
+    def mean(names: list[str]) -> float | None:
+        values = [by_class[n] for n in names if n in by_class]
+        return round(float(np.mean(values)), 2) if values else None
+
+    return {"novel": mean(novel), "base": mean(base), "all": mean([*base, *novel])}

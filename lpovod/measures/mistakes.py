@@ -1,0 +1,93 @@
+"""What kind of mistake a detector makes: well placed, badly placed (and how), or misnamed."""
+
+import numpy as np
+
+from lpovod.formats.coco import CocoDataset, Detections
+from lpovod.overlaps import overlaps
+
+KINDS = {
+    "correct": "the first detection of an object, IoU of at least 0.5",
+    "duplicate": "well placed on an object that is already detected",
+    "too tight": "a part of an object",
+    "too loose": "around an object, with much beside it",
+    "group": "around several objects",
+    "shifted": "overlaps an object otherwise",
+    "other class": "well placed on an object of another class",
+    "background": "on nothing that is annotated",
+}
+"""Kinds of mistakes, and what each means."""
+
+
+def count_mistakes(
+    data: CocoDataset, detections: Detections, category_ids: list[int]
+) -> dict[str, float]:
+    """Percent of each kind among the best-scored detections of the given classes.
+
+    For each class as many detections are looked at as it has objects: those that decide AP.
+
+    Args:
+        data: the annotations.
+        detections: all detections.
+        category_ids: the classes to look at.
+
+    Returns:
+        percent by kind, over all classes together.
+    """
+    counts = dict.fromkeys(KINDS, 0)
+    for category in category_ids:
+        objects = {i: _split(data, i, category) for i in data.images}
+        total = sum(len(own) for own, _ in objects.values())
+        ranked = sorted(
+            (
+                (-float(score), image_id, tuple(map(float, box)))
+                for image_id, (boxes, scores, named) in detections.items()
+                for box, score, c in zip(boxes, scores, named, strict=True)
+                if c == category
+            )
+        )[:total]
+        taken: set[tuple[int, int]] = set()
+        for _, image_id, box in ranked:
+            counts[_kind(np.array(box), image_id, *objects[image_id], taken)] += 1
+    looked_at = max(1, sum(counts.values()))
+    return {kind: round(100 * n / looked_at, 2) for kind, n in counts.items()}
+
+
+def _split(data: CocoDataset, image_id: int, category: int) -> tuple[np.ndarray, np.ndarray]:
+    boxes, categories = data.boxes(image_id)
+    return boxes[categories == category], boxes[categories != category]
+
+
+def _kind(
+    box: np.ndarray,
+    image_id: int,
+    own: np.ndarray,
+    others: np.ndarray,
+    taken: set[tuple[int, int]],
+) -> str:
+    iou, inside, covered = overlaps(box, own)
+    if len(own) and iou.max() >= 0.5:
+        free = [k for k in np.argsort(-iou) if iou[k] >= 0.5 and (image_id, int(k)) not in taken]
+        if not free:
+            return "duplicate"
+        taken.add((image_id, int(free[0])))
+        return "correct"
+    if badly_placed := placement(iou, inside, covered):
+        return badly_placed
+    return "other class" if (overlaps(box, others)[0] >= 0.5).any() else "background"
+
+
+def placement(iou: np.ndarray, inside: np.ndarray, covered: np.ndarray) -> str | None:
+    """How a box with an IoU below 0.5 is misplaced; None if it hardly meets an object.
+
+    Args:
+        iou: (m,) with each object of its class.
+        inside: (m,) fraction of the box inside each object.
+        covered: (m,) fraction of each object that the box covers.
+    """
+    if (covered >= 0.7).sum() >= 2:
+        return "group"
+    if (inside >= 0.9).any():
+        return "too tight"
+    if (covered >= 0.9).any():
+        return "too loose"
+    return "shifted" if (iou >= 0.1).any() else None

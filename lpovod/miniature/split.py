@@ -1,0 +1,108 @@
+"""A split of the miniature world: its images as JPEG files, and their COCO annotations."""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lpovod.miniature.pictograms import CLASSES, DISTRACTORS
+from lpovod.miniature.scenes import IMAGE_SIZE, DrawnObject, compose_scene
+
+SPLITS = ("train", "val", "tune", "clip")
+
+
+# -------------------------------------------------------------------------------------- one split
+
+
+def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
+    """The stream of image `index` of a split: independent of how many images are drawn.
+
+    Raises:
+        ValueError: the split is not one of `SPLITS`.
+    """
+    return np.random.default_rng([seed, zlib.crc32(_known(split).encode()), index])
+
+
+def _known(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r} of the miniature world; choose from {SPLITS}")
+    return split
+
+
+def draw_split(
+    directory: Path,
+    images: int,
+    seed: int,
+    split: str,
+    nuisance: float = 1.0,
+    nested: float = 0.4,
+    distractors: float = 0.0,
+) -> dict:
+    """Draw the images of a split as JPEG files and return their COCO annotations.
+
+    Args:
+        directory: where the files go, named by the twelve digits of their image id.
+        images: how many.
+        seed: of the world; the splits of one seed share no stream.
+        split: one of `SPLITS`.
+        nuisance: see `compose_scene`; nested: likewise; distractors: likewise.
+
+    Returns:
+        COCO's `images`, `annotations` (bbox xywh in absolute pixels) and `categories` (all of
+        `CLASSES`, base and novel alike). Ids are unique over the splits and have gaps.
+
+    Raises:
+        ValueError: the split is not one of `SPLITS`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # Gaps, as in COCO: code that takes an id for a row number fails here instead of at full scale.
+    category_ids = {name: 3 * position + 2 for position, name in enumerate(CLASSES)}
+    first_id = 1_000_000 * (SPLITS.index(_known(split)) + 1)
+    records, annotations = [], []
+    for index in range(images):
+        scene = compose_scene(
+            scene_rng(seed, split, index),
+            nuisance=nuisance,
+            nested=nested,
+            distractors=distractors,
+        )
+        image_id = first_id + 7 * index + 1
+        name = f"{image_id:012d}.jpg"
+        _write_jpeg(directory / name, scene.image)
+        records.append(
+            {"id": image_id, "file_name": name, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
+        )
+        for position, drawn in enumerate(scene.objects):
+            if drawn.name in DISTRACTORS:
+                continue
+            annotation_id = 100 * image_id + position
+            annotations.append(
+                _annotation(annotation_id, image_id, category_ids[drawn.name], drawn)
+            )
+    categories = [{"id": category_ids[name], "name": name} for name in CLASSES]
+    return {"images": records, "annotations": annotations, "categories": categories}
+
+
+def _annotation(annotation_id: int, image_id: int, category_id: int, drawn: DrawnObject) -> dict:
+    x1, y1, x2, y2 = drawn.box
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": drawn.area,
+        "iscrowd": 0,
+    }
+
+
+def _write_jpeg(path: Path, pixels: np.ndarray) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=90)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(stream.getvalue())
+    os.replace(temporary, path)

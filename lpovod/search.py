@@ -1,0 +1,276 @@
+"""Search: the regions of an index that are most similar to a query.
+
+An exact index is read once from end to end, whatever the number of queries. Needs no torch.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from lpovod.artifacts import check_made_from
+from lpovod.config import PseudoLabelsSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.class_embeddings import ClassEmbeddings
+from lpovod.formats.coco import corners
+from lpovod.formats.index import READ_ROWS, RegionIndex
+from lpovod.formats.regions import RegionStore, digest_of_shards, split_key
+from lpovod.overlaps import overlaps
+
+PROBED_PART = 8  # one in so many lists of an inverted file is searched
+Hits = tuple[np.ndarray, np.ndarray]
+
+
+def best_rows(vectors: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> list[Hits]:
+    """The rows that may be among the k of largest inner product with each vector.
+
+    A float32 sum over D products of two unit vectors differs from the true one by D * 2**-24 at
+    most, whatever its order. What lies within four times that of the k-th best so far is summed
+    again in float64 and rounded, so that equal rows have equal sums.
+
+    Args:
+        vectors: (q, D) float32, of unit norm, as the rows are (float16's rounding aside).
+        blocks: the rows in order, (n, D) float32.
+        k: how many.
+
+    Returns:
+        For each vector inner products, descending, and rows, int64, ascending among equals: k of
+        them, and all that equal the k-th.
+    """
+    margin = np.float32(4 * vectors.shape[1] * 2.0**-24)
+    exact = vectors.astype(np.float64)
+    scores = [np.empty(0, np.float32) for _ in vectors]
+    rows = [np.empty(0, np.int64) for _ in vectors]
+    floor, start = np.full(len(vectors), -np.inf, np.float32), 0
+    for block in blocks:
+        products = block @ vectors.T
+        for query in np.flatnonzero(products.max(axis=0, initial=-np.inf) > floor):
+            near = np.flatnonzero(products[:, query] > floor[query])
+            summed = (block[near].astype(np.float64) @ exact[query]).astype(np.float32)
+            scores[query] = np.concatenate([scores[query], summed])
+            rows[query] = np.concatenate([rows[query], start + near])
+            if len(scores[query]) >= 2 * k:
+                kth = np.partition(scores[query], -k)[-k]
+                floor[query] = kth - margin
+                kept = scores[query] >= kth
+                scores[query], rows[query] = scores[query][kept], rows[query][kept]
+        start += len(block)
+    return [_descending(*found, k) for found in zip(scores, rows, strict=True)]
+
+
+def _descending(scores: np.ndarray, rows: np.ndarray, k: int) -> Hits:
+    order = np.argsort(-scores, kind="stable")
+    if len(order) > k:
+        order = order[scores[order] >= scores[order[k - 1]]]
+    return scores[order], rows[order]
+
+
+def search_index(
+    index: RegionIndex, vectors: np.ndarray, k: int, allowed: np.ndarray
+) -> list[Hits]:
+    """The k rows of largest inner product with each vector, among the allowed ones.
+
+    An exact index is read once from end to end, whatever the number of vectors.
+
+    Args:
+        index: what is searched.
+        vectors: (q, D) float32.
+        k: how many at most.
+        allowed: (rows,) bool.
+
+    Returns:
+        For each vector inner products (n,) float32, descending, and rows (n,) int64.
+        Of an exact index the products are those of float64, rounded, and all rows that equal
+        the k-th are there; of the others n <= k, and they are FAISS's.
+    """
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    if index.exact:
+        rows = np.flatnonzero(allowed)
+        hits = best_rows(vectors, index.stream(allowed), k)
+        return [(scores, rows[places]) for scores, places in hits]
+    return [_search_parts(index, vector[None], k, allowed) for vector in vectors]
+
+
+def _search_parts(index: RegionIndex, query: np.ndarray, k: int, allowed: np.ndarray) -> Hits:
+    scores, rows, start = [np.empty(0, np.float32)], [np.empty(0, np.int64)], 0
+    for part in index.parts:
+        stop = start + part.ntotal
+        if allowed[start:stop].any():
+            inner = faiss.downcast_index(part.index)
+            parameters = _parameters(inner, allowed[start:stop])
+            products, places = inner.search(query, min(k, part.ntotal), params=parameters)
+            real = places[0] >= 0
+            scores.append(products[0][real])
+            rows.append(start + places[0][real])
+        start = stop
+    merged = np.concatenate(scores)
+    best = np.argsort(-merged, kind="stable")[:k]
+    return merged[best], np.concatenate(rows)[best]
+
+
+def _parameters(inner: faiss.Index, allowed: np.ndarray) -> faiss.SearchParameters:
+    selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+    if isinstance(inner, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=-(-inner.nlist // PROBED_PART))
+    return faiss.SearchParameters(sel=selector)
+
+
+SPARE = 4  # times K candidates, where some may be dropped or are ranked roughly
+
+
+def queries(vectors: np.ndarray, base: np.ndarray, settings: PseudoLabelsSettings) -> np.ndarray:
+    """What regions are compared with to find those of some names.
+
+    Text embeddings share a large part, and a region's cosine with that says how much it resembles
+    any name at all. Without it a query ranks by what is particular to the name. Ours, not the
+    paper's.
+
+    Args:
+        vectors: (q, D) unit text embeddings of the names.
+        base: (b, D) of the base classes.
+        settings: whether queries are centred.
+
+    Returns:
+        (q, D) float32, unit rows: the embeddings themselves, or what they are beyond the mean of
+        the base classes'.
+
+    Raises:
+        LpovodError: if an embedding is that mean itself.
+    """
+    if not settings.centred:
+        return vectors
+    beyond = vectors - base.mean(axis=0)
+    lengths = np.linalg.norm(beyond, axis=1, keepdims=True)
+    if lengths.min() < 1e-6:
+        raise LpovodError(
+            "a name has the embedding that the base classes have on the mean, so nothing is "
+            "particular to it. Set pseudo_labels.centred to false"
+        )
+    return beyond / lengths
+
+
+def apart(
+    ranked: list[dict],
+    near: Callable[[np.ndarray, np.ndarray], bool],
+    better: Sequence[dict] = (),
+) -> Iterator[dict]:
+    """Down the ranking, the regions that are not near a better one of their image.
+
+    Args:
+        ranked: regions, best first.
+        near: whether a box, (4,), is near those of its image that are better, (n, 4).
+        better: regions that are better than all of them.
+    """
+    of_image: dict[int, list[np.ndarray]] = defaultdict(list)
+    for region in better:
+        of_image[region["image_id"]].append(corners(region["bbox"]))
+    for region in ranked:
+        box, boxes = corners(region["bbox"]), of_image[region["image_id"]]
+        if not (boxes and near(box, np.array(boxes))):
+            boxes.append(box)
+            yield region
+
+
+def check_belong(
+    embedded: Iterable[ClassEmbeddings], store: RegionStore, searched: RegionIndex, dataset: Path
+) -> None:
+    """Refuse text embeddings, shards, an index and a dataset that were not made from one another.
+
+    Raises:
+        LpovodError: naming the file and what it was made from.
+    """
+    shard, made_from = store.paths[0], store.identity
+    for classes in embedded:
+        check_made_from(shard, made_from, "clip_weights", classes.clip_weights)
+        check_made_from(shard, made_from, "clip_architecture", classes.clip_architecture)
+    check_made_from(shard, made_from, "dataset", Path(dataset))
+    digest = digest_of_shards(store)
+    check_made_from(searched.path, searched.identity, "region_embeddings", digest)
+
+
+def top_regions(
+    index: RegionIndex,
+    store: RegionStore,
+    vectors: np.ndarray,
+    settings: PseudoLabelsSettings,
+    exact: bool = False,
+) -> list[list[dict]]:
+    """The best regions for each of several vectors, with one pass over an exact index.
+
+    A limit on regions of one image may use up what was searched for: then more is asked for.
+
+    Args:
+        index: what is searched.
+        store: the shards it was made from; read only where the index is inexact.
+        vectors: (q, D) float32 of unit norm.
+        settings: K, the floor, and how different the regions must be.
+        exact: search the shards themselves, whatever the index.
+
+    Returns:
+        For each vector at most K annotations, and the ``key`` of each; best first.
+    """
+    exact = exact or index.exact
+    limited = settings.per_image is not None or settings.nms is not None
+    asked = settings.k if exact and not limited else SPARE * settings.k
+    floor = np.float32(settings.objectness)
+    allowed = index.objectness >= floor
+    taken: dict[int, list[dict]] = {}
+    while pending := [query for query in range(len(vectors)) if query not in taken]:
+        if exact and not index.exact:
+            blocks = store.blocks(READ_ROWS)
+            above = (b["embedding"][b.objectness >= floor].astype(np.float32) for b in blocks)
+            found = best_rows(vectors[pending], above, asked)
+            found = [(cosines, np.flatnonzero(allowed)[places]) for cosines, places in found]
+        else:
+            found = search_index(index, vectors[pending], asked, allowed)
+        for query, (cosines, rows) in zip(pending, found, strict=True):
+            if not exact:
+                cosines = _cosines(store, index.keys[rows], vectors[query])
+            regions = _take(_ranked(index, rows, cosines)[:asked], settings)
+            if len(regions) == settings.k or len(rows) < asked:
+                taken[query] = regions
+        asked *= SPARE
+    return [taken[query] for query in range(len(vectors))]
+
+
+def _cosines(store: RegionStore, keys: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """Summed in float64 and rounded, as an exact search does it."""
+    image_ids, places = split_key(keys)
+    content = {i: store.read(i, ["embedding"]) for i in np.unique(image_ids).tolist()}
+    cosines = [
+        content[image_id]["embedding"][place].astype(np.float64) @ vector.astype(np.float64)
+        for image_id, place in zip(image_ids.tolist(), places.tolist(), strict=True)
+    ]
+    return np.array(cosines, np.float32)
+
+
+def _ranked(index: RegionIndex, rows: np.ndarray, cosines: np.ndarray) -> list[dict]:
+    """Annotations by cosine and key."""
+    regions = []
+    for place in np.lexsort((index.keys[rows], -cosines)).tolist():
+        row = rows[place]
+        x1, y1, x2, y2 = index.box[row].astype(float).tolist()
+        regions.append(
+            {
+                "key": int(index.keys[row]),
+                "image_id": int(split_key(index.keys[row])[0]),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "score": float(index.objectness[row]),
+                "cosine": float(cosines[place]),
+            }
+        )
+    return regions
+
+
+def _take(ranked: list[dict], settings: PseudoLabelsSettings) -> list[dict]:
+    """The first K regions, without those that come too close to a better one of their image."""
+
+    def near(box: np.ndarray, better: np.ndarray) -> bool:
+        full = settings.per_image is not None and len(better) >= settings.per_image
+        return full or (settings.nms is not None and overlaps(box, better)[0].max() > settings.nms)
+
+    return list(islice(apart(ranked, near), settings.k))

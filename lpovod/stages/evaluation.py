@@ -1,0 +1,113 @@
+"""Stage `evaluation`: detections, AP50, and the ablations that explain it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from lpovod.artifacts import check_made_from, read_json, sha256, write_json
+from lpovod.config import EvaluationSettings
+from lpovod.formats.coco import Detections, coco_results, read_dataset
+from lpovod.formats.regions import RegionStore, open_shards
+from lpovod.measures.ablations import Variant, table, variants
+from lpovod.measures.average_precision import (
+    ap50,
+    ap50_by_class,
+    ground_truth,
+    without_garbage_collection,
+)
+from lpovod.measures.mistakes import count_mistakes
+from lpovod.progress import log, progress
+from lpovod.scoring import detect, read_class_weights, score_regions
+
+TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Tried for the row of the CLIP head at its best temperature."""
+
+
+def evaluate(
+    dataset: Path,
+    region_features: Path,
+    detector: Path,
+    linear_probe: Path,
+    text_embeddings: list[Path],
+    recall: Path,
+    region_embeddings: list[Path],
+    settings: EvaluationSettings,
+    metrics: Path,
+    detections: Path,
+    workers: int = 0,
+) -> None:
+    """Measure AP50 of the method and of its ablations.
+
+    Args:
+        dataset: the split's json, with all classes annotated.
+        region_features: of the split's proposals.
+        detector: the base detector, for its base classes' prototypes.
+        linear_probe: the novel classes' weights.
+        text_embeddings: of base and novel classes.
+        recall: of the proposals, as stage `proposals` wrote it.
+        region_embeddings: CLIP on the same regions, for comparison; may be empty.
+        settings: of this stage.
+        metrics: output json, in percent.
+        detections: output json, COCO results of the full method.
+        workers: processes that measure side by side; 0 measures in this one.
+    """
+    data = read_dataset(dataset)
+    features = RegionStore(region_features, "region_features")
+    check_made_from(region_features, features.identity, "dataset", dataset)
+    check_made_from(region_features, features.identity, "detector", detector)
+    embeddings = open_shards(region_embeddings) if region_embeddings else None
+    classes = read_class_weights(detector, linear_probe, text_embeddings, settings)
+    category_ids = data.category_ids(classes.names)
+    truth = ground_truth(data, classes.names)
+    scores = score_regions(features, embeddings, classes)
+    base = len(classes.base)
+
+    def measure(variant: Variant) -> tuple[Detections, dict[str, float], dict[str, float | None]]:
+        found = detect(scores, base, category_ids, variant, settings)
+        with without_garbage_collection():
+            by_class = ap50_by_class(truth, coco_results(found))
+        return found, by_class, ap50(by_class, classes.base, classes.novel)
+
+    rows = variants(settings, classes.temperature, embeddings is not None)
+    tried = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]
+    # A loader of variants instead of images: its processes share the scores, and keep the order.
+    loader = DataLoader(
+        [*rows.values(), *tried], batch_size=None, num_workers=workers, collate_fn=measure
+    )
+    results = list(progress(loader, "evaluation", "variant"))
+    measured = dict(zip(rows, results, strict=False))
+    by_row = {name: means for name, (_, _, means) in measured.items()}
+    at_temperature = [means for _, _, means in results[len(rows) :]]
+    by_row["without_probe_best_temperature"] = _best_temperature(
+        dict(zip(TEMPERATURES, at_temperature, strict=True))
+    )
+    content = {"rows": by_row}
+    content["per_class"] = {k: round(v, 2) for k, v in measured["full"][1].items()}
+    novel = set(data.category_ids(classes.novel))
+    content["evaluated"] = {
+        "images": len(truth.imgs),
+        "boxes": len(truth.anns),
+        "novel_boxes": sum(a["category_id"] in novel for a in truth.anns.values()),
+    }
+    content["temperature"] = classes.temperature
+    content["classes"] = {"base": classes.base, "novel": classes.novel}
+    content["proposal_recall"] = read_json(recall)["recall"]
+    content["novel_mistakes"] = {
+        name: count_mistakes(data, measured[name][0], data.category_ids(classes.novel))
+        for name in ("full", "without_probe", "without_clip_head")
+    }
+    made_from = {
+        "dataset": sha256(dataset),
+        "region_features": sha256(region_features),
+        "linear_probe": sha256(linear_probe),
+    }
+    content["made_from"] = made_from
+    write_json(detections, coco_results(measured["full"][0]))
+    write_json(metrics, content)
+    log.info(table(content))
+
+
+def _best_temperature(rows: dict[float, dict[str, float | None]]) -> dict[str, float | None]:
+    best = max(rows, key=lambda t: (rows[t]["novel"] or 0.0, -t))
+    return rows[best] | {"temperature": best}

@@ -1,0 +1,197 @@
+"""Stage `linear_probe`: a sigmoid linear classifier per novel class, on frozen features.
+
+Retrieved regions are positives; regions of the same images that overlap them too little are
+negatives, and so the probe learns to reject the badly placed boxes that CLIP scores as highly as
+good ones (Sec. 3.3 of the paper). As in the original all classes are trained together: a region
+retrieved for one class is a negative of the others. Regions on what retrieval marks as ignored are
+neither: an object that did not make it into the K is no example of what the class is not.
+
+The features being given, a step is two small matrix products: numpy does it in a fraction of the
+time that torch's bookkeeping takes, and without torch's import.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lpovod.artifacts import check_made_from, identity, write_tensors
+from lpovod.config import LinearProbeSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
+from lpovod.formats.regions import RegionStore
+from lpovod.overlaps import overlapping, overlaps
+from lpovod.progress import log, progress
+from lpovod.schedule import rate_at
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidate regions of one image.
+
+    Attributes:
+        feature: (n, dimension) float32, of the region head.
+        label: (n,) class of the pseudo-label that it overlaps most, if their IoU is .5 or more;
+            otherwise -1.
+    """
+
+    feature: np.ndarray
+    label: np.ndarray
+
+    @cached_property
+    def positive(self) -> np.ndarray:
+        """Rows with a class."""
+        return np.flatnonzero(self.label >= 0)
+
+    @cached_property
+    def negative(self) -> np.ndarray:
+        """Rows without one."""
+        return np.flatnonzero(self.label < 0)
+
+
+def train_linear_probe(
+    pseudo_labels: list[Path],
+    region_features: list[Path],
+    settings: LinearProbeSettings,
+    seed: int,
+    output: Path,
+) -> None:
+    """Train the novel classes' weights.
+
+    Args:
+        pseudo_labels: one json per class.
+        region_features: for each of them, in the same order, the features of its images' regions.
+        settings: sampling and schedule.
+        seed: of order and sampling.
+        output: {class name: (dimension,) float32}.
+
+    Raises:
+        LpovodError: if features and pseudo-labels do not belong together.
+    """
+    made_from, detectors = {}, set()
+    for labels, features in zip(pseudo_labels, region_features, strict=True):
+        store = RegionStore(features, "region_features")
+        check_made_from(features, store.identity, "pseudo_labels", labels)
+        detectors.add(store.identity["inputs"]["detector"])
+        made_from[f"pseudo_labels_{labels.stem}"] = labels
+    if len(detectors) != 1:
+        raise LpovodError(f"{region_features[0]} and the others come from different detectors")
+    retrieved = read_pseudo_labels(pseudo_labels)
+    names = list(retrieved)
+    images = gather_candidates(retrieved, read_ignored(pseudo_labels), region_features)
+    weights = fit(list(images.values()), len(names), settings, seed)
+    ident = identity("linear_probe", settings, detector=detectors.pop(), **made_from)
+    write_tensors(output, dict(zip(names, weights, strict=True)), ident | {"seed": seed})
+
+
+def gather_candidates(
+    retrieved: PseudoLabels, ignored: dict[int, np.ndarray], region_features: list[Path]
+) -> dict[int, Candidates]:
+    """Candidates of every image that a class retrieved a region of, labelled by all classes.
+
+    Args:
+        retrieved: as `read_pseudo_labels` returns it.
+        ignored: as `read_ignored` does; what overlaps them is no candidate, unless as a positive.
+        region_features: stores that hold those images.
+    """
+    objects: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for label, of_image in enumerate(retrieved.values()):
+        for image_id, (boxes, _) in of_image.items():
+            objects.setdefault(image_id, []).append((label, boxes))
+    stores = [RegionStore(path, "region_features") for path in region_features]
+    found = {}
+    for image_id, labelled in sorted(objects.items()):
+        here = [s.read(image_id, ["feature"]) for s in stores if image_id in s]
+        # An image that two classes retrieved has its proposals in both stores: count each once.
+        box, rows = np.unique(np.concatenate([r.box for r in here]), axis=0, return_index=True)
+        feature = np.concatenate([r["feature"] for r in here])[rows].astype(np.float32)
+        boxes = np.concatenate([b for _, b in labelled])
+        labels = np.array([label for label, b in labelled for _ in b])
+        iou = overlaps(box, boxes)[0]
+        label = np.where(iou.max(axis=1) >= 0.5, labels[iou.argmax(axis=1)], -1)
+        others = ignored.get(image_id, np.empty((0, 4), np.float32))
+        kept = (label >= 0) | ~overlapping(box, others)
+        found[image_id] = Candidates(feature[kept], label[kept])
+    return found
+
+
+def fit(
+    images: list[Candidates], classes: int, settings: LinearProbeSettings, seed: int
+) -> np.ndarray:
+    """Stochastic gradient descent from zero on the focal loss of sampled regions.
+
+    Args:
+        images: the candidates of each image.
+        classes: number of novel classes.
+        settings: sampling and schedule.
+        seed: of order and sampling.
+
+    Returns:
+        (classes, dimension) float32.
+    """
+    random = np.random.default_rng(seed)
+    weights = np.zeros((classes, images[0].feature.shape[1]), np.float32)
+    velocity, loss = np.zeros_like(weights), 0.0
+    per_epoch = -(-len(images) // settings.images_per_step)
+    steps = [
+        order[i * settings.images_per_step : (i + 1) * settings.images_per_step]
+        for order in (random.permutation(len(images)) for _ in range(settings.epochs))
+        for i in range(per_epoch)
+    ]
+    for number, chosen in enumerate(progress(steps, "linear probe", "step")):
+        feature, label = draw([images[i] for i in chosen], settings, random)
+        loss, gradient = focal_loss(feature @ weights.T, label)
+        velocity *= np.float32(settings.momentum)
+        velocity += gradient.T @ feature + np.float32(settings.weight_decay) * weights
+        weights -= np.float32(rate_at(number, per_epoch, settings)) * velocity
+    if not np.isfinite(weights).all():
+        raise LpovodError("linear_probe: weights are not finite. Lower linear_probe.learning_rate.")
+    log.info(f"{classes} classes from {len(images)} images, last loss {loss:.4f}")
+    return weights
+
+
+def draw(
+    images: list[Candidates], settings: LinearProbeSettings, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of the sampled regions of a batch of images.
+
+    The rule is the detector's (`lpovod.boxes.sample`).
+    """
+    features, labels = [], []
+    for image in images:
+        positive = take(
+            image.positive, int(settings.samples_per_image * settings.positive_fraction), random
+        )
+        limit = settings.negatives_per_positive * max(1, len(positive))
+        limit = min(limit, settings.samples_per_image - len(positive))
+        rows = np.concatenate([positive, take(image.negative, limit, random)])
+        features.append(image.feature[rows])
+        labels.append(image.label[rows])
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def take(rows: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """At most `count` of the rows at random."""
+    return rows if len(rows) <= count else random.choice(rows, count, replace=False, shuffle=False)
+
+
+def focal_loss(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """Sigmoid focal loss (gamma 2, alpha .25) over the number of positives, and its gradient.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,) class, or -1 for background.
+
+    Returns:
+        The sum over all regions and classes, and its derivative by the logits, (n, classes).
+    """
+    positive = labels[:, None] == np.arange(logits.shape[1])
+    sign = np.where(positive, np.float32(-1), np.float32(1))
+    wrong = logits * sign  # the logit of naming it falsely
+    log_right = -np.logaddexp(np.float32(0), wrong)
+    falsely = -np.expm1(log_right)
+    weight = np.where(positive, np.float32(0.25), np.float32(0.75)) / max(1, positive.sum())
+    weight = weight.astype(np.float32) * falsely
+    gradient = sign * weight * (falsely - 2 * (1 - falsely) * log_right) * falsely
+    return float(-(weight * falsely * log_right).sum()), gradient

@@ -1,0 +1,147 @@
+"""Stage `proposals`, its training: the proposal network learns from base annotations alone."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from lpovod.artifacts import fingerprint, identity
+from lpovod.boxes import take
+from lpovod.config import BackboneSettings, ProposalsSettings
+from lpovod.distributed import join, total
+from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import CocoDataset, read_dataset
+from lpovod.importers.backbone import start_from
+from lpovod.networks.proposal_network import ProposalNetwork
+from lpovod.training import train, write_training
+from lpovod.views import LoadedView, batch, load_views, training_views
+
+
+def centerness(points: Tensor, boxes: Tensor) -> Tensor:
+    """How central a point lies in its box, 1 in the middle, 0 outside; both (n, ...)."""
+    before, after = points - boxes[:, :2], boxes[:, 2:] - points
+    ratio = torch.minimum(before, after).clamp(min=0) / torch.maximum(before, after).clamp(min=1e-6)
+    return ratio.prod(dim=1).sqrt()
+
+
+def proposal_losses(
+    anchors: Tensor, boxes: Tensor, logits: Tensor, objects: Tensor, settings: ProposalsSettings
+) -> tuple[Tensor, Tensor]:
+    """Box loss, (1 - IoU) x 10, and objectness loss, L1 of centerness, of one image.
+
+    Args:
+        anchors: (n, 4).
+        boxes: (n, 4), predicted.
+        logits: (n,), predicted.
+        objects: (m, 4), the base annotations.
+        settings: thresholds and number of samples.
+    """
+    pairwise = box_iou(objects, anchors)
+    iou, assigned = pairwise.max(dim=0)
+    # An object that no anchor fits well is learned from the anchor that fits it best.
+    closest = (pairwise == pairwise.amax(dim=1, keepdim=True)).any(dim=0) & (iou >= 0.3)
+    localised = take(
+        ((iou >= settings.box_iou) | closest).nonzero().flatten(), settings.samples_per_image
+    )
+    centred = take((iou >= 0.3).nonzero().flatten(), settings.samples_per_image)
+    outside = take((iou < 0.1).nonzero().flatten(), settings.samples_per_image - len(centred))
+    fit = _iou_of_pairs(boxes[localised], objects[assigned[localised]])
+    # An object far from every anchor's size may leave an image without an anchor to learn from.
+    box_loss = 10 * (1 - fit).sum() / max(1, len(localised))
+    points = (anchors[centred, :2] + anchors[centred, 2:]) / 2
+    target = torch.cat(
+        [centerness(points, objects[assigned[centred]]), logits.new_zeros(len(outside))]
+    )
+    predicted = logits[torch.cat([centred, outside])].sigmoid()
+    return box_loss, (predicted - target).abs().mean()
+
+
+def _iou_of_pairs(a: Tensor, b: Tensor) -> Tensor:
+    size = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)
+    shared = size.prod(dim=1)
+    areas = (a[:, 2:] - a[:, :2]).prod(dim=1) + (b[:, 2:] - b[:, :2]).prod(dim=1)
+    return shared / (areas - shared).clamp(min=1e-6)
+
+
+def train_proposal_network(
+    dataset: Path,
+    backbone: BackboneSettings,
+    settings: ProposalsSettings,
+    seed: int,
+    checkpoint: Path,
+    code: str,
+    network: Path,
+    history: Path,
+    device: str = "cpu",
+) -> None:
+    """Train the proposal network on the annotated images of `dataset`.
+
+    Args:
+        dataset: train.json; images without an annotation are left out.
+        backbone: the network's size and the images' size.
+        settings: the head's and the schedule's.
+        seed: of initialisation, order, flips and samples.
+        checkpoint: file of an unfinished training, which is resumed; removed at the end.
+        code: digest of the source code; a checkpoint written by different code is not resumed.
+        network: output, the weights.
+        history: output, one JSON line per epoch.
+        device: cpu or cuda; started by a launcher, the ranks share every step.
+
+    Raises:
+        LpovodError: if no image is annotated, or a loss is not finite.
+    """
+    device = join(device)
+    data = read_dataset(dataset)
+    image_ids = [i for i in data.images if len(data.boxes(i)[0])]
+    if not image_ids:
+        raise LpovodError(f"{dataset}: no image has an annotation to learn proposals from")
+    inputs = {"dataset": dataset} | ({"weights": backbone.weights} if backbone.weights else {})
+    made_from = identity("proposals", settings, **inputs) | {
+        "backbone": backbone.model_dump(mode="json"),
+        "seed": seed,
+    }
+    torch.manual_seed(seed)
+    model = ProposalNetwork(backbone, settings.anchor_scale)
+    if backbone.weights:
+        start_from(model, backbone.weights, backbone.architecture)
+    model = model.to(device).train()
+    schedule = settings.training
+    lines = train(
+        model,
+        lambda views: _losses(model, data, views, settings, device),
+        lambda epoch, step: load_views(
+            data,
+            training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
+            schedule.images_per_step,
+            schedule.workers,
+        ),
+        -(-len(image_ids) // schedule.images_per_step),
+        schedule,
+        checkpoint,
+        fingerprint(made_from | {"code": code}),
+    )
+    write_training(model, lines, made_from, network, history, checkpoint)
+
+
+def _losses(
+    model: ProposalNetwork,
+    data: CocoDataset,
+    views: list[LoadedView],
+    settings: ProposalsSettings,
+    device: str,
+) -> dict[str, Tensor]:
+    levels = model(batch(views, device, model.backbone.normalisation))
+    anchors = torch.cat([level[0] for level in levels])
+    boxes = torch.cat([level[1] for level in levels], dim=1)
+    logits = torch.cat([level[2] for level in levels], dim=1)
+    pairs = []
+    for view, box, logit in zip(views, boxes, logits, strict=True):
+        objects = view.to_view(data.boxes(view.view.image_id)[0]).to(device)
+        torch.manual_seed(view.view.seed)
+        pairs.append(proposal_losses(anchors, box, logit, objects, settings))
+    images = total(torch.tensor(float(len(views)), device=device))
+    return {
+        "box": torch.stack([p[0] for p in pairs]).sum() / images,
+        "objectness": torch.stack([p[1] for p in pairs]).sum() / images,
+    }

@@ -1,0 +1,384 @@
+"""Stage `region_embeddings`: a CLIP vector for every proposal, in shards that never split an image.
+
+A region is seen at several scales (its box and 1.5 times its box): the raw CLIP features of the
+crops are summed and brought to unit length, as in the original. Each image is decoded once, equal
+crops of it are encoded once, and images are decoded and cropped in threads while CLIP encodes.
+
+The work is done in blocks of whole images that share no batch. A block's vectors are appended to
+the shard's checkpoint, so that a killed shard resumes after its last whole block; no vector depends
+on where the shard was killed, so it ends with the same bytes.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+import torch
+
+from lpovod.artifacts import Identity, fingerprint, identity
+from lpovod.clip import Clip, load_clip
+from lpovod.config import ClipSettings, RegionEmbeddingsSettings
+from lpovod.crops import crop_and_resize, crop_boxes
+from lpovod.exceptions import LpovodError
+from lpovod.formats.class_embeddings import clip_architecture
+from lpovod.formats.coco import CocoDataset, read_dataset
+from lpovod.formats.regions import RegionStore, read_proposals, write_regions
+from lpovod.progress import log, progress
+
+STAGE = "region_embeddings"
+BATCHES_AHEAD = 2  # of crops, waiting to be encoded
+IMAGES_AHEAD = 2  # decoded, waiting to be cropped, beside one in each thread
+BLOCK_BATCHES = 8  # what a kill may cost
+MARGIN = 1.0  # pixels that a proposal may reach beyond its image, for other people's rounding
+Item = TypeVar("Item")
+
+
+@dataclass
+class _Block:
+    """Whole images that are embedded together.
+
+    Attributes:
+        counts: regions by image id, in the order of the shard.
+        bad: reasons by image id; these images have no vectors.
+        vectors: (regions of the images, D) float16 of unit norm.
+    """
+
+    counts: dict[int, int]
+    bad: dict[int, str] = field(default_factory=dict)
+    vectors: np.ndarray | None = None
+
+
+_Batch = tuple[torch.Tensor, tuple[_Block, list[np.ndarray]] | None]
+
+
+def embed_regions(
+    dataset: Path,
+    proposals: Path,
+    clip: ClipSettings,
+    settings: RegionEmbeddingsSettings,
+    shard: int,
+    checkpoint: Path,
+    code: str,
+    output: Path,
+    device: str = "cpu",
+    threads: int = 1,
+) -> None:
+    """Embed the proposals of one shard's images and write them with their boxes and objectness.
+
+    The output is a region store with the column ``embedding``, (n, D) float16 of unit norm, and
+    with all images of the shard, those without proposals and skipped ones included.
+
+    Args:
+        dataset: json of the images.
+        proposals: region store of stage `proposals` for exactly these images.
+        clip: the model.
+        settings: scales, crops per batch, number of shards, precision, what to do at bad images.
+        shard: which one, from 0.
+        checkpoint: file of an unfinished shard, which is resumed; removed at the end.
+        code: digest of the source code; a checkpoint written by different code is not resumed.
+        output: the shard.
+        device: of the model and of the crops; images are decoded on the CPU.
+        threads: of torch, and for decoding. Several shards of one thread each beat one shard of
+            several threads.
+
+    Raises:
+        LpovodError: if the proposals are of other images; and, unless such images are to be
+            skipped, if one has no area or lies outside its image (before the first image is
+            decoded), or an image cannot be read.
+    """
+    if not 0 <= shard < settings.shards:
+        raise LpovodError(f"shard {shard} is not one of 0 ... {settings.shards - 1}")
+    torch.set_num_threads(threads)
+    data = read_dataset(dataset)
+    store = read_proposals(proposals, dataset)
+    _check_images(data, store)
+    counts = {image_id: store.count(image_id) for image_id in data.images}
+    mine = {i: counts[i] for i in divide_images(counts, settings.shards)[shard]}
+    bad = _check_boxes(data, store, mine, settings)
+    model = load_clip(clip, device, settings.precision)
+    ident = identity(
+        STAGE,
+        settings.model_dump(include={"scales", "shards", "precision"}),
+        dataset=dataset,
+        proposals=proposals,
+        clip_weights=model.weights_digest,
+        clip_architecture=clip_architecture(clip),
+        clip_preprocessing=fingerprint(asdict(model.preprocessing)),
+    )
+    log.info(
+        f"shard {shard} of {settings.shards}: {len(mine)} images, {sum(mine.values())} regions"
+    )
+    if empty := [i for i, count in mine.items() if count == 0]:
+        log.info(f"{len(empty)} images have no proposals: {str(empty[:10])[1:-1]}")
+    blocks = _divide_into_blocks(mine, bad, BLOCK_BATCHES * settings.batch_size, settings)
+    run = {"settings": settings.model_dump(), "shard": shard, "device": device, "threads": threads}
+    run = fingerprint(ident | run | {"code": code})
+    with (
+        _open_checkpoint(checkpoint, run) as file,
+        progress(None, "region embeddings", " regions", sum(mine.values())) as bar,
+    ):
+        for block in _read_blocks(file, model.dimension):
+            bar.update(sum(block.counts.values()))
+            bar.initial = bar.n  # or these would count in the rate
+            blocks.pop(0)
+        if bar.n:
+            log.info(f"resuming after {bar.n} regions of {checkpoint}")
+        batches = _batches(data, store, model, blocks, settings, device, threads)
+        for block in _embed(model, batches):
+            _append(file, block)
+            bar.update(sum(block.counts.values()))
+        file.seek(len(run) + 1)
+        _write(output, ident, store, _read_blocks(file, model.dimension))
+    checkpoint.unlink()
+
+
+def divide_images(counts: dict[int, int], shards: int) -> list[list[int]]:
+    """Divide images over shards with about equal numbers of regions.
+
+    Args:
+        counts: regions by image id; the order does not matter.
+        shards: how many.
+
+    Returns:
+        The image ids of each shard, ascending, and ascending from shard to shard.
+    """
+    divided: list[list[int]] = [[] for _ in range(shards)]
+    before, total = 0, sum(counts.values())
+    for image_id in sorted(counts):
+        middle = 2 * before + counts[image_id]
+        divided[min(shards * middle // (2 * total), shards - 1) if total else 0].append(image_id)
+        before += counts[image_id]
+    return divided
+
+
+def _check_images(data: CocoDataset, store: RegionStore) -> None:
+    listed, proposed = set(data.images), set(store.image_ids)
+    if listed != proposed:
+        odd = min(listed ^ proposed)
+        where, other = (data.path, store.paths[0]) if odd in listed else (store.paths[0], data.path)
+        raise LpovodError(
+            f"{data.path} has {len(listed)} images, {store.paths[0]} has {len(proposed)}; image "
+            f"{odd} is in {where} but not in {other}. Make the proposals again: snakemake "
+            "--forcerun proposals"
+        )
+
+
+def _check_boxes(
+    data: CocoDataset,
+    store: RegionStore,
+    image_ids: Iterable[int],
+    settings: RegionEmbeddingsSettings,
+) -> dict[int, str]:
+    """What is wrong with the proposals of images, by image id."""
+    bad = {}
+    for image_id in progress(image_ids, "checking proposals", " images"):
+        try:
+            _crops_of(data, store, image_id, settings.scales)
+        except LpovodError as error:
+            if settings.bad_images == "fail":
+                raise
+            bad[image_id] = str(error)
+    return bad
+
+
+def _crops_of(
+    data: CocoDataset, store: RegionStore, image_id: int, scales: list[float]
+) -> np.ndarray:
+    """Integer boxes of an image's crops, (scales * n, 4), one scale after the other."""
+    box = store.read(image_id, []).box
+    width, height = data.images[image_id]["width"], data.images[image_id]["height"]
+    where = f"{store.paths[0]}, image {image_id} ({data.images[image_id]['file_name']})"
+    beyond = (box < -MARGIN) | (box > np.array([width, height, width, height]) + MARGIN)
+    if beyond.any():
+        first = box[beyond.any(axis=1)][0].tolist()
+        raise LpovodError(
+            f"{where}: proposal {first} reaches beyond the {width} x {height} pixels of the "
+            "image. Expected: xyxy in pixels of the original image"
+        )
+    try:
+        return np.concatenate([crop_boxes(box, scale, width, height) for scale in scales])
+    except LpovodError as error:
+        raise LpovodError(f"{where}: {error}") from None
+
+
+def _divide_into_blocks(
+    counts: dict[int, int], bad: dict[int, str], crops: int, settings: RegionEmbeddingsSettings
+) -> list[_Block]:
+    """Blocks of at least so many crops; where they end depends on the proposals alone."""
+    blocks, filled = [_Block({})], 0
+    for image_id, count in counts.items():
+        if filled >= crops:
+            blocks.append(_Block({}))
+            filled = 0
+        blocks[-1].counts[image_id] = count
+        filled += count * len(settings.scales)
+        if image_id in bad:
+            blocks[-1].bad[image_id] = bad[image_id]
+    return blocks
+
+
+def _embed(model: Clip, batches: Iterator[_Batch]) -> Iterator[_Block]:
+    """Fill the blocks of `_batches` with vectors."""
+    features: list[np.ndarray] = []
+    for pixels, finished in _ahead(batches):
+        features.append(model.encode_crops(pixels).cpu().numpy())
+        if finished is not None:
+            block, rows = finished
+            block.vectors = _vectors(np.concatenate(features), rows)
+            features = []
+            yield block
+
+
+def _vectors(features: np.ndarray, rows: list[np.ndarray]) -> np.ndarray:
+    """Sum the features of each region's crops and normalise: (regions, D) float16.
+
+    Args:
+        features: (crops, D) float32.
+        rows: for each image, (scales, regions) int64: which crops.
+    """
+    parts = [np.empty((0, features.shape[1]), np.float32)]
+    parts += [features[of_image].sum(axis=0) for of_image in rows]
+    summed = np.concatenate(parts)
+    summed /= np.linalg.norm(summed, axis=1, keepdims=True)
+    if not np.isfinite(summed).all():
+        raise LpovodError("CLIP's features are not finite: are its weights damaged?")
+    return summed.astype(np.float16)
+
+
+def _batches(
+    data: CocoDataset,
+    store: RegionStore,
+    model: Clip,
+    blocks: list[_Block],
+    settings: RegionEmbeddingsSettings,
+    device: str,
+    threads: int,
+) -> Iterator[_Batch]:
+    """Batches of different crops, filled across the images of a block.
+
+    With the last batch of a block comes the block, and for each of its images that is not bad the
+    places of its crops among those of the block, (scales, regions) int64.
+    """
+    shape = (settings.batch_size, 3, model.image_size, model.image_size)
+    to_decode = [i for b in blocks for i, n in b.counts.items() if n and i not in b.bad]
+    with ThreadPoolExecutor(threads) as pool:
+        images = _decode(data, to_decode, pool, threads + IMAGES_AHEAD)
+        for block in blocks:
+            batch, filled, rows, total = _empty(shape, device), 0, [], 0
+            for image_id in [i for i, n in block.counts.items() if n and i not in block.bad]:
+                try:
+                    pixels = next(images).result()
+                except LpovodError as error:
+                    if settings.bad_images == "fail":
+                        raise
+                    block.bad[image_id] = str(error)
+                    continue
+                crops = _crops_of(data, store, image_id, settings.scales)
+                crops, places = np.unique(crops, axis=0, return_inverse=True)
+                rows.append(total + places.reshape(len(settings.scales), -1))
+                total, start = total + len(crops), 0
+                while start < len(crops):
+                    part = crops[start : start + len(batch) - filled]
+                    made = crop_and_resize(
+                        pixels,
+                        part,
+                        model.preprocessing.image_size,
+                        device,
+                        model.preprocessing.interpolation,
+                        model.preprocessing.resize_mode,
+                    )
+                    batch[filled : filled + len(part)] = made
+                    start, filled = start + len(part), filled + len(part)
+                    if filled == len(batch):
+                        yield batch, None
+                        batch, filled = _empty(shape, device), 0
+            yield batch[:filled], (block, rows)
+
+
+def _empty(shape: tuple[int, ...], device: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device=device)
+
+
+def _decode(
+    data: CocoDataset, image_ids: list[int], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[Future]:
+    """The images in order, `ahead` of them being decoded before they are asked for."""
+    pending: deque[Future] = deque()
+    for image_id in image_ids:
+        pending.append(pool.submit(data.load, image_id))
+        if len(pending) > ahead:
+            yield pending.popleft()
+    yield from pending
+
+
+def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, made in a thread a few ahead of their use."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, iterator, None) for _ in range(BATCHES_AHEAD))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, iterator, None))
+            yield item
+
+
+@contextmanager
+def _open_checkpoint(path: Path, run: str) -> Iterator[BinaryIO]:
+    """Open the checkpoint of an unfinished shard behind its first line, or begin a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        file.seek(0)
+        if file.readline() != f"{run}\n".encode():
+            if file.tell():
+                log.info(f"{path} has other settings, inputs or code: starting from the beginning")
+            file.seek(0)
+            file.truncate()
+            file.write(f"{run}\n".encode())
+        yield file
+
+
+def _append(file: BinaryIO, block: _Block) -> None:
+    """Append a block: a line of json, then its vectors."""
+    head = {"counts": list(block.counts.items()), "bad": list(block.bad.items())}
+    file.write(json.dumps(head).encode() + b"\n" + block.vectors.tobytes())
+    file.flush()
+
+
+def _read_blocks(file: BinaryIO, dimension: int) -> Iterator[_Block]:
+    """The whole blocks from here on; half a block behind them, of a killed job, is cut off."""
+    end = file.tell()
+    while (line := file.readline()).endswith(b"\n"):
+        head = json.loads(line)
+        block = _Block(dict(head["counts"]), dict(head["bad"]))
+        rows = sum(count for i, count in block.counts.items() if i not in block.bad)
+        content = file.read(2 * rows * dimension)
+        if len(content) < 2 * rows * dimension:
+            break
+        block.vectors = np.frombuffer(content, np.float16).reshape(rows, dimension)
+        end = file.tell()
+        yield block
+    file.seek(end)
+    file.truncate()
+
+
+def _write(output: Path, ident: Identity, store: RegionStore, blocks: Iterable[_Block]) -> None:
+    skipped = 0
+    with write_regions(output, ident) as writer:
+        for block in blocks:
+            start = 0
+            for image_id, count in block.counts.items():
+                if image_id in block.bad:
+                    log.warning(f"skipped: {block.bad[image_id]}")
+                    writer.skip(image_id, block.bad[image_id])
+                    skipped += 1
+                    continue
+                regions, vectors = store.read(image_id, []), block.vectors[start : start + count]
+                writer.add(image_id, regions.box, regions.objectness, embedding=vectors)
+                start += count
+    if skipped:
+        log.warning(f"{skipped} images were skipped (region_embeddings.bad_images)")

@@ -1,0 +1,75 @@
+"""Stage `region_index`: FAISS indices over the region embeddings of all shards, in one file."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from lpovod.artifacts import identity
+from lpovod.config import RegionIndexSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.index import STAGE, write_index
+from lpovod.formats.regions import RegionStore, digest_of_shards, open_shards, region_key
+from lpovod.progress import log, progress
+
+TRAINING_ROWS = 1 << 18  # sample for the factories that need training
+
+
+def build_region_index(shards: list[Path], settings: RegionIndexSettings, output: Path) -> None:
+    """Index all region embeddings for search by inner product; the vectors stream through.
+
+    Args:
+        shards: all files of stage `region_embeddings`.
+        settings: factory string and block size.
+        output: the index with its footer.
+
+    Raises:
+        LpovodError: if shards are missing or do not belong together, hold no region, or FAISS
+            knows no such factory.
+    """
+    store = open_shards(shards)
+    if len(store) == 0:
+        raise LpovodError(f"{store.paths[0].parent}: the shards hold no region")
+    dimension = next(store.blocks(1, ["embedding"]))["embedding"].shape[1]
+    index = _make_index(settings.factory, dimension)
+    if not index.is_trained:
+        sample = _sample(store, settings.block_rows)
+        log.info(f"training {settings.factory} on {len(sample)} regions")
+        index.train(sample)
+    ident = identity(STAGE, settings, region_embeddings=digest_of_shards(store))
+    header = {"identity": ident, "rows": len(store), "dimension": dimension}
+    with (
+        write_index(output, header) as writer,
+        progress(None, "region index", " regions", len(store)) as bar,
+    ):
+        for block in store.blocks(settings.block_rows, ["embedding"]):
+            index.reset()
+            keys = region_key(block.image_id, block.index)
+            index.add_with_ids(block["embedding"].astype(np.float32), keys)
+            writer.add_index(index)
+            bar.update(len(block))
+        for block in store.blocks(settings.block_rows, []):
+            writer.add_regions(block.box, block.objectness)
+
+
+def _make_index(factory: str, dimension: int) -> faiss.Index:
+    try:
+        index = faiss.index_factory(dimension, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, AssertionError) as error:
+        raise LpovodError(f"region_index.factory = {factory!r}: {error}") from None
+    searchable = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexIVF)
+    if not isinstance(faiss.downcast_index(index.index), searchable):
+        raise LpovodError(
+            f"region_index.factory = {factory!r}: retrieval searches Flat, SQ... and IVF... "
+            "indices alone"
+        )
+    return index
+
+
+def _sample(store: RegionStore, rows: int) -> np.ndarray:
+    step = -(-len(store) // TRAINING_ROWS)
+    seen, parts = 0, []
+    for block in store.blocks(rows, ["embedding"]):
+        parts.append(block["embedding"][-seen % step :: step].astype(np.float32))
+        seen += len(block)
+    return np.concatenate(parts)

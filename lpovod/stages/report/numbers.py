@@ -1,0 +1,145 @@
+"""The numbers of the report: metrics, mistakes, losses and the time of each stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lpovod.artifacts import check_made_from
+from lpovod.exceptions import LpovodError, existing
+from lpovod.measures.ablations import ROWS, read_metrics
+from lpovod.measures.mistakes import KINDS
+
+METHODS = ("full", "without_probe", "without_clip_head")
+"""Whose mistakes are shown, by their row in the metrics."""
+
+NO_NUMBER = ("-", "NA", "")  # Snakemake's benchmark of a job that was too short to measure
+
+
+# --- numbers
+
+
+def read_measured(path: Path, val: Path) -> dict[str, Any]:
+    """Metrics, checked to be of this split."""
+    content = read_metrics(path)
+    if made_from := content.get("made_from"):
+        ident = {"stage": "evaluation", "inputs": made_from}
+        check_made_from(path, ident, "dataset", val)
+    return content
+
+
+def table_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the AP table: name, why, novel, base, all, and the difference in novel AP50.
+
+    Rows that the metrics lack are left out; rows that only the metrics know come last.
+    """
+    measured_rows = measured["rows"]
+    full, rows = measured_rows["full"]["novel"], []
+    unknown = sorted(set(measured_rows) - set(ROWS))
+    for key in [*(k for k in ROWS if k in measured_rows), *unknown]:
+        name, why = ROWS.get(key, (key.replace("_", " "), ""))
+        row = measured_rows[key]
+        if "temperature" in row:
+            why = f"temperature {row['temperature']:g}: {why}"
+        less = None if full is None or row["novel"] is None else row["novel"] - full
+        rows.append({**row, "key": key, "name": _title(name), "why": why, "difference": less})
+    return rows
+
+
+def _title(name: str) -> str:
+    return name[:1].upper() + name[1:]
+
+
+def class_rows(measured: dict[str, Any]) -> dict[str, list[tuple[str, float | None]]]:
+    """AP50 by split and class, best first; None for a class without an object."""
+    by_class = measured.get("per_class", {})
+    return {
+        split: sorted(
+            ((name, by_class.get(name)) for name in measured["classes"][split]),
+            key=lambda item: (-(-1 if item[1] is None else item[1]), item[0]),
+        )
+        for split in ("novel", "base")
+        if by_class
+    }
+
+
+def mistake_columns(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """Percent of every kind of mistake, for each method that was measured."""
+    counted = measured.get("novel_mistakes", {})
+    return [
+        (_title(ROWS[name][0]), {kind: counted[name].get(kind, 0.0) for kind in KINDS})
+        for name in METHODS
+        if sum(counted.get(name, {}).values()) > 0
+    ]
+
+
+def loss_curves(history: Path) -> list[dict[str, Any]]:
+    """One curve per named loss, after their sum if there are several.
+
+    Returns:
+        name, values by epoch, epochs, and points of the unit square (y downwards, zero at 1).
+    """
+    lines = _read_lines(history)
+    names = [name for name in (lines[0] if lines else {}) if name != "epoch"]
+    losses = {name: [line[name] for line in lines] for name in names}
+    if len(losses) > 1:
+        losses = {"sum": [sum(values) for values in zip(*losses.values(), strict=True)]} | losses
+    epochs = [line["epoch"] for line in lines]
+    return [
+        {"name": name.replace("_", " "), "values": v, "epochs": epochs, "points": _unit_square(v)}
+        for name, v in losses.items()
+    ]
+
+
+def _read_lines(path: Path) -> list[dict[str, float]]:
+    text = existing(path).read_text()
+    lines: list[dict[str, float]] = []
+    for place, line in enumerate(filter(str.strip, text.splitlines()), start=1):
+        try:
+            read = {name: float(value) for name, value in json.loads(line).items()}
+        except (ValueError, AttributeError, TypeError):
+            raise LpovodError(f"{path}: line {place} is no history: {line[:60]!r}") from None
+        if "epoch" not in read or (lines and read.keys() != lines[0].keys()):
+            raise LpovodError(f"{path}: line {place} has other entries than an epoch's losses")
+        lines.append(read)
+    return lines
+
+
+def _unit_square(values: list[float]) -> list[tuple[float, float]]:
+    top = max(max(values), 1e-12)
+    last = max(1, len(values) - 1)
+    return [(n / last, 1 - max(0.0, value) / top) for n, value in enumerate(values)]
+
+
+def stage_times(folder: Path) -> list[dict[str, Any]]:
+    """Rule, jobs, seconds in total and largest memory (MiB), the longest first.
+
+    Raises:
+        LpovodError: naming a file that is no benchmark of Snakemake's.
+    """
+    stages: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*.tsv")):
+        rule = path.relative_to(folder).parts[0].removesuffix(".tsv")
+        stage = stages.setdefault(rule, {"rule": rule, "jobs": 0, "seconds": 0.0, "peak": None})
+        for seconds, peak in _read_benchmark(path):
+            stage["jobs"] += 1
+            stage["seconds"] += seconds or 0.0
+            if peak is not None:
+                stage["peak"] = max(peak, stage["peak"] or 0.0)
+    ran = [stage for stage in stages.values() if stage["jobs"]]
+    return sorted(ran, key=lambda stage: (-stage["seconds"], stage["rule"]))
+
+
+def _read_benchmark(path: Path) -> list[tuple[float | None, float | None]]:
+    header, *lines = path.read_text().splitlines() or [""]
+    columns = header.split("\t")
+    try:
+        rows = [dict(zip(columns, line.split("\t"), strict=True)) for line in lines if line]
+        return [tuple(_value(row[name]) for name in ("s", "max_rss")) for row in rows]
+    except (KeyError, ValueError) as error:
+        raise LpovodError(
+            f"{path} is no benchmark file of Snakemake's ({error}). Remove it"
+        ) from None
+
+
+def _value(text: str) -> float | None:
+    return None if text in NO_NUMBER else float(text)

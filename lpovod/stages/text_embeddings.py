@@ -1,0 +1,53 @@
+"""Stage `text_embeddings`: a unit vector for each class name, keyed by the name."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lpovod.artifacts import identity, write_tensors
+from lpovod.clip import as_class_embeddings, embed_texts, load_clip
+from lpovod.config import ClipSettings, TextEmbeddingsSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.class_embeddings import STAGE, ClassEmbeddings
+from lpovod.importers.text_rows import check_rows, read_rows
+from lpovod.progress import log
+
+
+def embed_classes(
+    names: list[str], clip: ClipSettings, settings: TextEmbeddingsSettings, output: Path
+) -> None:
+    """Embed class names and write ``{name: (D,) float32}`` with its identity.
+
+    The vectors are CLIP's of the names, or the names' rows of `settings.file`.
+
+    Raises:
+        LpovodError: if the CLIP model cannot be loaded, or the file's rows are not of the classes.
+    """
+    inputs: dict[str, Path | str] = {}
+    if settings.file is None:
+        classes, source = embed_texts(names, clip, settings), f"{len(settings.templates)} prompts"
+    else:
+        classes, source = _embeddings_of_file(names, clip, settings), str(settings.file)
+        inputs |= {"file": settings.file, "classes": settings.classes}
+    inputs |= {
+        "clip_weights": classes.clip_weights,
+        "clip_architecture": classes.clip_architecture,
+    }
+    if clip.weights is not None and clip.vocabulary is not None:
+        inputs["vocabulary"] = clip.vocabulary
+    ident = identity(STAGE, settings, **inputs) | {"logit_scale": classes.logit_scale}
+    write_tensors(output, dict(zip(names, classes.vectors, strict=True)), ident)
+    log.info(f"{len(names)} classes, {source}: {output}")
+
+
+def _embeddings_of_file(
+    names: list[str], clip: ClipSettings, settings: TextEmbeddingsSettings
+) -> ClassEmbeddings:
+    """The names' rows of a file, held against what CLIP says of them if there is a CLIP."""
+    listed, model = read_rows(settings.file, settings.classes), None
+    if clip.weights is not None:
+        model = load_clip(clip, "cpu")
+        check_rows(settings.file, listed, model.encode_texts(list(listed)).double().numpy())
+    if absent := [name for name in names if name not in listed]:
+        raise LpovodError(f"{settings.classes} does not list the class {absent[0]!r}")
+    return as_class_embeddings(names, np.stack([listed[name] for name in names]), model, clip)

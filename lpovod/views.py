@@ -1,0 +1,264 @@
+"""Images on their way into a network: resized, flipped, normalised, batched.
+
+Random choices are made by the sampler alone (`training_views`), so that the same seed gives the
+same views for any number of loading processes and of ranks.
+"""
+
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.ops import clip_boxes_to_image
+
+from lpovod.config import TrainingSettings
+from lpovod.distributed import largest, rank, ranks
+from lpovod.formats.coco import CocoDataset
+
+MEAN = (122.770935, 116.74601, 104.093735)
+STD = (68.500534, 66.63216, 70.323166)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What is subtracted from pixels, red, green and blue in 0 ... 255, and what divides them."""
+
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+
+PAD_TO = 32
+
+WEIGHT_BITS = 11
+"""Of the fixed-point weights that OpenCV resizes bytes with."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image is shown to a network; `seed` is for what else is drawn at random for it."""
+
+    image_id: int
+    short_side: int
+    long_side: int
+    flip: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LoadedView:
+    """An image as it is shown, and how boxes get there.
+
+    Attributes:
+        view: the view.
+        pixels: (3, h, w) uint8 RGB, resized and flipped.
+        scale: (2,) float32, resized width and height over the original's.
+        extra: whatever `load_views` was told to load with it.
+    """
+
+    view: View
+    pixels: Tensor
+    scale: Tensor
+    extra: Any = None
+
+    def to_view(self, boxes: np.ndarray | Tensor) -> Tensor:
+        """Boxes of the original image, (n, 4), as boxes of the view, cut to it."""
+        height, width = self.pixels.shape[1:]
+        boxes = clip_boxes_to_image(torch.as_tensor(boxes) * self.scale.repeat(2), (height, width))
+        if self.view.flip:
+            boxes = torch.stack(
+                [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1
+            )
+        return boxes
+
+
+def apply_view(pixels: np.ndarray, view: View) -> LoadedView:
+    """Resize the shorter side to the view's, unless the longer one would exceed its limit.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+    """
+    height, width = pixels.shape[:2]
+    factor = min(view.long_side / max(height, width), view.short_side / min(height, width))
+    size = (int(height * factor + 0.5), int(width * factor + 0.5))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    if size != (height, width):
+        image = resize(image, *size)
+    if view.flip:
+        image = image.flip(2)
+    scale = torch.tensor([size[1] / width, size[0] / height], dtype=torch.float32)
+    return LoadedView(view, image.contiguous(), scale)
+
+
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear without antialias, to the same bits as OpenCV's ``resize`` of bytes.
+
+    OpenCV works in fixed point: weights have `WEIGHT_BITS` bits, the horizontal sum drops its last
+    four, each vertical product the next sixteen, and their sum is rounded by two more.
+
+    Args:
+        pixels: (3, H, W) uint8.
+        height: of the result.
+        width: of the result.
+    """
+    left, right, part = _taps(pixels.shape[2], width)
+    rows = pixels[:, :, left] * part[0]
+    rows += pixels[:, :, right] * part[1]
+    rows >>= 4
+    above, below, part = _taps(pixels.shape[1], height)
+    upper, lower = rows[:, above], rows[:, below]
+    upper *= part[0][:, None]
+    lower *= part[1][:, None]
+    upper >>= 16
+    lower >>= 16
+    return ((upper + lower + 2) >> 2).byte()
+
+
+def _taps(old: int, new: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each new pixel of an axis: the old ones before and after it, and (2, new) weights."""
+    centre = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    before, last = centre.floor(), old - 1
+    weights = torch.stack([1 - (centre - before), centre - before]) * 2**WEIGHT_BITS
+    before = before.int()
+    return before.clamp(0, last), (before + 1).clamp(0, last), weights.round().int()
+
+
+def batch(
+    views: list[LoadedView],
+    device: str,
+    normalisation: Normalisation,
+    pad_with_black: bool = False,
+) -> Tensor:
+    """Normalised images, (n, 3, H, W) float32, padded right and below to a multiple of 32.
+
+    Args:
+        views: what to show.
+        device: where the batch goes.
+        normalisation: of the network, that of its backbone.
+        pad_with_black: pad before normalising, as the original does in its tests, instead of with
+            zeros after it, as in its training.
+    """
+    # Of several ranks' batches all get the size of the largest: norms see the padding, too.
+    height, width = largest([max(v.pixels.shape[side] for v in views) for side in (1, 2)])
+    mean, std = (
+        torch.tensor(v, device=device).view(3, 1, 1)
+        for v in (normalisation.mean, normalisation.std)
+    )
+    images = torch.zeros(len(views), 3, padded(height), padded(width), device=device)
+    if pad_with_black:
+        images += -mean / std
+    for image, view in zip(images, views, strict=True):
+        shown = image[:, : view.pixels.shape[1], : view.pixels.shape[2]]
+        shown.copy_((view.pixels.to(device).float() - mean) / std)
+    return images
+
+
+def padded(side: int) -> int:
+    """A side in pixels, rounded up to a multiple of `PAD_TO`."""
+    return -(-side // PAD_TO) * PAD_TO
+
+
+def training_views(
+    data: CocoDataset,
+    image_ids: list[int],
+    settings: TrainingSettings,
+    long_side: int,
+    seed: int,
+    epoch: int,
+    step: int = 0,
+) -> list[View]:
+    """The views of one epoch from a step on: every image once, in random order, size, direction.
+
+    The images of a step are all upright or all not, as on each GPU of the original, which saves
+    padding; the rest of both come last, filled up with views of the first step, so that every step
+    has its full number.
+    """
+    draw = np.random.default_rng([seed, epoch])
+    order = draw.permutation(len(image_ids))
+    sides = draw.choice(settings.short_sides, len(image_ids))
+    flips = draw.random(len(image_ids)) < settings.flip
+    seeds = draw.integers(2**62, size=len(image_ids))
+    views: list[View] = []
+    waiting: dict[bool, list[View]] = {True: [], False: []}
+    for i, side, flip, own in zip(order, sides, flips, seeds, strict=True):
+        image = data.images[image_ids[i]]
+        together = waiting[image["height"] > image["width"]]
+        together.append(View(image_ids[i], int(side), long_side, bool(flip), int(own)))
+        if len(together) == settings.images_per_step:
+            views += together
+            together.clear()
+    views += waiting[True] + waiting[False]
+    views += list(islice(cycle(views), -len(views) % settings.images_per_step))
+    return views[step * settings.images_per_step :]
+
+
+class _Loading(torch.utils.data.Dataset):
+    def __init__(self, dataset: CocoDataset, views: list[View], extra: Any):
+        self.dataset, self.views, self.extra = dataset, views, extra
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, number: int) -> LoadedView:
+        view = self.views[number]
+        shown = apply_view(self.dataset.load(view.image_id), view)
+        loaded = self.extra(shown) if self.extra else None
+        return LoadedView(shown.view, shown.pixels, shown.scale, loaded)
+
+
+def load_views(
+    dataset: CocoDataset,
+    views: list[View],
+    per_batch: int,
+    workers: int = 0,
+    extra: Any = None,
+) -> Iterable[list[LoadedView]]:
+    """Load views in order, in lists of `per_batch`, divided over the ranks.
+
+    Args:
+        dataset: where the images are.
+        views: what to load.
+        per_batch: images per list, of all ranks together; the last one may be shorter.
+        workers: loading processes; 0 loads in this one.
+        extra: called with each loaded view (in the worker); its result is attached.
+    """
+    numbers = range(len(views))
+    lists = [numbers[start : start + per_batch] for start in numbers[::per_batch]]
+    return DataLoader(
+        _Loading(dataset, views, extra),
+        batch_sampler=[part[rank() :: ranks()] for part in lists],
+        num_workers=workers,
+        worker_init_fn=_leave_signals,
+        collate_fn=list,
+    )
+
+
+def _leave_signals(worker: int) -> None:
+    """A training that is asked to end needs its workers until the step is done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def inference_views(
+    dataset: CocoDataset, image_ids: list[int], short_side: int, long_side: int, per_batch: int
+) -> Iterator[list[LoadedView]]:
+    """Load images unflipped, at one size, in lists of at most `per_batch`.
+
+    Images of one list have one size, so that no image is padded for the sake of another and what a
+    network says of it does not depend on its neighbours.
+    """
+    views = [View(i, short_side, long_side) for i in image_ids]
+    together: list[LoadedView] = []
+    for (loaded,) in load_views(dataset, views, 1):
+        if together and (
+            len(together) == per_batch or loaded.pixels.shape != together[0].pixels.shape
+        ):
+            yield together
+            together = []
+        together.append(loaded)
+    if together:
+        yield together

@@ -1,0 +1,229 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lpovod.artifacts import identity
+from lpovod.exceptions import LpovodError
+from lpovod.formats import regions
+from lpovod.formats.regions import RegionStore, write_regions
+
+IDENT = identity("region_embeddings", {"scales": [1.0]}, proposals="p")
+
+
+def regions_of(image_id: int, count: int) -> dict:
+    """Boxes, objectness and vectors that tell which image and place they belong to."""
+    place = np.arange(count)
+    box = image_id + np.stack([place, place, place + 1, place + 2], axis=1)
+    return {
+        "box": box.astype(np.float32),
+        "objectness": (place / 100).astype(np.float32),
+        "embedding": np.full((count, 3), image_id, np.float16) + place[:, None].astype(np.float16),
+    }
+
+
+def write(path, counts, ident=IDENT):
+    with write_regions(path, ident) as writer:
+        for image_id, count in counts.items():
+            writer.add(image_id, **regions_of(image_id, count))
+    return path
+
+
+def assert_is(regions, image_id, count):
+    expected = regions_of(image_id, count)
+    assert len(regions) == count
+    assert regions.image_id.tolist() == [image_id] * count
+    assert regions.index.tolist() == list(range(count))
+    for name in ("box", "objectness"):
+        np.testing.assert_array_equal(getattr(regions, name), expected[name])
+        assert getattr(regions, name).dtype == np.float32
+    np.testing.assert_array_equal(regions["embedding"], expected["embedding"])
+    assert regions["embedding"].dtype == np.float16
+
+
+def test_regions_are_read_by_image_id_in_any_order(tmp_path):
+    counts = {50: 3, 7: 0, 9: 200, 8: 1}
+    store = RegionStore(write(tmp_path / "a.h5", counts), "region_embeddings")
+    assert store.image_ids == [50, 7, 9, 8]
+    assert len(store) == 204
+    assert store.identity == IDENT
+    for image_id in (8, 9, 7, 50):
+        assert image_id in store
+        assert store.count(image_id) == counts[image_id]
+        assert_is(store.read(image_id), image_id, counts[image_id])
+    assert 1 not in store
+
+
+def test_columns_are_read_only_when_asked_for(tmp_path):
+    store = RegionStore(write(tmp_path / "a.h5", {1: 2}), "region_embeddings")
+    assert store.read(1, []).columns == {}
+    assert list(store.read(1, ["embedding"]).columns) == ["embedding"]
+    with pytest.raises(LpovodError, match="no column feature"):
+        store.read(1, ["feature"])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 1000])
+def test_blocks_hold_every_region_once_with_its_key(tmp_path, rows):
+    counts = [{3: 4, 2: 0, 8: 5}, {}, {1: 2}, {6: 0}]
+    paths = [write(tmp_path / f"{n}.h5", c) for n, c in enumerate(counts)]
+    blocks = list(RegionStore(paths, "region_embeddings").blocks(rows))
+    assert all(0 < len(block) <= rows for block in blocks)
+    image_id = np.concatenate([b.image_id for b in blocks])
+    index = np.concatenate([b.index for b in blocks])
+    assert list(zip(image_id, index, strict=True)) == [
+        (i, n) for c in counts for i, count in c.items() for n in range(count)
+    ]
+    vectors = np.concatenate([b["embedding"] for b in blocks])
+    np.testing.assert_array_equal(vectors[:, 0], image_id + index)
+    np.testing.assert_array_equal(np.concatenate([b.box for b in blocks])[:, 0], image_id + index)
+
+
+def test_a_store_without_regions_reads_as_empty(tmp_path):
+    with write_regions(tmp_path / "a.h5", identity("proposals")) as writer:
+        writer.add(4, np.empty((0, 4), np.float32), np.empty(0, np.float32))
+    store = RegionStore(tmp_path / "a.h5", "proposals")
+    assert (len(store), store.image_ids) == (0, [4])
+    assert len(store.read(4)) == 0
+    assert list(store.blocks(10)) == []
+
+
+def test_shards_read_as_one_store(tmp_path):
+    paths = [write(tmp_path / "a.h5", {5: 2}), write(tmp_path / "b.h5", {4: 3})]
+    store = RegionStore(paths, "region_embeddings")
+    assert store.image_ids == [5, 4]
+    assert_is(store.read(4), 4, 3)
+    assert_is(store.read(5), 5, 2)
+
+
+def test_a_store_travels_to_a_worker_after_its_files_were_opened(tmp_path):
+    store = RegionStore(write(tmp_path / "a.h5", {5: 2}), "region_embeddings")
+    store.read(5)
+    assert_is(pickle.loads(pickle.dumps(store)).read(5), 5, 2)
+
+
+def test_the_same_regions_are_the_same_bytes(tmp_path):
+    one, two = (write(tmp_path / name, {5: 2, 6: 300}) for name in ("a.h5", "b.h5"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_nothing_stands_under_the_name_after_an_error(tmp_path):
+    with pytest.raises(RuntimeError), write_regions(tmp_path / "a.h5", IDENT) as writer:
+        writer.add(1, **regions_of(1, 4))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+BOX = np.zeros((2, 4), np.float32)
+ONE = np.zeros(2, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"image_id": 1, "box": BOX, "objectness": ONE, "v": np.ones((2, 3))}, "image 1 .* twice"),
+        ({"image_id": 2, "box": BOX, "objectness": ONE[:1], "v": np.ones((2, 3))}, "1 rows of obj"),
+        ({"image_id": 2, "box": BOX, "objectness": ONE, "v": np.ones((3, 3))}, "3 rows of v for 2"),
+        (
+            {"image_id": 2, "box": BOX, "objectness": ONE, "v": np.full((2, 3), np.nan)},
+            "v holds NaN",
+        ),
+        (
+            {"image_id": 2, "box": BOX + np.inf, "objectness": ONE, "v": np.ones((2, 3))},
+            "box holds",
+        ),
+        ({"image_id": 2, "box": BOX, "objectness": ONE}, "image 2 has columns"),
+        ({"image_id": 2, "box": BOX, "objectness": ONE, "v": np.ones((2, 1))}, "image 2 has col"),
+        ({"image_id": 2, "box": BOX, "objectness": ONE, "w": np.ones((2, 3))}, "image 2 has col"),
+    ],
+)
+def test_rows_that_would_shift_are_refused(tmp_path, second, message):
+    with (
+        pytest.raises(LpovodError, match=message),
+        write_regions(tmp_path / "a.h5", IDENT) as writer,
+    ):
+        writer.add(1, BOX, ONE, v=np.ones((2, 3)))
+        writer.add(**second)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    one = write(tmp_path / "a.h5", {5: 2})
+    with pytest.raises(LpovodError, match=r"image 5 is both in .*a.h5 and in .*b.h5"):
+        RegionStore([one, write(tmp_path / "b.h5", {6: 1, 5: 2})], "region_embeddings")
+    other = identity("region_embeddings", {"scales": [1.0, 1.5]}, proposals="p")
+    with pytest.raises(LpovodError, match="different settings"):
+        RegionStore([one, write(tmp_path / "c.h5", {6: 1}, other)], "region_embeddings")
+    with pytest.raises(LpovodError, match="written by stage region_embeddings, not proposals"):
+        RegionStore(one, "proposals")
+
+
+def test_skipped_images_are_listed_with_their_reasons(tmp_path):
+    for number, image_id in enumerate((4, 9)):
+        with write_regions(tmp_path / f"{number}.h5", IDENT) as writer:
+            writer.skip(image_id, f"no such file {image_id}")
+            writer.add(image_id + 1, **regions_of(image_id + 1, 2))
+            with pytest.raises(LpovodError, match=f"image {image_id} .* twice"):
+                writer.skip(image_id, "again")
+    store = RegionStore([tmp_path / "0.h5", tmp_path / "1.h5"], "region_embeddings")
+    assert store.skipped == {4: "no such file 4", 9: "no such file 9"}
+    assert store.image_ids == [4, 5, 9, 10]
+    assert store.count(9) == 0
+    assert_is(store.read(10), 10, 2)
+    assert list(store.read(10).columns) == ["embedding"]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Reads a store in the workers of a data loader."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __len__(self):
+        return len(self.store.image_ids)
+
+    def __getitem__(self, number):
+        image_id = self.store.image_ids[number]
+        return image_id, self.store.read(image_id)["embedding"]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_read_what_is_there(tmp_path, start):
+    paths = [write(tmp_path / f"{n}.h5", {2 * n + 1: 40, 2 * n: 300}) for n in range(3)]
+    store = RegionStore(paths, "region_embeddings")
+    store.read(0)  # a file is open when the workers start
+    loader = torch.utils.data.DataLoader(
+        Rows(store), batch_size=None, num_workers=2, multiprocessing_context=start
+    )
+    read = [(i, v.numpy()) for i, v in loader]
+    assert [i for i, _ in read] == store.image_ids
+    for image_id, vectors in read:
+        expected = regions_of(image_id, store.count(image_id))["embedding"]
+        np.testing.assert_array_equal(vectors, expected)
+
+
+def test_a_missing_image_or_file_is_named(tmp_path):
+    path = write(tmp_path / "a.h5", {5: 2})
+    with pytest.raises(LpovodError, match=r"image 6 is not in .*a.h5"):
+        RegionStore(path, "region_embeddings").read(6)
+    with pytest.raises(LpovodError, match=r"b.h5: no such file"):
+        RegionStore(tmp_path / "b.h5", "region_embeddings")
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(LpovodError, match="not a whole HDF5 file"):
+        RegionStore(path, "region_embeddings")
+    import h5py
+
+    with h5py.File(tmp_path / "c.h5", "w"):
+        pass
+    with pytest.raises(LpovodError, match="not a region store"):
+        RegionStore(tmp_path / "c.h5", "region_embeddings")
+
+
+def test_a_full_disk_is_told_before_hdf5_meets_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(regions, "MARGIN", 1 << 62)  # no disk has that much room
+    path = tmp_path / "regions.h5"
+    with (
+        pytest.raises(LpovodError, match="No space left on device. Make room"),
+        write_regions(path, identity("proposals")) as writer,
+    ):
+        writer.add(1, np.zeros((2, 4), np.float32), np.zeros(2, np.float32))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,105 @@
+import subprocess
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_clip, make_world
+from PIL import Image
+
+from lpovod.apps.search import search
+from lpovod.clip import load_clip
+from lpovod.config import RegionEmbeddingsSettings, RegionIndexSettings
+from lpovod.exceptions import LpovodError
+from lpovod.formats.regions import RegionStore
+from lpovod.stages.region_embeddings import embed_regions
+from lpovod.stages.region_index import build_region_index
+
+COUNTS = {7: 4, 3: 9, 900: 0, 41: 1, 20: 6}
+
+
+@pytest.fixture
+def run(tmp_path, tiny_clip, monkeypatch):
+    """A folder as a run leaves it, with index but without detector."""
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results" / "tried"
+    world = make_world(results / "dataset", COUNTS)
+    settings = RegionEmbeddingsSettings(shards=2, batch_size=16)
+    shards = [results / "region_embeddings" / "train" / f"{n}.h5" for n in range(2)]
+    for number, path in enumerate(shards):
+        state = path.with_suffix(".checkpoint")
+        given = (world.dataset, world.proposals, tiny_clip, settings, number, state, "", path)
+        embed_regions(*given)
+    build_region_index(shards, RegionIndexSettings(), results / "region_index" / "train.index")
+    content = {
+        "name": "other",
+        "classes": {"base": ["square"], "novel": ["star"]},
+        "clip": tiny_clip.model_dump(mode="json"),
+        "text_embeddings": {"templates": ["a photo of a {}"]},
+        "pseudo_labels": {"objectness": 0.99},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "mine.yaml").write_text("name: tried\npseudo_labels: {objectness: 0}\n")
+    return world, RegionStore(shards, "region_embeddings")
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_regions_nearest_to_each_text_are_printed_and_drawn(
+    run, tmp_path, tiny_clip, capsys, centred
+):
+    world, store = run
+    texts, sheet = ("a unicycle", "dog"), tmp_path / "drawn" / "sheet.png"
+    overlay = {"name": "tried", "pseudo_labels": {"objectness": 0, "centred": centred}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
+    found = search(texts, (tmp_path / "mine.yaml",), k=7, output=sheet)
+    blocks = list(store.blocks(100))
+    vectors = np.concatenate([b["embedding"] for b in blocks]).astype(np.float64)
+    boxes, image_ids = (
+        np.concatenate([getattr(b, a) for b in blocks]) for a in ("box", "image_id")
+    )
+    prompts = [f"a photo of a {t}" for t in (*texts, "square")]
+    text = load_clip(tiny_clip).encode_texts(prompts).numpy()
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    if centred:
+        text -= text[2]
+        text /= np.linalg.norm(text, axis=1, keepdims=True).clip(1e-9)
+    printed = capsys.readouterr().out
+    for regions, vector, name in zip(found, text[:2], texts, strict=True):
+        best = np.argsort(-(vectors @ vector))[:7]
+        assert [r["image_id"] for r in regions] == image_ids[best].tolist()
+        np.testing.assert_allclose([r["bbox"][:2] for r in regions], boxes[best][:, :2])
+        np.testing.assert_allclose(
+            [r["cosine"] for r in regions], (vectors @ vector)[best], atol=1e-6
+        )
+        assert name in printed
+        assert all(f"{r['cosine']:.4f}" in printed for r in regions)
+    picture = np.asarray(Image.open(sheet)).astype(int)
+    assert ((picture - [255, 0, 0]) == 0).all(axis=2).sum() > 14 * 20  # outlines of the boxes
+
+
+def test_the_floor_and_the_folder_can_be_given(run, tmp_path):
+    world, _ = run
+    floor = float(np.sort(np.concatenate(list(world.objectness.values())))[-3])
+    (regions,) = search(("dog",), results=tmp_path / "results" / "tried", objectness=floor)
+    assert len(regions) == 3
+    assert min(r["score"] for r in regions) == np.float32(floor)
+
+
+def test_a_run_without_an_index_is_named(run, tmp_path):
+    with pytest.raises(LpovodError, match=r"other/region_index/train.index: no such file"):
+        search(("dog",))
+
+
+def test_other_clip_weights_are_refused(run, tmp_path):
+    (tmp_path / "clip").mkdir()
+    other = make_clip(tmp_path / "clip", seed=1).model_dump(mode="json")
+    overlay = yaml.safe_load((tmp_path / "mine.yaml").read_text()) | {"clip": other}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
+    with pytest.raises(LpovodError, match="other clip_weights"):
+        search(("dog",), (tmp_path / "mine.yaml",))
+
+
+def test_the_command_line_says_what_is_wrong():
+    command = ["lpovod", "search", "dog", "--configfile", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: nowhere.yaml: no such file" in done.stderr
