@@ -1,6 +1,7 @@
 """Backbones of timm, against timm itself: maps, channels, normalisation, weights, refusals."""
 
 import json
+import logging
 import os
 import signal
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ def test_a_state_dict_of_torch_s_format_is_read_too(checkpoint, tmp_path, name, 
     state = whole.state_dict()
     torch.save({"state_dict": state} if nested else state, tmp_path / "a.pth")
     model = ProposalNetwork(settings(name), 8.0)
+    caplog.set_level(logging.INFO, "lpovod")
     start_from(model, tmp_path / "a.pth", f"timm:{name}")
     reference = timm.create_model(
         name,
