@@ -88,7 +88,7 @@ def wait_until(
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Digest of every artefact below results/, by its path there."""
+    """Digest of every artifact below results/, by its path there."""
     return {
         str(path.relative_to(folder)): sha256(path)
         for part in ("safetensors", "h5", "json", "jsonl", "index", "jpg")

@@ -45,7 +45,7 @@ def learn_proposals(
 ) -> None:
     """One step of the proposal network, in double precision: rounding must not flip a ReLU."""
     settings = ProposalsSettings(box_iou=0.3, samples_per_image=20, training=schedule)
-    outputs = [output / f"{stem}.{name}" for name in ("state", "safetensors", "jsonl")]
+    outputs = [output / f"{stem}.{name}" for name in ("checkpoint", "safetensors", "jsonl")]
     torch.set_default_dtype(torch.float64)
     train_proposal_network(data / "train.json", backbone, settings, 0, outputs[0], "", *outputs[1:])
     torch.set_default_dtype(torch.float32)
@@ -67,14 +67,14 @@ def learn_detector(data: Path, output: Path, schedule: TrainingSettings = STEP) 
         distillation_regions=3,
     )
     shards = [data / f"{number}.h5" for number in range(2)]
-    outputs = [output / f"base_detector.{name}" for name in ("state", "safetensors", "jsonl")]
+    outputs = [output / f"base_detector.{name}" for name in ("checkpoint", "safetensors", "jsonl")]
     network = data / "proposals.safetensors"
     train_base_detector(
         data / "train.json", shards, network, BACKBONE, settings, 0, outputs[0], "", *outputs[1:]
     )
 
 
-def fit(state: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+def fit(checkpoint: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
     """Four epochs of a small regression with a norm; optionally ends abruptly in one of them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 1), BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 1))
@@ -92,7 +92,7 @@ def fit(state: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
     schedule = TrainingSettings(
         epochs=4, images_per_step=7, learning_rate=0.02, milestones=[3], warmup_steps=3
     )
-    train(model, losses, batches, 3, schedule, state, "a")
+    train(model, losses, batches, 3, schedule, checkpoint, "a")
     return model.state_dict()
 
 
@@ -126,9 +126,9 @@ def two_ranks(folder: Path) -> None:
     learn_proposals(folder, folder / "two")
     learn_with_timm(folder, folder / "two")
     learn_detector(folder, folder / "two")
-    torch.save(fit(folder / "one_then_two.state"), folder / f"one_then_two.{rank()}.pt")
+    torch.save(fit(folder / "one_then_two.checkpoint"), folder / f"one_then_two.{rank()}.pt")
     try:
-        fit(folder / "two_then_one.state", stop_at=2)
+        fit(folder / "two_then_one.checkpoint", stop_at=2)
     except KeyboardInterrupt:
         return
 

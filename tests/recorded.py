@@ -324,7 +324,7 @@ def region_outputs(name: str, model: Detector, pyramid: list[Tensor], view: Load
         f"{name}_cls_logits_base": outputs.feature @ model.prototypes.T,
         f"{name}_cls_logits_novel": outputs.feature @ novel_weights().T,
         f"{name}_bbox_deltas": outputs.deltas,
-        f"{name}_decoded_resized": refine(boxes, outputs.deltas, torch.ones(2), (width, height)),
+        f"{name}_decoded_resized": refine(boxes, outputs.deltas, torch.ones(2), (height, width)),
         f"{name}_image_softmax": (cosine / 0.01).softmax(dim=1),
     }
 
@@ -350,11 +350,10 @@ def raw_scores(
         probe: whether there are novel weights.
     """
     outputs = model.extract(model.pool(pyramid, [boxes]))
-    height, width = size
     novel = (outputs.feature @ novel_weights().T).sigmoid()
     return Scores(
         boxes=boxes / view.scale.repeat(2),
-        refined=refine(boxes, outputs.deltas, view.scale, (width, height)),
+        refined=refine(boxes, outputs.deltas, view.scale, size),
         objectness=objectness,
         sigmoid=torch.cat(
             [
@@ -476,14 +475,14 @@ def proposed_in_order_of(recorded: list[np.ndarray]) -> Iterator[None]:
 
 
 def training_step(
-    model: Detector, order: list[np.ndarray], state: Path
+    model: Detector, order: list[np.ndarray], checkpoint: Path
 ) -> tuple[Arrays, dict[str, float]]:
     """One step of base training on A and B: losses, gradients, weights and statistics after it.
 
     Args:
         model: as `build_detector` returns it; it is changed.
         order: the recorded proposals of the RPN, for their order alone.
-        state: a file for the loop's state; it is removed.
+        checkpoint: a file for the loop's; it is removed.
 
     Returns:
         arrays as `train_base/<array>`, and the norm of each parameter's gradient before clipping,
@@ -516,10 +515,10 @@ def training_step(
             lambda epoch, step: [views],
             1,
             schedule,
-            state,
+            checkpoint,
             "",
         )
-    state.unlink()
+    checkpoint.unlink()
     norms = {k: float(np.linalg.norm(g.astype(np.float64))) for k, g in gradients.items()}
     found = {f"loadprops_{theirs}": np.array(history[ours]) for ours, theirs in LOSSES.items()}
     found["loadprops_loss_total"] = sum(found.values())

@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
     inputs = {"images": torch.randn(4, 3, 5, 6) * 3 + 7, "weights": torch.randn(4, 3, 5, 6)}
     torch.save(inputs, folder / "norm.pt")
     with pytest.raises(KeyboardInterrupt):
-        fit(folder / "one_then_two.state", stop_at=2)
+        fit(folder / "one_then_two.checkpoint", stop_at=2)
     done = subprocess.run(
         [sys.executable, "-m", "lpovod.launcher", "1", "2", "ranks", str(folder)],
         env=os.environ | {"PYTHONPATH": ".:tests", "OMP_NUM_THREADS": "1"},
@@ -109,17 +109,17 @@ def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_killed_training_goes_on_with_another_number_of_ranks(folder, tmp_path):
-    expected = fit(tmp_path / "state")
+def test_a_killed_training_resumes_with_another_number_of_ranks(folder, tmp_path):
+    expected = fit(tmp_path / "checkpoint")
     found = [torch.load(folder / f"one_then_two.{rank}.pt") for rank in (0, 1)]
-    found.append(fit(folder / "two_then_one.state"))
+    found.append(fit(folder / "two_then_one.checkpoint"))
     for weights in found:
         for name, value in expected.items():
             close(weights[name].float(), value.float())
 
 
 def test_a_launcher_is_needed_for_several_processes_alone():
-    module = ["workflow_scripts.proposals", "--seed", "3"]
+    module = ["workflow_scripts.proposal_network", "--seed", "3"]
     for few in (0, 1):
         assert command(1, few, module, {}) == [sys.executable, "-m", *module]
     found = command(1, 4, module, {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_NODES": "1"})

@@ -156,9 +156,9 @@ def test_proposals_in_coco_s_results_format(world, tmp_path):
         for x1, y1, x2, y2, score in rows.astype(np.float64)
     ]
     check_same(imported(world, tmp_path, results[::-1], name="p.json"), world)
-    with pytest.raises(LpovodError, match="entry 2: .*train.json has no image 5"):
+    with pytest.raises(LpovodError, match="detection 2: .*train.json has no image 5"):
         imported(world, tmp_path, [*results[:2], results[2] | {"image_id": 5}], name="p.json")
-    with pytest.raises(LpovodError, match="entry 0 has no image_id, bbox or score"):
+    with pytest.raises(LpovodError, match="detection 0 is not of the form image_id"):
         imported(world, tmp_path, [{"image_id": 7, "bbox": [1, 2, 3, 4]}], name="p.json")
 
 
@@ -402,7 +402,7 @@ def test_the_original_s_own_list_of_tensors(files, kind):
 # ------------------------------------------------------------------------------------ backbones
 
 
-def test_training_starts_from_openmmlab_s_weights(tmp_path, capsys):
+def test_training_starts_from_openmmlab_s_weights(tmp_path, logged):
     """As SoCo's file: backbone, pyramid, the region head's parts, and what nothing here has."""
     torch.manual_seed(2)
     state = {
@@ -418,13 +418,13 @@ def test_training_starts_from_openmmlab_s_weights(tmp_path, capsys):
         own = model.state_dict()
         assert torch.equal(own["backbone.conv1.weight"], state["backbone.conv1.weight"])
         assert torch.equal(own["neck.fpn_convs.3.bn.bias"], state["neck.fpn_convs.3.bn.bias"])
-        printed = "".join(capsys.readouterr())
-        assert "not used:" in printed
+        assert "not used:" in logged.text
+        logged.clear()
     detector = Detector(SMALL, HEAD, 3, 16)
     start_from(detector, tmp_path / "soco.pth", "small")
     shared = state["roi_head.bbox_head.shared_fcs.0.weight"]
     assert torch.equal(detector.region_head.fc.weight, shared)
-    assert "not used: roi_head.mask_head.convs.0.weight" in "".join(capsys.readouterr())
+    assert "not used: roi_head.mask_head.convs.0.weight" in logged.text
     del state["backbone.layer2.0.conv1.weight"]
     torch.save(state, tmp_path / "soco.pth")
     with pytest.raises(LpovodError, match="lacks backbone.layer2.0.conv1.weight of the backbone"):

@@ -49,7 +49,7 @@ def directly(model, data, image_id, boxes):
     )
 
 
-def test_a_split_is_described_region_by_region(world, detector, tmp_path):
+def test_a_split_is_extracted_region_by_region(world, detector, tmp_path):
     path, model = detector
     output = tmp_path / "features.h5"
     extract_split(world.dataset, world.proposals, path, BACKBONE, HEADS, SETTINGS, output)
@@ -69,7 +69,7 @@ def test_a_split_is_described_region_by_region(world, detector, tmp_path):
         assert np.allclose(np.linalg.norm(found["embedding"].astype(float), axis=1), 1, atol=2e-3)
 
 
-def test_images_of_pseudo_labels_are_described_with_all_their_proposals(world, detector, tmp_path):
+def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, detector, tmp_path):
     path, _ = detector
     data = read_dataset(world.dataset)
     box = world.boxes[3][2].astype(float)
