@@ -129,6 +129,6 @@ def test_two_trainings_never_share_a_state(tmp_path):
     state = tmp_path / "state"
     with open(tmp_path / ".state.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(LpovodError, match="state is in use: another process"):
+        with pytest.raises(LpovodError, match="state is in use by another training"):
             fit(state)
     fit(state)
