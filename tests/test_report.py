@@ -364,6 +364,7 @@ PROBE = """<script>addEventListener("load", async () => {
 
 @pytest.mark.parametrize("width", [1280, 500])  # a browser's window is no narrower
 def test_a_browser_shows_every_picture_and_nothing_sticks_out(run, tmp_path, width):
+    """Needs Chromium, which is installed under CI or with LPOVOD_INSTALL=1; otherwise skipped."""
     install({"chromium": "chromium"})
     written(run)
     content = run["output"].read_text()
