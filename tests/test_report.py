@@ -17,10 +17,10 @@ from project import install
 from lpovod.artifacts import sha256
 from lpovod.config import ReportSettings
 from lpovod.exceptions import LpovodError
+from lpovod.formats.benchmarks import stage_times
 from lpovod.formats.coco import read_dataset
 from lpovod.miniature.split import draw_split
 from lpovod.stages.report import duration, signed, write_report
-from lpovod.stages.report.numbers import stage_times
 from lpovod.stages.report.scenes import choose_images, place_labels
 
 BASE, NOVEL = ["square", "disk"], ["star", "fish"]
