@@ -34,13 +34,16 @@ def _settings_from_json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | N
 
 def run(
     *functions: Callable[..., Any], program: str | None = None, arguments: list[str] | None = None
-) -> None:
+) -> Any:
     """Call the function that the command line names (the only one needs no name).
 
     Args:
         functions: typed functions.
         program: its name in the help; without it the script's.
         arguments: without them those of the process.
+
+    Returns:
+        what the function returns.
 
     Raises:
         SystemExit: with the message alone, if the user's data or settings are wrong.
@@ -49,10 +52,9 @@ def run(
     try:
         with _registry:
             if len(functions) == 1:
-                tyro.cli(functions[0], prog=program, args=arguments)
-            else:
-                named = {function.__name__: function for function in functions}
-                tyro.extras.subcommand_cli_from_dict(named, prog=program, args=arguments)
+                return tyro.cli(functions[0], prog=program, args=arguments)
+            named = {function.__name__: function for function in functions}
+            return tyro.extras.subcommand_cli_from_dict(named, prog=program, args=arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
