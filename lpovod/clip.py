@@ -212,6 +212,21 @@ def load_clip(
     )
 
 
+def build_image_tower(architecture: str) -> nn.Module:
+    """The image tower of an architecture, with random weights, which counting its work needs.
+
+    Args:
+        architecture: as for `load_clip`.
+
+    Returns:
+        a module from (N, 3, S, S) float pixels to (N, dimension); S is its ``image_size``.
+
+    Raises:
+        LpovodError: an unknown or unsupported architecture.
+    """
+    return _build_model(_read_architecture(architecture)[0]).visual
+
+
 def preprocessing_of(settings: ClipSource) -> Preprocessing:
     """The preprocessing that the weights were trained with; the weights are not needed.
 

@@ -34,13 +34,16 @@ def _settings_from_json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | N
 
 def run(
     *functions: Callable[..., Any], program: str | None = None, arguments: list[str] | None = None
-) -> None:
+) -> Any:
     """Call the function that the command line names; a single function needs no name.
 
     Args:
         functions: typed functions.
         program: name in the help; None for the script's name.
         arguments: the command line; None for that of the process.
+
+    Returns:
+        what the function returns.
 
     Raises:
         SystemExit: with the message and no traceback, if the user's data or settings are wrong.
@@ -49,10 +52,9 @@ def run(
     try:
         with _registry:
             if len(functions) == 1:
-                tyro.cli(functions[0], prog=program, args=arguments)
-            else:
-                commands = {function.__name__: function for function in functions}
-                tyro.extras.subcommand_cli_from_dict(commands, prog=program, args=arguments)
+                return tyro.cli(functions[0], prog=program, args=arguments)
+            commands = {function.__name__: function for function in functions}
+            return tyro.extras.subcommand_cli_from_dict(commands, prog=program, args=arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@ workflow imports this module while it builds its graph, so nothing heavy may be 
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +24,7 @@ from pydantic import (
 )
 
 from lpovod.artifacts import read_json
-from lpovod.catalogue import COCO_CLASSES, WEIGHTS
+from lpovod.catalogue import COCO_CLASSES, COCO_IMAGES, WEIGHTS
 from lpovod.exceptions import LpovodError, existing
 from lpovod.miniature import pictograms
 
@@ -34,6 +35,9 @@ Split = Literal["train", "val", "tune"]
 BACKBONES = ("small", "resnet50", "resnet50_torchvision")
 TIMM = "timm:"
 """In front of the name of a model of timm's."""
+
+JSON_PER_IMAGE = 4000
+"""Bytes of annotations per image; COCO's have four to five thousand, outlines included."""
 
 
 class Settings(BaseModel):
@@ -95,6 +99,18 @@ class DatasetSettings(Settings):
     )
     miniature: MiniatureSettings = key(MiniatureSettings(), "the drawn world (source: miniature)")
     coco: CocoSettings = key(CocoSettings(), "paths of the files (source: coco)")
+
+    def image_count(self, split: Split) -> int:
+        """How many images a split has: as configured, or about, by the size of its json.
+
+        COCO's own number is taken with `download`, and where there is no json. No file is read.
+        """
+        if self.source == "miniature":
+            return getattr(self.miniature, f"{split}_images")
+        annotations = self.coco.path(f"{split}_annotations")
+        if self.coco.download or not annotations.is_file():
+            return COCO_IMAGES[split]
+        return math.ceil(annotations.stat().st_size / JSON_PER_IMAGE)
 
 
 class ClassSettings(Settings):
@@ -430,8 +446,12 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def read_config(paths: Iterable[Path]) -> Config:
+def read_config(paths: Iterable[Path], weights: bool = True) -> Config:
     """Read and validate a configuration: the first file, then overlays in order.
+
+    Args:
+        paths: yaml files.
+        weights: whether the files of CLIP and of the backbone must exist.
 
     Raises:
         LpovodError: if a file is missing or is not yaml, and as `load_config` does.
@@ -442,7 +462,7 @@ def read_config(paths: Iterable[Path]) -> Config:
             content = merge(content, yaml.safe_load(existing(path).read_text()) or {})
         except yaml.YAMLError as error:
             raise LpovodError(f"{path} is not valid yaml: {error}") from None
-    return load_config(content)
+    return load_config(content, weights)
 
 
 def merge(content: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
@@ -456,11 +476,12 @@ def merge(content: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load_config(content: dict[str, Any]) -> Config:
+def load_config(content: dict[str, Any], weights: bool = True) -> Config:
     """Validate a configuration.
 
     Args:
         content: the merged content of the yaml files.
+        weights: whether the files of CLIP and of the backbone must exist.
 
     Raises:
         LpovodError: naming every wrong key, its value and the allowed ones.
@@ -470,15 +491,20 @@ def load_config(content: dict[str, Any]) -> Config:
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise LpovodError("The configuration is wrong:\n  " + "\n  ".join(lines)) from None
+    if weights:
+        _check_weights(config)
+    _check_imports(config)
+    _check_classes(config)
+    return config
+
+
+def _check_weights(config: Config) -> None:
     for path in config.clip.files():
         if path.name not in WEIGHTS:
             existing(path, "clip")
     weights = config.backbone.weights
     if weights:
         existing(weights, "backbone.weights")
-    _check_imports(config)
-    _check_classes(config)
-    return config
 
 
 def _check_imports(config: Config) -> None:

@@ -17,7 +17,7 @@ ROOMS = (
     {"networks", "measures", "drawing"},
     {"importers"},
     {"clip"},
-    {"search", "scoring"},
+    {"search", "scoring", "operations"},
     {"command_line", "launcher"},
     {"stages"},
     {"apps"},

@@ -18,10 +18,10 @@ from lpovod.artifacts import sha256
 from lpovod.config import ReportSettings
 from lpovod.drawing import choose_images, place_labels
 from lpovod.exceptions import LpovodError
+from lpovod.formats.benchmarks import stage_times
 from lpovod.formats.coco import read_dataset
 from lpovod.miniature.split import draw_split
 from lpovod.stages.report import duration, signed, write_report
-from lpovod.stages.report.numbers import stage_times
 
 BASE, NOVEL = ["square", "disk"], ["star", "fish"]
 HEADER = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load\tcpu_time\n"
