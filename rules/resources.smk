@@ -4,21 +4,6 @@
 
 from math import ceil
 
-from lpovod.catalogue import COCO_IMAGES
-
-# Bytes of annotations per image; COCO's have four to five thousand, outlines included.
-JSON_PER_IMAGE = 4000
-
-
-def images(split):
-    """About how many images a split has: as configured, or told from the size of its COCO json."""
-    if CONFIG.dataset.source == "miniature":
-        return getattr(CONFIG.dataset.miniature, f"{split}_images")
-    annotations = CONFIG.dataset.coco.path(f"{split}_annotations")
-    if not annotations.is_file():
-        return COCO_IMAGES[split]
-    return ceil(annotations.stat().st_size / JSON_PER_IMAGE)
-
 
 def grows(fixed, per_image=0.0, split="train"):
     """An amount for a start and for every image of a split, and as much again at every attempt.
@@ -28,13 +13,14 @@ def grows(fixed, per_image=0.0, split="train"):
     """
 
     def amount(wildcards, attempt):
-        return ceil(attempt * (fixed + per_image * images(getattr(wildcards, "split", split))))
+        count = CONFIG.dataset.image_count(getattr(wildcards, "split", split))
+        return ceil(attempt * (fixed + per_image * count))
 
     return amount
 
 
 # A training of a few images is over before more processors were free for it.
-TRAINING_THREADS = min(8, max(2, images("train") // 50))
+TRAINING_THREADS = min(8, max(2, CONFIG.dataset.image_count("train") // 50))
 # Minutes per image of one epoch: fifteen images a second, an assumption for one GPU and the
 # paper's detector; the miniature world trains eighteen a second on two cores.
 EPOCH = 1 / (15 * 60)

@@ -11,6 +11,8 @@ import yaml
 from lpovod.apps.main import COMMANDS
 from lpovod.config import Config, documentation
 
+IMPORTING_TORCH = {"search"}
+
 
 def lpovod(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "lpovod.apps.main", *arguments]
@@ -24,7 +26,10 @@ def test_the_help_lists_every_command():
         assert re.search(rf"^  {name} +{re.escape(line)}$", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(n, marks=pytest.mark.slow) if n in IMPORTING_TORCH else n for n in COMMANDS],
+)
 def test_every_command_explains_its_options(command):
     done = lpovod(command, "--help")
     assert done.returncode == 0, done.stderr
@@ -38,12 +43,17 @@ def test_every_command_explains_its_options(command):
     [
         ((), 2, "usage: lpovod COMMAND"),
         (("serch",), 2, "there is no command 'serch'; did you mean search?"),
-        (("search",), 2, "error: name what to look for"),
+        pytest.param(("search",), 2, "error: name what to look for", marks=pytest.mark.slow),
         (("score", "--ground-truth", "gt.json"), 2, "--detections"),
         (("config", "--print", "nothing"), 2, "--print"),
         (("score", "--ground-truth", "gt.json", "--detections", "dt.json"), 1, "gt.json: no such"),
         (("config", "nowhere.yaml"), 1, "error: nowhere.yaml: no such file"),
-        (("search", "star", "--results", "nowhere"), 1, "error: nowhere/region_index/train.index"),
+        pytest.param(
+            ("search", "star", "--results", "nowhere"),
+            1,
+            "error: nowhere/region_index/train.index",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_wrong_usage_ends_with_2_and_wrong_data_with_1(arguments, code, message):

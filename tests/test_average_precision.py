@@ -194,8 +194,8 @@ def test_a_split_is_named_where_the_categories_have_none(submitted):
         ({"image_id": 99}, "detection 0: .* has no image 99"),
         ({"bbox": [1, 2, 3]}, "detection 0 is not of the form"),
         ({"score": "high"}, "detection 0 is not of the form"),
-        ({"score": float("nan")}, "detection 0: bbox or score is no possible value"),
-        ({"bbox": [1, 2, -3, 4]}, "detection 0: bbox or score is no possible value"),
+        ({"score": float("nan")}, "detection 0: impossible value of bbox or score"),
+        ({"bbox": [1, 2, -3, 4]}, "detection 0: impossible value of bbox or score"),
     ],
 )
 def test_detections_of_another_form_are_refused(submitted, change, message):

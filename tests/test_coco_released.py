@@ -99,6 +99,7 @@ def project(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_released_model_is_evaluated_without_training(project):
     printed = snakemake(project, "coco_released.yaml", OVERLAY, "--cores", "2")
     for rule in ("proposal_network", "region_embeddings", "pseudo_labels"):

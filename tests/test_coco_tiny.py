@@ -9,6 +9,7 @@ from project import copy_project, snakemake
 COCO_TINY = Path("../shared/data/coco_tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COCO_TINY.exists(), reason="needs the COCO photographs")
 def test_the_dag_runs_on_coco_photographs(tmp_path):
     folder = copy_project(tmp_path / "project")

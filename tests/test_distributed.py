@@ -66,6 +66,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
     ("norm", "reference"),
     [("norm", torch.nn.BatchNorm2d), ("norm_with_activation", BatchNormAct2d)],
 )
+@pytest.mark.slow
 def test_a_norm_has_the_statistics_of_all_ranks(folder, norm, reference):
     inputs = torch.load(folder / "norm.pt")
     expected = normalise(inputs["images"], inputs["weights"], reference(3))
@@ -78,6 +79,7 @@ def test_a_norm_has_the_statistics_of_all_ranks(folder, norm, reference):
             assert torch.equal(one[key], other[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "tolerance"), [("proposals", 1e-9), ("timm", 1e-9), ("base_detector", 1e-4)]
 )
@@ -109,6 +111,7 @@ def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_training_resumes_with_another_number_of_ranks(folder, tmp_path):
     expected = fit(tmp_path / "checkpoint")
     found = [torch.load(folder / f"one_then_two.{rank}.pt") for rank in (0, 1)]

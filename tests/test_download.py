@@ -73,7 +73,8 @@ def server():
 
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state.url = f"http://127.0.0.1:{running.server_port}/file.zip"
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    # Looks for its end every hundredth of a second, not every half.
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield state
     running.shutdown()
     running.server_close()

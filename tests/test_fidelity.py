@@ -165,6 +165,7 @@ def test_images_and_boxes_are_shown_as_in_the_original(original):
     compare(found, original, "preprocess/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["features", "rpn", "roi", "detections"])
 def test_an_evaluated_image_is_the_original_s(evaluated, original, file):
     compare(evaluated, original, f"{file}/")
@@ -172,6 +173,7 @@ def test_an_evaluated_image_is_the_original_s(evaluated, original, file):
         assert all(len(evaluated[f"detections/A_{kind}_dets"]) == 100 for kind in ("base", "ft"))
 
 
+@pytest.mark.slow
 def test_a_training_step_is_the_original_s(trained, original):
     """Losses, gradients, and weights and running statistics after one step of the loop."""
     compare(trained, original, "train_base/", "gradient_norms/")

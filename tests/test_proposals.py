@@ -128,6 +128,7 @@ def test_the_loss_falls_and_the_checkpoint_is_removed(folder):
     assert not (folder / "whole.checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_in_the_same_file(folder):
     """SIGKILL after the first epoch of the real command line; the same command resumes."""
     outputs = {key: str(folder / f"killed.{key}") for key in ("checkpoint", "network", "history")}

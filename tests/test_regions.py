@@ -186,7 +186,7 @@ class Rows(torch.utils.data.Dataset):
         return image_id, self.store.read(image_id)["embedding"]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_what_is_there(tmp_path, start):
     paths = [write(tmp_path / f"{n}.h5", {2 * n + 1: 40, 2 * n: 300}) for n in range(3)]
     store = RegionStore(paths, "region_embeddings")

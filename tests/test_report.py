@@ -18,10 +18,10 @@ from lpovod.artifacts import sha256
 from lpovod.config import ReportSettings
 from lpovod.drawing import choose_images, place_labels
 from lpovod.exceptions import LpovodError
+from lpovod.formats.benchmarks import stage_times
 from lpovod.formats.coco import read_dataset
 from lpovod.miniature.split import draw_split
 from lpovod.stages.report import duration, signed, write_report
-from lpovod.stages.report.numbers import stage_times
 
 BASE, NOVEL = ["square", "disk"], ["star", "fish"]
 HEADER = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load\tcpu_time\n"
@@ -364,6 +364,7 @@ PROBE = """<script>addEventListener("load", async () => {
 
 @pytest.mark.parametrize("width", [1280, 500])  # a browser's window is no narrower
 def test_a_browser_shows_every_picture_and_nothing_sticks_out(run, tmp_path, width):
+    """Needs Chromium, which is installed under CI or with LPOVOD_INSTALL=1; otherwise skipped."""
     install({"chromium": "chromium"})
     written(run)
     content = run["output"].read_text()

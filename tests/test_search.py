@@ -99,6 +99,7 @@ def test_other_clip_weights_are_refused(run, tmp_path):
         search(("dog",), (tmp_path / "mine.yaml",))
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_is_wrong():
     command = [sys.executable, "-m", "lpovod.apps.main", "search", "dog"]
     done = subprocess.run(

@@ -1,4 +1,8 @@
-"""The workflow on a real SLURM of two nodes, cpu1 and gpu1, on this machine (tests/slurm/)."""
+"""The workflow on a real SLURM of two nodes, cpu1 and gpu1, on this machine (tests/slurm/).
+
+Starting it needs root, slurm-wlm and munge; the packages are installed under CI or with
+LPOVOD_INSTALL=1, and otherwise missing programs skip the tests.
+"""
 
 import json
 import os
@@ -14,6 +18,8 @@ import pytest
 from project import copy_project, digests, install, snakemake, start_snakemake, wait_until
 
 from lpovod.artifacts import read_tensors
+
+pytestmark = pytest.mark.slow
 
 HERE = Path("tests/slurm").resolve()
 SLURM = ["--workflow-profile", "profiles/slurm", "--slurm-init-seconds-before-status-checks", "2"]

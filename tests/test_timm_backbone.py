@@ -1,7 +1,6 @@
 """Backbones of timm, against timm itself: maps, channels, normalisation, weights, refusals."""
 
 import json
-import logging
 import os
 import signal
 from dataclasses import dataclass
@@ -165,12 +164,11 @@ def test_frozen_statistics_stay(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_state_dict_of_torch_s_format_is_read_too(checkpoint, tmp_path, name, nested, caplog):
+def test_a_state_dict_of_torch_s_format_is_read_too(checkpoint, tmp_path, name, nested, logged):
     whole, _ = checkpoint(name)
     state = whole.state_dict()
     torch.save({"state_dict": state} if nested else state, tmp_path / "a.pth")
     model = ProposalNetwork(settings(name), 8.0)
-    caplog.set_level(logging.INFO, "lpovod")
     start_from(model, tmp_path / "a.pth", f"timm:{name}")
     reference = timm.create_model(
         name,
@@ -181,7 +179,7 @@ def test_a_state_dict_of_torch_s_format_is_read_too(checkpoint, tmp_path, name, 
     for key, tensor in reference.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[f"net.{key}"], tensor)
     head = {"test_convnext": "head.fc", "test_resnet": "fc", "test_efficientnet": "bn2"}
-    unused = caplog.text.partition("not used: ")[2]
+    unused = logged.text.partition("not used: ")[2]
     assert f"{head[name]}.weight" in unused
     assert "conv1" not in unused and "blocks" not in unused and "stages" not in unused
 
@@ -264,30 +262,31 @@ SCHEDULE = TrainingSettings(
 )
 PROPOSALS = ProposalsSettings(training=SCHEDULE, box_iou=0.3, per_image=6, samples_per_image=32)
 DETECTOR = HEADS.model_copy(
-    update={"training": SCHEDULE, "regions": "rpn", "samples": 16, "sampling_ratio": 1}
+    update={"training": SCHEDULE, "regions": "rpn", "samples_per_image": 16, "sampling_ratio": 1}
 )
 
 
 def outputs(folder: Path, stage: str) -> list[Path]:
-    return [folder / f"{stage}.{ending}" for ending in ("state", "safetensors", "jsonl")]
+    return [folder / f"{stage}.{ending}" for ending in ("checkpoint", "safetensors", "jsonl")]
 
 
 def learn_proposals(files: Files, name: str, folder: Path) -> Path:
-    state, network, history = outputs(folder, "proposals")
-    backbone = settings(name)
-    train_proposal_network(files.world.dataset, backbone, PROPOSALS, 0, state, "", network, history)
+    checkpoint, network, history = outputs(folder, "proposals")
+    inputs = (files.world.dataset, settings(name), PROPOSALS)
+    train_proposal_network(*inputs, 0, checkpoint, "", network, history)
     return network
 
 
 def learn_detector(files: Files, name: str, folder: Path, network: Path) -> Path:
-    state, detector, history = outputs(folder, "base_detector")
+    checkpoint, detector, history = outputs(folder, "base_detector")
     inputs = (files.world.dataset, files.shards, network, settings(name), DETECTOR)
-    train_base_detector(*inputs, 0, state, "", detector, history)
+    train_base_detector(*inputs, 0, checkpoint, "", detector, history)
     return detector
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext"])
-def test_both_networks_learn_and_go_on_where_they_were_ended(files, name, tmp_path, monkeypatch):
+def test_both_networks_learn_and_resume_where_they_were_ended(files, name, tmp_path, monkeypatch):
     for folder in ("whole", "ended"):
         (tmp_path / folder).mkdir()
     network = learn_proposals(files, name, tmp_path / "whole")
@@ -308,7 +307,7 @@ def test_both_networks_learn_and_go_on_where_they_were_ended(files, name, tmp_pa
         loaded.clear()
         with pytest.raises(SystemExit):
             learn()
-        assert expected.with_suffix(".state").name in os.listdir(tmp_path / "ended")
+        assert expected.with_suffix(".checkpoint").name in os.listdir(tmp_path / "ended")
         assert sha256(learn()) == sha256(expected)
         lines = [
             json.loads(line) for line in expected.with_suffix(".jsonl").read_text().split("\n")[:-1]

@@ -237,7 +237,7 @@ def disk_full(stage: Stage, finished: Path) -> str:
             compare(job, finished)
         finally:
             subprocess.run(["umount", "--lazy", here], check=True)
-    return "told, then the same result"
+    return "reported, then the same result"
 
 
 def _fill(path: Path) -> None:

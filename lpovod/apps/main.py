@@ -10,7 +10,8 @@ COMMANDS = {
     "plan": ("lpovod.apps.plan", "hours, disk and memory of a run, before it starts"),
     "config": ("lpovod.apps.config", "check a configuration, print it whole, or list every key"),
 }
-"""Module and one line of help; the module's function has the command's name."""
+"""Module and one line of help; the module's function has the command's name. Text that it returns
+is printed."""
 
 USAGE = """usage: lpovod COMMAND [OPTIONS]
 
@@ -33,7 +34,10 @@ def main() -> None:
         from lpovod.command_line import run
 
         module, _ = COMMANDS[name]
-        run(getattr(import_module(module), name), program=f"lpovod {name}", arguments=sys.argv[2:])
+        function = getattr(import_module(module), name)
+        result = run(function, program=f"lpovod {name}", arguments=sys.argv[2:])
+        if isinstance(result, str):
+            print(result)
     elif name in ("--help", "-h"):
         print(_usage())
     elif name == "--version":

@@ -1,42 +1,58 @@
-"""What a configuration will cost: hours, disk and memory of each stage, before it runs.
+"""`lpovod plan`: what a configuration will cost, stage by stage, and what it has cost.
 
-    python -m lpovod.plan config.yaml configs/coco.yaml [mine.yaml ...] [--images 2000000 50000]
+    lpovod plan config.yaml configs/coco.yaml [mine.yaml ...] [--images 2000000 50000]
 
-Operations are those of the networks, disk and memory those of the arrays, times of one processor
-core are measured (docs/scaling.md); the speeds of the GPU and of the disk are assumed. For the
-paper's networks, ResNet-50 and CLIP ViT-B/32.
+Operations are counted on the configured networks, disk and memory are those of the arrays, times of
+one processor core are measured (docs/scaling.md); the speeds of processors and disks are assumed.
 """
 
-import argparse
-import sys
+import os
+import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import tyro
 
 from lpovod.catalogue import COCO, COCO_IMAGES
-from lpovod.config import Config, read_config
-from lpovod.exceptions import LpovodError
+from lpovod.config import Config, DatasetSettings, TrainingSettings, read_config
+from lpovod.exceptions import UsageError
+from lpovod.formats.benchmarks import stage_times
+from lpovod.miniature.scenes import IMAGE_SIZE
 
-# Counted by torch.utils.flop_counter (a multiplication and an addition are two), forward:
-PYRAMID = 232.4  # GFLOP, ResNet-50 and pyramid on 800 x 1088 pixels
-
-PROPOSAL_HEAD = 85.7  # GFLOP, on that pyramid; the detector's own RPN takes as much
-BRANCH = 0.257  # GFLOP, one of the detector's two branches on one region
-CROP = 8.8  # GFLOP, CLIP ViT-B/32 on a crop
 TRAINING = 3  # forward and backward pass, in forward passes
-DIMENSION = 512  # of CLIP ViT-B/32
 BOX = 20  # bytes of a region's box and objectness
+DETECTION = 200  # bytes of a detection as json
+DRAWN = 9.7e3  # bytes of an image of the miniature world and its annotations
 
-# Seconds of one core.
-DECODING, RESIZING = 4.6e-3, 23e-3  # of a photograph; to the network's 800 pixels
-
-LOADERS = 8  # processes that read images for a training
-INDEXING = 20e-6  # of a region: read, converted, written
+# Seconds of one core, measured.
+PHOTOGRAPH = (480, 640)  # pixels: COCO's are of this size, or upright
+DECODING, RESIZING = 4.6e-3, 23e-3  # of a photograph; to 800 pixels, (800, 1067)
+LOADERS = 8  # processes that read images for a training on GPUs
+DRAWING = 4.7e-3  # an image of the miniature world
+INDEXING = 19e-9  # of a byte of the index: read, converted, written
+PROBING = 6e-5  # of a retrieved image in one epoch of the linear probe
+SCORING = 8.5e-6  # of a region and class, in all ablations
+HEAVY_START, LIGHT_START = 3.7, 0.5  # of a job with torch, and without it
 
 # Assumed.
 TFLOPS = 20.0  # what one GPU sustains on such networks; measure yours and say --tflops
-
+GFLOPS = 60.0  # what one core sustains; measured: about 45 in trainings, 70 to 90 elsewhere
 READING = 2e9  # bytes per second
 GPUS = (1, 8, 64)
+TRAINING_CORES = 8  # at most, as in rules/resources.smk
+
+TIMES = {"s": 1.0, "min": 60.0, "h": 3600.0}
+SIZES = {"MB": 1e6, "GB": 1e9}
+SHOWN = 0.05  # the smallest number that is printed
+
+ARRAYS = (
+    "Memory is that of the large arrays of one job, beside what libraries and annotations take."
+)
+EXTRACTING = "While it is extracted, train2017.zip takes its 19.3 GB once more."
+COMPARED = (
+    "Measured are the jobs of the run, their times added up; the ratio is predicted over measured. "
+    "The peak is the largest memory of one job, libraries and annotations included."
+)
 
 
 class Cost(NamedTuple):
@@ -44,11 +60,14 @@ class Cost(NamedTuple):
 
     Attributes:
         stage: its name.
-        gflop: operations on the GPU.
-        core: seconds of a processor core, beside the GPU.
+        gflop: operations of the networks.
+        core: seconds of a processor core, beside these.
         divided: whether several GPUs share it; otherwise it is one job.
         disk: bytes that stay.
         memory: bytes of the largest arrays in main memory; 0 where none is large.
+        start: seconds until its jobs have started, all together.
+        threads: cores that a job uses where there is no GPU.
+        trains: whether it is a training, a job that several GPUs share.
     """
 
     stage: str
@@ -57,132 +76,346 @@ class Cost(NamedTuple):
     divided: bool = False
     disk: float = 0.0
     memory: float = 0.0
+    start: float = 0.0
+    threads: int = 1
+    trains: bool = False
 
-    def hours(self, tflops: float, gpus: int) -> float:
-        """On so many GPUs with a core each, whichever of the two takes longer."""
-        return max(self.gflop / tflops / 1e3, self.core) / 3600 / (gpus if self.divided else 1)
+    def on_gpus(self, tflops: float, gpus: int) -> float:
+        """Seconds on so many GPUs with a core each, whichever of the two takes longer."""
+        return max(self.gflop / tflops / 1e3, self.core) / (gpus if self.divided else 1)
+
+    def on_cores(self, gflops: float, cores: int) -> float:
+        """Seconds of all its jobs, one after the other, each on as many cores as it can use."""
+        return self.start + self.gflop / gflops / min(self.threads, cores) + self.core
 
 
-def costs(config: Config, train: int, val: int) -> list[Cost]:
-    """The stages in their order.
+def plan(
+    config: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("config.yaml"),),
+    images: tuple[int, int] | None = None,
+    tflops: float = TFLOPS,
+    gflops: float = GFLOPS,
+    cores: int | None = None,
+) -> str:
+    """Predict time, disk and memory of each stage; of a finished run, show measured times beside.
+
+    Weights need not be there. With `gpu: true` times are those of 1, 8 and 64 GPUs, otherwise those
+    of a machine without a GPU.
 
     Args:
-        config: of COCO or of any other images, with the paper's networks.
-        train: number of training images.
-        val: number of validation images.
+        config: config.yaml and the overlays laid over it, in order
+        images: of the training and the validation split; without it the configuration's
+        tflops: 10^12 operations per second that one GPU sustains
+        gflops: 10^9 operations per second that one core sustains
+        cores: of the machine, without a GPU; without it this machine's
+
+    Returns:
+        The table and what it assumes.
 
     Raises:
-        LpovodError: for other networks than the paper's.
+        UsageError: if a number is not positive.
+        LpovodError: if the configuration is wrong or a benchmark file of the run is unreadable.
     """
-    if config.backbone.architecture != "resnet50" or config.dataset.source != "coco":
-        raise LpovodError("a plan is made for COCO and ResNet-50 (configs/coco.yaml) alone")
-    images, per_image = train + val, config.proposals.per_image
-    detector, embeddings = config.base_detector, config.region_embeddings
-    rpn = PROPOSAL_HEAD if detector.regions == "rpn" else 0
-    learned = detector.samples_per_image + min(per_image, detector.distillation_regions)
-    described = PYRAMID + per_image * 2 * BRANCH  # GFLOP of an image
-    features = per_image * (BOX + 16 + 2 * (detector.dimension + DIMENSION))  # bytes of an image
-    indexed = train * per_image * (BOX + 8 + 2 * DIMENSION)  # bytes
-    novel, shown = len(config.classes.novel), DECODING + RESIZING
-    retrieved = min(train, novel * config.pseudo_labels.k)
-    classes = len(config.classes.base) + novel
-    zips = sum(remote.size for remote in COCO.values())
-    crop = 3 * 224 * 224 * 4
-    passes = [stage.training.epochs * train for stage in (config.proposals, detector)]
-    return [
-        *([Cost("download", disk=zips)] if images == sum(COCO_IMAGES.values()) else []),
-        Cost("dataset", disk=1.3e3 * images, memory=2.9e4 * images),  # as measured on COCO's json
-        Cost(
-            "proposal_network",
-            passes[0] * TRAINING * (PYRAMID + PROPOSAL_HEAD),
-            passes[0] * shown / LOADERS,
-            divided=True,
-            disk=0.1e9,
-        ),
-        Cost(
-            "proposals",
-            images * (PYRAMID + PROPOSAL_HEAD),
-            images * shown,
-            disk=images * per_image * BOX,
-        ),
-        Cost(
-            "region_embeddings",
-            images * per_image * len(embeddings.scales) * CROP,
-            images * DECODING,
-            divided=True,
-            disk=images * per_image * (BOX + 2 * DIMENSION),
-            memory=3 * embeddings.batch_size * crop,
-        ),
-        Cost(
-            "region_index",
-            core=train * per_image * INDEXING,
-            disk=indexed,
-            memory=config.region_index.block_rows * 4 * DIMENSION,
-        ),
-        Cost(
-            "base_detector",
-            passes[1] * TRAINING * (PYRAMID + rpn + learned * BRANCH),
-            passes[1] * shown / LOADERS,
-            divided=True,
-            disk=0.3e9,
-        ),
-        Cost("pseudo_labels", core=novel * indexed / READING, divided=True),
-        Cost(
-            "region_features",
-            (val + retrieved) * described,
-            (val + retrieved) * shown,
-            disk=(val + retrieved) * features,
-        ),
-        Cost("evaluation", disk=0.1e9, memory=val * per_image * classes * 3 * 4),
+    if min(*(images or [1]), tflops, gflops, 1 if cores is None else cores) <= 0:
+        raise UsageError("--images, --tflops, --gflops and --cores must be positive")
+    settings = read_config(config, weights=False)
+    dataset, cores = settings.dataset, cores or os.cpu_count() or 1
+    train, val = images or (dataset.image_count("train"), dataset.image_count("val"))
+    rows = costs(settings, train, val)
+    measured = {} if images else _measured(Path("results", settings.name, "benchmarks"))
+    if measured:
+        gpus = settings.training_gpus * settings.training_nodes
+        predicted = [
+            row.on_gpus(tflops, gpus if row.trains else 1)
+            if settings.gpu
+            else row.on_cores(gflops, cores)
+            for row in rows
+        ]
+        text = comparison(rows, predicted, measured)
+    elif settings.gpu:
+        text = table(rows, {_number(n, "GPU"): [r.on_gpus(tflops, n) for r in rows] for n in GPUS})
+    else:
+        text = table(rows, {_number(cores, "core"): [r.on_cores(gflops, cores) for r in rows]})
+    notes = [
+        _notes_on_gpus(tflops) if settings.gpu else _notes_on_cores(rows, gflops, cores),
+        ARRAYS,
+        EXTRACTING if rows[0].stage == "download" else "",
+        COMPARED if measured else "",
     ]
-
-
-def table(rows: list[Cost], tflops: float) -> str:
-    """The costs as text: hours on several numbers of GPUs, GB of disk and of main memory."""
-    heads = [f"{g} GPU{'s' * (g > 1)}" for g in GPUS]
-    lines = [("stage", *(f"h, {head}" for head in heads), "disk GB", "memory GB")]
-    numbers = [
-        (*(row.hours(tflops, gpus) for gpus in GPUS), row.disk / 1e9, row.memory / 1e9)
-        for row in rows
-    ]
-    sums = [sum(column) for column in zip(*numbers, strict=True)]
-    for name, cells in zip([*(r.stage for r in rows), "together"], [*numbers, sums], strict=True):
-        lines.append((name, *(f"{cell:,.1f}" if cell >= 0.05 else "-" for cell in cells)))
-    # The jobs with the largest memory do not run at once.
-    lines[-1] = lines[-1][:-1]
-    return "\n".join(
+    return "\n\n".join(
         [
-            *(f"{row[0]:18}" + "".join(f"{cell:>13}" for cell in row[1:]) for row in lines),
-            "",
-            f"Assumed: GPUs that sustain {tflops:g} TFLOP/s each (--tflops) and lose nothing",
-            f"together; a disk that reads {READING / 1e9:g} GB/s. Each split is one job of",
-            "`proposals` and `region_features`. Stages that are not listed cost next to nothing.",
-            "Memory is that of the large arrays of one job, beside what libraries and annotations",
-            "take; while it is extracted, train2017.zip takes its 19.3 GB once more.",
+            f"{train:,} training and {val:,} validation images",
+            text,
+            "\n".join(textwrap.fill(note, 95) for note in notes if note),
         ]
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lpovod.plan", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("config", nargs="+", type=Path, help="configuration and overlays, in order")
-    parser.add_argument(
-        "--images",
-        nargs=2,
-        type=int,
-        metavar=("TRAIN", "VAL"),
-        default=[*COCO_IMAGES.values()],
-        help="how many (default: COCO's)",
+def _notes_on_gpus(tflops: float) -> str:
+    return (
+        f"Assumed: GPUs that sustain {tflops:g} TFLOP/s each (--tflops) and lose nothing together; "
+        f"a disk that reads {READING / 1e9:g} GB/s. Each split is one job of `proposals` and "
+        "`region_features`. Stages that are not listed cost next to nothing."
     )
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help="of one GPU, sustained")
-    arguments = parser.parse_args()
-    try:
-        rows = costs(read_config(arguments.config), *arguments.images)
-        print(table(rows, arguments.tflops))
-    except (LpovodError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
-if __name__ == "__main__":
-    main()
+def _notes_on_cores(rows: list[Cost], gflops: float, cores: int) -> str:
+    busy = sum(row.on_cores(gflops, cores) * min(row.threads, cores) for row in rows) / cores
+    unit = _unit(busy, TIMES)
+    return (
+        "Times are those of all jobs of a stage, one after the other. Where jobs run beside one "
+        f"another, the whole run takes about {busy / TIMES[unit]:,.0f} {unit} on "
+        f"{_number(cores, 'core')}. Assumed: {gflops:g} GFLOP/s of each core (--gflops), "
+        f"{HEAVY_START:g} s to start a job with torch and {LIGHT_START:g} s without, a disk that "
+        f"reads {READING / 1e9:g} GB/s. A stage may take half or twice its figure."
+    )
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def image_size(dataset: DatasetSettings) -> tuple[int, int]:
+    """Height and width of an image in pixels; of photographs, which differ, the most frequent."""
+    return PHOTOGRAPH if dataset.source == "coco" else (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def network_size(config: Config) -> tuple[int, int]:
+    """Height and width of an image as the networks see it in inference, before it is padded."""
+    height, width = image_size(config.dataset)
+    factor = min(config.backbone.short_side / height, config.backbone.long_side / width)
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def loading(config: Config) -> tuple[float, float]:
+    """Seconds of one core to decode an image, and to resize it as well."""
+    original, seen = image_size(config.dataset), network_size(config)
+    decoding = DECODING * original[0] * original[1] / (PHOTOGRAPH[0] * PHOTOGRAPH[1])
+    resizing = RESIZING * seen[0] * seen[1] / (800 * 1067) if seen != original else 0.0
+    return decoding, decoding + resizing
+
+
+def costs(config: Config, train: int, val: int) -> list[Cost]:
+    """The stages in their order, but for those whose results are read from somebody's files.
+
+    Args:
+        config: of the miniature world, of COCO or of any other images.
+        train: number of training images.
+        val: number of validation images.
+
+    Raises:
+        LpovodError: if there is no such CLIP or backbone.
+    """
+    # torch takes seconds to import, which help and errors need not wait for.
+    from lpovod.operations import count_operations
+
+    work = count_operations(config, *network_size(config))
+    proposals, detector, embeddings = (
+        config.proposals,
+        config.base_detector,
+        config.region_embeddings,
+    )
+    # What is trained or retrieved, and not read from somebody's files.
+    trains, probes = not detector.checkpoint, not config.linear_probe.checkpoint
+    retrieves = probes and not config.pseudo_labels.file
+    proposed = train * (trains or probes) + val  # images
+    embedded = train * (trains or retrieves) + val * config.evaluation.clip_on_crops  # images
+    novel = len(config.classes.novel)
+    classes = len(config.classes.base) + novel
+    retrieved = min(train, novel * config.pseudo_labels.k) * probes  # images
+    per_image, (decoding, shown) = proposals.per_image, loading(config)
+    row = BOX + 2 * work.dimension  # bytes of an embedded region
+    indexed = train * per_image * (row + 8)  # bytes
+    extracted = per_image * (BOX + 16 + 2 * (detector.dimension + work.dimension))  # of an image
+    distilled = min(per_image, detector.distillation_regions)
+    learned = detector.samples_per_image * work.region_head + distilled * work.clip_head
+    training_threads = min(TRAINING_CORES, max(2, train // 50))
+    rows = [
+        Cost("download", disk=sum(remote.size or 0 for remote in COCO.values())),
+        _dataset(config.dataset, train + val),
+        Cost("text_embeddings", start=(1 + novel) * HEAVY_START),
+        Cost(
+            "proposal_network",
+            proposals.training.epochs * train * TRAINING * work.proposal_network,
+            proposals.training.epochs * train * shown / _loaders(config, proposals.training),
+            divided=True,
+            disk=4 * work.proposal_weights,
+            start=HEAVY_START,
+            threads=training_threads,
+            trains=True,
+        ),
+        Cost(
+            "proposals",
+            proposed * work.proposal_network,
+            proposed * shown,
+            disk=proposed * per_image * BOX,
+            start=2 * HEAVY_START,
+        ),
+        Cost(
+            "region_embeddings",
+            embedded * per_image * len(embeddings.scales) * work.crop,
+            embedded * decoding,
+            divided=True,
+            disk=embedded * per_image * row,
+            memory=3 * embeddings.batch_size * 3 * work.crop_size**2 * 4,
+            start=2 * embeddings.shards * HEAVY_START,
+        ),
+        Cost(
+            "region_index",
+            core=indexed * INDEXING,
+            disk=indexed,
+            memory=config.region_index.block_rows * 4 * work.dimension,
+            start=LIGHT_START,
+        ),
+        Cost(
+            "base_detector",
+            detector.training.epochs * train * TRAINING * (work.pyramid + work.rpn + learned),
+            detector.training.epochs * train * shown / _loaders(config, detector.training),
+            divided=True,
+            disk=4 * work.detector_weights,
+            start=HEAVY_START,
+            threads=training_threads,
+            trains=True,
+        ),
+        Cost(
+            "pseudo_labels",
+            core=novel * indexed / READING,
+            divided=True,
+            start=novel * LIGHT_START,
+        ),
+        Cost(
+            "region_features",
+            (val + retrieved) * (work.pyramid + per_image * work.extraction),
+            (val + retrieved) * shown,
+            disk=(val + retrieved) * extracted,
+            start=(1 + novel) * HEAVY_START,
+        ),
+        Cost(
+            "linear_probe",
+            core=config.linear_probe.epochs * retrieved * PROBING,
+            start=LIGHT_START,
+        ),
+        Cost(
+            "evaluation",
+            core=val * per_image * classes * SCORING,
+            disk=val * config.evaluation.per_image * DETECTION,
+            memory=val * per_image * classes * 3 * 4,
+            start=HEAVY_START,
+            threads=2,
+        ),
+    ]
+    downloaded = config.dataset.coco.download and (train, val) == tuple(COCO_IMAGES.values())
+    omitted = {
+        "download": not downloaded,
+        "proposal_network": proposals.files,
+        "proposals": proposals.files,
+        "region_embeddings": not embedded,
+        "region_index": not retrieves,
+        "base_detector": not trains,
+        "pseudo_labels": not retrieves,
+        "linear_probe": not probes,
+    }
+    return [row for row in rows if not omitted.get(row.stage)]
+
+
+def _dataset(settings: DatasetSettings, images: int) -> Cost:
+    if settings.source == "coco":  # as measured on COCO's json
+        return Cost("dataset", disk=1.3e3 * images, memory=2.9e4 * images, start=LIGHT_START)
+    images += settings.miniature.tune_images
+    return Cost("dataset", core=DRAWING * images, disk=DRAWN * images, start=LIGHT_START)
+
+
+def _loaders(config: Config, settings: TrainingSettings) -> int:
+    """Cores that decode and resize the images of a training."""
+    return LOADERS if config.gpu else max(1, settings.workers)
+
+
+def table(rows: list[Cost], times: dict[str, list[float]]) -> str:
+    """The costs as text: times, disk and memory of each stage.
+
+    Args:
+        rows: the stages.
+        times: by the name of a machine, the seconds of each stage on it.
+    """
+    time = _unit(sum(next(iter(times.values()))), TIMES)
+    size = _unit(sum(row.disk for row in rows), SIZES)
+    numbers = [
+        [seconds / TIMES[time] for seconds in of_stage]
+        + [row.disk / SIZES[size], row.memory / SIZES[size]]
+        for row, of_stage in zip(rows, zip(*times.values(), strict=True), strict=True)
+    ]
+    # The jobs with the largest memory do not run at once.
+    total = [sum(column) for column in zip(*numbers, strict=True)][:-1]
+    lines = [["stage", *(f"{time}, {head}" for head in times), f"disk {size}", f"memory {size}"]]
+    for row, cells in zip(rows, numbers, strict=True):
+        if any(cell >= SHOWN for cell in cells):
+            lines.append([row.stage, *map(_cell, cells)])
+    return _aligned([*lines, ["together", *map(_cell, total)]])
+
+
+def comparison(
+    rows: list[Cost], predicted: list[float], measured: dict[str, tuple[float, float | None]]
+) -> str:
+    """The costs as text, and beside them what the jobs of a run took.
+
+    Args:
+        rows: the stages.
+        predicted: seconds of each stage.
+        measured: seconds of each stage that has run, and its largest memory in bytes.
+    """
+    time, size = _unit(sum(predicted), TIMES), _unit(sum(row.disk for row in rows), SIZES)
+    heads = [
+        f"{time}, predicted",
+        "measured",
+        "ratio",
+        f"disk {size}",
+        f"memory {size}",
+        f"peak {size}",
+    ]
+    lines = [["stage", *heads]]
+    for row, seconds in zip(rows, predicted, strict=True):
+        taken, peak = measured.get(row.stage, (None, None))
+        lines.append(
+            [
+                row.stage,
+                *_compared(seconds, taken, time),
+                _cell(row.disk / SIZES[size]),
+                _cell(row.memory / SIZES[size]),
+                _cell((peak or 0) / SIZES[size]),
+            ]
+        )
+    done = [measured[row.stage][0] for row in rows if row.stage in measured]
+    # Half a run has no ratio.
+    whole = len(done) == len(rows)
+    both = _compared(sum(predicted), sum(done) if whole else None, time)
+    lines.append(["together", *both, _cell(sum(row.disk for row in rows) / SIZES[size])])
+    return _aligned(lines)
+
+
+def _compared(predicted: float, measured: float | None, unit: str) -> list[str]:
+    """Both in a unit, and the predicted one over the measured one."""
+    ratio = f"{predicted / measured:.2f}" if predicted and measured else "-"
+    return [_cell(predicted / TIMES[unit]), _cell((measured or 0) / TIMES[unit]), ratio]
+
+
+def _unit(total: float, units: dict[str, float]) -> str:
+    """The largest unit that a total has ten of, or the smallest one."""
+    smallest, *larger = units
+    return [smallest, *(name for name in larger if total >= 10 * units[name])][-1]
+
+
+def _cell(number: float) -> str:
+    return f"{number:,.1f}" if number >= SHOWN else "-"
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    return "\n".join(
+        f"{line[0]:18}" + "".join(f"{cell:>13}" for cell in line[1:]) for line in lines
+    )
+
+
+def _measured(benchmarks: Path) -> dict[str, tuple[float, float | None]]:
+    """Of each rule: seconds of all jobs, and the largest memory in bytes."""
+    return {
+        stage["rule"]: (stage["seconds"], stage["peak"] and stage["peak"] * 2**20)
+        for stage in stage_times(benchmarks)
+    }

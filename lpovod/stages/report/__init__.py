@@ -14,6 +14,7 @@ from lpovod import __version__
 from lpovod.artifacts import atomic
 from lpovod.config import ReportSettings
 from lpovod.drawing import choose_images
+from lpovod.formats.benchmarks import stage_times
 from lpovod.formats.coco import read_dataset
 from lpovod.measures.mistakes import KINDS
 from lpovod.progress import log
@@ -22,7 +23,6 @@ from lpovod.stages.report.numbers import (
     loss_curves,
     mistake_columns,
     read_measured,
-    stage_times,
     table_rows,
 )
 from lpovod.stages.report.retrieved import retrieved

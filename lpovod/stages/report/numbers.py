@@ -1,4 +1,4 @@
-"""The numbers of the report: metrics, mistakes, losses and the time of each stage."""
+"""The numbers of the report: metrics, mistakes and losses."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,6 @@ from lpovod.measures.mistakes import KINDS
 
 METHODS = ("full", "without_probe", "without_clip_head")
 """Whose mistakes are shown, by their row in the metrics."""
-
-NO_NUMBER = ("-", "NA", "")  # Snakemake's benchmark of a job that was too short to measure
-
 
 # --- numbers
 
@@ -108,38 +105,3 @@ def _unit_square(values: list[float]) -> list[tuple[float, float]]:
     top = max(max(values), 1e-12)
     last = max(1, len(values) - 1)
     return [(n / last, 1 - max(0.0, value) / top) for n, value in enumerate(values)]
-
-
-def stage_times(folder: Path) -> list[dict[str, Any]]:
-    """Rule, jobs, seconds in total and largest memory (MiB), the longest first.
-
-    Raises:
-        LpovodError: naming a file that is no benchmark of Snakemake's.
-    """
-    stages: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*.tsv")):
-        rule = path.relative_to(folder).parts[0].removesuffix(".tsv")
-        stage = stages.setdefault(rule, {"rule": rule, "jobs": 0, "seconds": 0.0, "peak": None})
-        for seconds, peak in _read_benchmark(path):
-            stage["jobs"] += 1
-            stage["seconds"] += seconds or 0.0
-            if peak is not None:
-                stage["peak"] = max(peak, stage["peak"] or 0.0)
-    ran = [stage for stage in stages.values() if stage["jobs"]]
-    return sorted(ran, key=lambda stage: (-stage["seconds"], stage["rule"]))
-
-
-def _read_benchmark(path: Path) -> list[tuple[float | None, float | None]]:
-    header, *lines = path.read_text().splitlines() or [""]
-    columns = header.split("\t")
-    try:
-        rows = [dict(zip(columns, line.split("\t"), strict=True)) for line in lines if line]
-        return [tuple(_value(row[name]) for name in ("s", "max_rss")) for row in rows]
-    except (KeyError, ValueError) as error:
-        raise LpovodError(
-            f"{path} is no benchmark file of Snakemake's ({error}). Remove it"
-        ) from None
-
-
-def _value(text: str) -> float | None:
-    return None if text in NO_NUMBER else float(text)
