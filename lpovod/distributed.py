@@ -175,7 +175,9 @@ def add_up_gradients(model: nn.Module) -> None:
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for work in [distributed.all_reduce(p.grad, async_op=True) for p in trained]:
+    gradients = [p.grad for p in trained if p.grad is not None]
+    for work in [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        assert work is not None
         work.wait()
 
 
@@ -188,6 +190,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     torch's own SyncBatchNorm works on GPUs alone.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or ranks() == 1:

@@ -174,7 +174,7 @@ class SharedParameters:
         """
         self._add_up_gradients()
         own = [p for p in self.parameters if p.grad is not None]
-        square = get_total_norm([p.grad for p in own]).double().square()
+        square = get_total_norm([p.grad for p in own if p.grad is not None]).double().square()
         clip_grads_with_norm_(own, gradient_norm, self.ranks.gather(square).sum().sqrt())
         optimizer.step()
         self.ranks.wait()

@@ -94,13 +94,14 @@ def _step(
 ) -> dict[str, float]:
     """Go down the sum of the losses; returns their values over all ranks."""
     values = total(torch.stack([value.detach() for value in named.values()])).tolist()
-    found = dict(zip(named, values, strict=True))
+    by_name = dict(zip(named, values, strict=True))
     if not all(map(math.isfinite, values)):
-        raise LpovodError(f"step {step}: a loss is not finite: {found}. Lower the rate.")
+        raise LpovodError(f"step {step}: a loss is not finite: {by_name}. Lower the learning rate.")
     optimizer.zero_grad()
-    sum(named.values()).backward()
+    first, *others = named.values()
+    sum(others, first).backward()
     update(model, optimizer, settings.gradient_norm)
-    return found
+    return by_name
 
 
 @contextmanager
@@ -143,7 +144,8 @@ def _noting_signals() -> Iterator[list[int]]:
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
     """The optimizer of a schedule, over all parameters."""
     # Fused: one pass over the weights, which is a fifth of a small network's step on a CPU.
-    rate = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True}
+    rate: dict[str, Any] = {"lr": settings.learning_rate, "fused": True}
+    rate["weight_decay"] = settings.weight_decay
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **rate)
     return torch.optim.SGD(model.parameters(), momentum=settings.momentum, **rate)

@@ -226,7 +226,7 @@ def load_views(
         workers: loading processes; 0 loads in this one.
         extra: called with each loaded view (in the worker); its result is attached.
     """
-    numbers = range(len(views))
+    numbers = list(range(len(views)))
     lists = [numbers[start : start + per_batch] for start in numbers[::per_batch]]
     return DataLoader(
         _Loading(dataset, views, extra),

@@ -37,7 +37,7 @@ def start_from(model: nn.Module, path: Path, architecture: str) -> None:
         LpovodError: if the backbone would stay incomplete, a shape differs, or the file is of
             another architecture.
     """
-    state, unused = _read(path, architecture, model.backbone)
+    state, unused = _read(path, architecture, model.get_submodule("backbone"))
     own = {original_name(name): tensor for name, tensor in model.state_dict().items()}
     used = {name for name in own if name in state}
     missing = [
@@ -82,6 +82,10 @@ def _read(
         state, _ = read_checkpoint(path)
     else:
         return _read_original(path, architecture), []
+    # Imported with timm only where there is a model of timm's.
+    from lpovod.networks.timm_backbone import TimmBackbone
+
+    assert isinstance(backbone, TimmBackbone)
     tensors, unused = backbone.from_checkpoint(state, path)
     return {f"backbone.{name}": tensor for name, tensor in tensors.items()}, unused
 

@@ -4,6 +4,8 @@ Parameter names of `resnet50` and of the pyramid are those of OpenMMLab's checkp
 files load key by key.
 """
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,6 +13,9 @@ from torch.nn import functional
 from lpovod.config import TIMM, BackboneSettings
 from lpovod.distributed import BatchNorm2d
 from lpovod.views import Normalisation
+
+if TYPE_CHECKING:
+    from lpovod.networks.timm_backbone import TimmBackbone
 
 STRIDES = (4, 8, 16, 32, 64)
 """Of the pyramid's levels P2 ... P6."""
@@ -78,6 +83,10 @@ class ResNet(nn.Module):
     """
 
     normalisation = Normalisation()
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
 
     def __init__(self, architecture: str):
         super().__init__()
@@ -85,11 +94,12 @@ class ResNet(nn.Module):
             block = Bottleneck if architecture == "resnet50" else TorchvisionBottleneck
             stem, widths, depths = 64, (64, 128, 256, 512), (3, 4, 6, 3)
             self.conv1 = nn.Conv2d(3, stem, 7, 2, 3, bias=False)
-            self.pool, first_stride = nn.MaxPool2d(3, 2, 1), 1
+            pool, first_stride = nn.MaxPool2d(3, 2, 1), 1
         else:
             block, stem, widths, depths = BasicBlock, 32, (48, 96, 160, 224), (1, 1, 1, 1)
             self.conv1 = nn.Conv2d(3, stem, 3, 2, 1, bias=False)
-            self.pool, first_stride = nn.Identity(), 2
+            pool, first_stride = nn.Identity(), 2
+        self.pool: nn.Module = pool
         self.bn1 = BatchNorm2d(stem)
         self.outputs = [block.expansion * width for width in widths]
         inputs = stem
@@ -139,7 +149,11 @@ class FeaturePyramid(nn.Module):
         return [*pyramid, functional.max_pool2d(pyramid[-1], 1, stride=2)]
 
 
-def build_backbone(settings: BackboneSettings) -> tuple[nn.Module, FeaturePyramid]:
+Backbone: TypeAlias = "ResNet | TimmBackbone"
+"""Either has `outputs` and `normalisation`."""
+
+
+def build_backbone(settings: BackboneSettings) -> tuple[Backbone, FeaturePyramid]:
     """The two halves, freshly initialised; the first has `outputs` and `normalisation`.
 
     Raises:
@@ -149,8 +163,8 @@ def build_backbone(settings: BackboneSettings) -> tuple[nn.Module, FeaturePyrami
         # timm is imported where it is needed; its models are initialised as it sees fit.
         from lpovod.networks.timm_backbone import TimmBackbone
 
-        backbone: nn.Module = TimmBackbone(settings.architecture)
-        drawn = []
+        backbone: Backbone = TimmBackbone(settings.architecture)
+        drawn: list[nn.Module] = []
     else:
         backbone = ResNet(settings.architecture)
         drawn = list(backbone.modules())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lpovod.config import BackboneSettings, BaseDetectorSettings
-from lpovod.networks.backbone import ConvNorm, build_backbone
+from lpovod.networks.backbone import Backbone, ConvNorm, build_backbone
 from lpovod.networks.pooling import POOLED, pool_regions
 from lpovod.networks.rpn import RegionProposalNetwork
 
@@ -22,10 +22,11 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, convolutions: int, dimension: int):
         super().__init__()
-        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3) for _ in range(convolutions))
+        norms = [ConvNorm(channels, channels, 3) for _ in range(convolutions)]
+        self.convs = nn.ModuleList(norms)
         self.fc = nn.Linear(channels * POOLED * POOLED, dimension)
-        for conv in self.convs:
-            nn.init.kaiming_normal_(conv.conv.weight, mode="fan_out", nonlinearity="relu")
+        for norm in norms:
+            nn.init.kaiming_normal_(norm.conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.xavier_uniform_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
 
@@ -68,6 +69,7 @@ class Detector(nn.Module):
         embedding: int,
     ):
         super().__init__()
+        self.backbone: Backbone
         self.backbone, self.neck = build_backbone(backbone)
         heads = (backbone.channels, settings.head_convolutions, settings.dimension)
         self.region_head, self.clip_head = Head(*heads), Head(*heads)

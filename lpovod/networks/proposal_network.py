@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lpovod.config import BackboneSettings
-from lpovod.networks.backbone import STRIDES, build_backbone
+from lpovod.networks.backbone import STRIDES, Backbone, build_backbone
 
 
 class ProposalNetwork(nn.Module):
@@ -19,6 +19,7 @@ class ProposalNetwork(nn.Module):
 
     def __init__(self, backbone: BackboneSettings, anchor_scale: float):
         super().__init__()
+        self.backbone: Backbone
         self.backbone, self.neck = build_backbone(backbone)
         self.anchor_scale = anchor_scale
         self.conv = nn.Conv2d(backbone.channels, backbone.channels, 3, padding=1)
@@ -26,6 +27,7 @@ class ProposalNetwork(nn.Module):
         self.objectness = nn.Conv2d(backbone.channels, 1, 1)
         for output in (self.distances, self.objectness):
             nn.init.normal_(output.weight, std=0.01)
+            assert output.bias is not None
             nn.init.zeros_(output.bias)
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

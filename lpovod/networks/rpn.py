@@ -40,6 +40,7 @@ class RegionProposalNetwork(nn.Module):
         self.rpn_reg = nn.Conv2d(channels, 4 * len(RATIOS), 1)
         for layer in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
             nn.init.normal_(layer.weight, std=0.01)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def forward(self, pyramid: list[Tensor]) -> Outputs:

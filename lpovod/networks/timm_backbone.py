@@ -66,7 +66,7 @@ class TimmBackbone(nn.Module):
             self._build_for_any_size(error)
         share_statistics(self.net)
         _leave_nothing_to_chance(self.net)
-        cfg = self.net.pretrained_cfg
+        cfg: Any = self.net.pretrained_cfg
         mean, std = (tuple(255 * v for v in cfg[key]) for key in ("mean", "std"))
         self.normalisation = Normalisation(mean, std)
 
@@ -87,8 +87,10 @@ class TimmBackbone(nn.Module):
 
     def _build(self, **options: Any) -> None:
         self.options = options
-        self.net = timm.create_model(self.name, features_only=True, **options)
-        strides = self.net.feature_info.reduction()
+        # timm's class of the wrapper depends on the model; all of them have `feature_info`.
+        net: Any = timm.create_model(self.name, features_only=True, **options)
+        self.net = net
+        strides = net.feature_info.reduction()
         if not set(STRIDES) <= set(strides):
             raise LpovodError(
                 f"{self.architecture} has feature maps at strides {', '.join(map(str, strides))}; "
@@ -96,7 +98,7 @@ class TimmBackbone(nn.Module):
                 "hierarchical model, such as timm:resnet18 or timm:convnext_tiny"
             )
         self.places = [strides.index(stride) for stride in STRIDES]
-        self.outputs = [self.net.feature_info.channels()[place] for place in self.places]
+        self.outputs = [net.feature_info.channels()[place] for place in self.places]
         self.channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
         self._check_maps()
 

@@ -25,7 +25,7 @@ from lpovod.formats.regions import open_shards
 from lpovod.importers.backbone import start_from
 from lpovod.networks.backbone import freeze_statistics
 from lpovod.networks.detector import Detector
-from lpovod.networks.rpn import make_anchors, rpn_losses, rpn_proposals
+from lpovod.networks.rpn import RegionProposalNetwork, make_anchors, rpn_losses, rpn_proposals
 from lpovod.training import train, write_training
 from lpovod.views import LoadedView, batch, load_views, training_views
 
@@ -180,7 +180,7 @@ def train_base_detector(
         model = Detector(backbone, settings, len(classes), embedding.shape[1])
         start_from(model, network, backbone.architecture)
         # Convolutions on a CPU are faster so, by a sixth in the proposal network.
-        model = model.to(device, memory_format=torch.channels_last).train()
+        model = model.to(device).to(memory_format=torch.channels_last).train()
         freeze_statistics(model.backbone)
         lines = train(
             model,
@@ -222,9 +222,10 @@ def training_losses(
     pyramid = model.pyramid(batch(views, device, model.backbone.normalisation))
     objects = [view.to_view(data.boxes(view.view.image_id)[0]) for view in views]
     given = [view.to_view(view.extra.box) for view in views]
-    losses, candidates = {}, given
+    losses: dict[str, Tensor] = {}
+    candidates = given
     if model.rpn_head is not None:
-        losses, candidates = _own_regions(model, pyramid, objects, views)
+        losses, candidates = _own_regions(model.rpn_head, pyramid, objects, views)
     sampled, proposals, embeddings = [], [], []
     for number, view in enumerate(views):
         categories = data.boxes(view.view.image_id)[1]
@@ -247,10 +248,14 @@ def training_losses(
 
 
 def _own_regions(
-    model: Detector, pyramid: list[Tensor], objects: list[Tensor], views: list[LoadedView]
+    rpn_head: RegionProposalNetwork,
+    pyramid: list[Tensor],
+    objects: list[Tensor],
+    views: list[LoadedView],
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The region proposal network's two losses, and its boxes of each image."""
-    sizes, seeds = [tuple(v.pixels.shape[1:]) for v in views], [v.view.seed for v in views]
-    outputs, anchors = model.rpn_head(pyramid), make_anchors(pyramid)
+    sizes = [(view.pixels.shape[1], view.pixels.shape[2]) for view in views]
+    seeds = [view.view.seed for view in views]
+    outputs, anchors = rpn_head(pyramid), make_anchors(pyramid)
     losses = rpn_losses(outputs, anchors, [o.to(pyramid[0].device) for o in objects], sizes, seeds)
     return losses, [boxes.cpu() for boxes, _ in rpn_proposals(outputs, anchors, sizes)]

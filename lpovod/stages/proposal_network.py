@@ -110,7 +110,7 @@ def train_proposal_network(
         if backbone.weights:
             start_from(model, backbone.weights, backbone.architecture)
         # Convolutions on a CPU are faster so, by a sixth in the proposal network.
-        model = model.to(device, memory_format=torch.channels_last).train()
+        model = model.to(device).to(memory_format=torch.channels_last).train()
         lines = train(
             model,
             lambda views: _losses(model, data, views, settings, device),
