@@ -113,8 +113,9 @@ def online_loss(
         regions.append(candidates[torch.cat([positive, negative])])
         background = torch.full((len(negative),), len(weights))
         labels += [view.extra.labels[assigned[positive]], background]
+    images = batch(views, "cpu", model.backbone.normalisation)
     with torch.no_grad():
-        features = model.region_head(model.pool(model.pyramid(batch(views, "cpu")), regions))
+        features = model.region_head(model.pool(model.pyramid(images), regions))
     return classification_loss(features @ weights.T, torch.cat(labels))
 
 

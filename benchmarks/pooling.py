@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from lpovod import pooling
+from lpovod.networks import pooling
 from lpovod.networks.backbone import STRIDES
 
 IMAGES, REGIONS, CHANNELS, SIDE = 8, 78, 64, 160

@@ -38,12 +38,12 @@ from torchvision.transforms import (
     ToTensor,
 )
 
-from lpovod import region_embeddings
 from lpovod.artifacts import identity
 from lpovod.clip import load_clip
 from lpovod.config import ClipSettings, RegionEmbeddingsSettings
 from lpovod.crops import crop_boxes
 from lpovod.formats.regions import RegionStore, write_regions
+from lpovod.stages import region_embeddings
 
 ARCHITECTURE = "ViT-B-32-quickgelu"
 SCALES = (1.0, 1.5)
@@ -151,7 +151,7 @@ def embed(number, ready, folder, clip, settings, device) -> tuple[float, float]:
         settings,
         number,
         folder / f"{number}.checkpoint",
-        [],
+        "",
         folder / f"{number}.h5",
         device,
         1 if device == "cpu" else os.cpu_count(),

@@ -1,11 +1,11 @@
-"""What every artefact shares: it appears whole or not at all, and it says what it was made from.
+"""Artifacts appear whole or not at all, and each one records its inputs.
 
-An *identity* is a small dictionary stored inside the artefact::
+An *identity* is a small dictionary stored inside the artifact::
 
     {"stage": "region_embeddings", "version": "0.1.0", "settings": {...},
      "inputs": {"proposals": "sha256 of that file", "clip_weights": "..."}}
 
-A reader that combines two artefacts calls `check_made_from`, so that files of different runs are
+A reader that combines two artifacts calls `check_made_from`, so that files from different runs are
 never mixed silently.
 """
 
@@ -26,7 +26,7 @@ from lpovod import __version__
 from lpovod.exceptions import DISK_FULL, LpovodError, disk_full, existing
 
 Identity = dict[str, Any]
-LITTLE_ROOM = 1 << 16  # bytes free on a disk that is as good as full
+LITTLE_ROOM = 1 << 16  # bytes; a disk with less free space counts as full
 
 
 def sha256(path: Path) -> str:
@@ -36,7 +36,7 @@ def sha256(path: Path) -> str:
 
 
 def identity(stage: str, settings: Any = None, **inputs: Path | str) -> Identity:
-    """What an artefact is made from. An input is a file, to be digested, or a digest."""
+    """Stage, version, settings and inputs of an artifact; an input is a file or its digest."""
     if hasattr(settings, "model_dump"):
         settings = settings.model_dump(mode="json")
     return {
@@ -48,37 +48,37 @@ def identity(stage: str, settings: Any = None, **inputs: Path | str) -> Identity
 
 
 def fingerprint(ident: Identity) -> str:
-    """One digest of an identity: two artefacts with the same one were made from the same."""
+    """Digest of an identity: artifacts with equal fingerprints have the same origin."""
     return hashlib.sha256(json.dumps(ident, sort_keys=True).encode()).hexdigest()
 
 
 def check_made_from(path: Path, ident: Identity, name: str, expected: Path | str) -> None:
-    """Refuse an artefact that was made from another input than the one given with it.
+    """Refuse an artifact that was made from a different input than the one used with it.
 
     Args:
-        path: the artefact, for the message.
+        path: the artifact, for the message.
         ident: its stored identity.
-        name: the input in question, as in ``ident["inputs"]``.
-        expected: the file (or digest) the artefact must have been made from.
+        name: of the input, as in ``ident["inputs"]``.
+        expected: the file (or digest) that the artifact must have been made from.
 
     Raises:
-        LpovodError: naming the artefact, both digests and the remedy.
+        LpovodError: naming the artifact, both digests and the remedy.
     """
     digest = sha256(expected) if isinstance(expected, Path) else expected
-    found = ident["inputs"].get(name)
-    if found != digest:
+    recorded = ident["inputs"].get(name)
+    if recorded != digest:
         raise LpovodError(
-            f"{path} was made from other {name} than the ones given with it: it states "
-            f"{str(found)[:12]}, {expected if isinstance(expected, Path) else name} is "
+            f"{path} was made from other {name} than it is used with: it records "
+            f"{str(recorded)[:12]}, {expected if isinstance(expected, Path) else name} is "
             f"{digest[:12]}. Make it again: snakemake --forcerun {ident['stage']}"
         )
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; on success it is moved to `path`, on error it is removed.
+    """A temporary name beside `path`: moved to `path` on success, removed on error.
 
-    The temporary name is the same in every attempt, so that a killed one leaves at most one file,
+    The temporary name is the same in every attempt, so a killed attempt leaves at most one file,
     which the next attempt overwrites.
 
     Raises:
@@ -96,7 +96,7 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         need_room(path, LITTLE_ROOM)
-        # HDF5 and torch report a full disk or an exhausted quota in words only.
+        # HDF5 and torch report a full disk or an exhausted quota in the message only.
         for number in DISK_FULL:
             if os.strerror(number) in str(error):
                 raise disk_full(path, number) from error
@@ -106,21 +106,21 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def need_room(path: Path, size: int) -> None:
-    """Refuse to write where less is free.
+    """Refuse to write a file for which the disk has no room.
 
     Args:
-        path: what is to be written; its folder exists.
-        size: in bytes.
+        path: the file to write; its folder exists.
+        size: bytes that must be free.
 
     Raises:
-        LpovodError: if the disk is full.
+        LpovodError: if fewer bytes are free.
     """
     if shutil.disk_usage(path.parent).free < size:
         raise disk_full(path)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write json with sorted keys (same content, same bytes)."""
+    """Write json with sorted keys, so that equal content gives equal bytes."""
     with atomic(path) as partial:
         partial.write_text(json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n")
 
@@ -129,21 +129,21 @@ def read_json(path: Path) -> Any:
     """Read json.
 
     Raises:
-        LpovodError: if the file is missing or is no json.
+        LpovodError: if the file is missing or is not json.
     """
     try:
         return json.loads(existing(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LpovodError(f"{path} is not valid json ({error}). Is the file whole?") from None
+        raise LpovodError(f"{path} is not valid json ({error}). Is the file complete?") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], ident: Identity) -> None:
-    """Write named arrays with their identity as a safetensors file (nothing is ever unpickled)."""
-    # One metadata entry alone: the format keeps several in no fixed order, and bytes must repeat.
+    """Write named arrays with their identity as a safetensors file, which needs no pickle."""
+    # A single metadata entry: the format does not fix the order of several, and bytes must repeat.
     # np.ascontiguousarray would turn a scalar into a vector.
-    whole = {name: np.array(array, order="C") for name, array in tensors.items()}
+    contiguous = {name: np.array(array, order="C") for name, array in tensors.items()}
     with atomic(path) as partial:
-        partial.write_bytes(save(whole, {"identity": json.dumps(ident, sort_keys=True)}))
+        partial.write_bytes(save(contiguous, {"identity": json.dumps(ident, sort_keys=True)}))
 
 
 def read_identity(path: Path) -> Identity:
@@ -152,7 +152,7 @@ def read_identity(path: Path) -> Identity:
 
 
 def read_tensors(path: Path, stage: str) -> tuple[dict[str, np.ndarray], Identity]:
-    """Read a file of `write_tensors`.
+    """Read a file that `write_tensors` wrote.
 
     Args:
         path: the file.
@@ -174,6 +174,6 @@ def _open_tensors(path: Path) -> tuple[Any, Identity]:
     except LpovodError:
         raise
     except KeyError:
-        raise LpovodError(f"{path} carries no identity: it was not written by lpovod") from None
+        raise LpovodError(f"{path} has no identity: it was not written by lpovod") from None
     except Exception as error:
         raise LpovodError(f"{path} is not a whole safetensors file ({error})") from None

@@ -11,7 +11,7 @@ MAX_LOG_RATIO = abs(math.log(16 / 1000))
 
 
 def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...] = DELTA_STDS) -> Tensor:
-    """Deltas (dx, dy, dw, dh) that turn `boxes` into `targets`, both (n, 4), over `stds`."""
+    """Deltas (dx, dy, dw, dh) from `boxes` to `targets`, both (n, 4), divided by `stds`."""
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     centre, target_centre = boxes[:, :2] + size / 2, targets[:, :2] + target_size / 2
     deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)
@@ -19,7 +19,7 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...] = DELTA_STDS)
 
 
 def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...] = DELTA_STDS) -> Tensor:
-    """The inverse of `encode`; logarithms of size ratios are clamped on both sides."""
+    """The inverse of `encode`; the logarithm of the size ratio is clamped on both sides."""
     deltas = deltas * deltas.new_tensor(stds)
     size = boxes[:, 2:] - boxes[:, :2]
     centre = boxes[:, :2] + size / 2 + deltas[:, :2] * size
@@ -28,11 +28,14 @@ def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...] = DELTA_STDS) 
 
 
 def match(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-    """For every box the largest IoU with an object and that object's row (0, -1 if there is none).
+    """The object that overlaps each box most.
 
     Args:
         boxes: (n, 4).
         objects: (m, 4).
+
+    Returns:
+        The largest IoU (n,) and the object's row (n,) int64; 0 and -1 if there are no objects.
     """
     if len(objects) == 0:
         return boxes.new_zeros(len(boxes)), torch.full((len(boxes),), -1, device=boxes.device)
@@ -40,7 +43,7 @@ def match(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def take(candidates: Tensor, count: int) -> Tensor:
-    """At most `count` of the candidates at random, in ascending order."""
+    """At most `count` random candidates, in ascending order."""
     if len(candidates) <= count:
         return candidates
     chosen = torch.randperm(len(candidates), device=candidates.device)[:count]
@@ -48,28 +51,28 @@ def take(candidates: Tensor, count: int) -> Tensor:
 
 
 def sample(
-    iou: Tensor, count: int, positive_part: float, negatives_per_positive: int | None = None
+    iou: Tensor, count: int, positive_fraction: float, negatives_per_positive: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of sampled positives (IoU of .5 or more with an object) and negatives.
+    """Rows of sampled positives (IoU of at least 0.5 with an object) and negatives.
 
     Args:
         iou: (n,) largest IoU of each region with an object.
-        count: how many are sampled together.
-        positive_part: the largest part of `count` that is positive.
-        negatives_per_positive: limits the negatives, one positive being counted at least.
+        count: number of samples, positives and negatives together.
+        positive_fraction: largest fraction of `count` that is positive.
+        negatives_per_positive: limits the negatives; at least one positive is counted.
     """
-    return sample_rows(iou >= 0.5, iou < 0.5, count, positive_part, negatives_per_positive)
+    return sample_rows(iou >= 0.5, iou < 0.5, count, positive_fraction, negatives_per_positive)
 
 
 def sample_rows(
     positive: Tensor,
     negative: Tensor,
     count: int,
-    positive_part: float,
+    positive_fraction: float,
     negatives_per_positive: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows sampled from those marked positive and negative, (n,) bool; see `sample`."""
-    positives = take(positive.nonzero().flatten(), int(count * positive_part))
+    positives = take(positive.nonzero().flatten(), int(count * positive_fraction))
     limit = count - len(positives)
     if negatives_per_positive is not None:
         limit = min(limit, negatives_per_positive * max(1, len(positives)))

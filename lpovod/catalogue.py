@@ -1,8 +1,8 @@
-"""What is published: addresses, digests, sizes and class names. Data alone, no code.
+"""Published files and names: addresses, digests, sizes, class names. Data only, no code.
 
-COCO publishes no digests: those here are the SHA-1 that GluonCV's download script has recorded, and
-the sizes those of other public code; neither was checked against the server. OpenAI's address of a
-CLIP model contains the file's SHA-256.
+COCO publishes no digests. The SHA-1 digests below come from GluonCV's download script, the sizes
+from other public code; neither was checked against the server. OpenAI's address of a CLIP model
+contains the file's SHA-256.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ class Remote:
     """A public file.
 
     Attributes:
-        url: where it is.
-        digest: its SHA-1 or SHA-256, hexadecimal; told apart by length.
-        size: in bytes, where known.
+        url: its address.
+        digest: its SHA-1 or SHA-256, hexadecimal; the length shows which.
+        size: in bytes, if known.
     """
 
     url: str
@@ -40,10 +40,10 @@ COCO = {
         19_336_861_798,
     ),
 }
-"""The archives of COCO 2017 by their names."""
+"""The archives of COCO 2017 by file name."""
 
 COCO_IMAGES = {"train": 118_287, "val": 5_000}
-"""How many images its splits have."""
+"""Number of images in each split."""
 
 COCO_CONTENT = {
     "annotations_trainval2017.zip": (
@@ -53,7 +53,7 @@ COCO_CONTENT = {
     "val2017.zip": ("val2017",),
     "train2017.zip": ("train2017",),
 }
-"""What of an archive is used: where that is, nothing is downloaded."""
+"""The members of each archive that are used; an archive whose members exist is not downloaded."""
 
 _NAMES = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
@@ -67,7 +67,7 @@ vase, scissors, teddy bear, hair drier, toothbrush
 """
 
 COCO_CLASSES = tuple(name.strip() for name in _NAMES.split(","))
-"""Names of the annotated classes, to check a configuration before the annotations are there."""
+"""Names of the annotated classes, to check a configuration before the annotations exist."""
 
 WEIGHTS = {
     "ViT-B-32.pt": Remote(
@@ -76,4 +76,4 @@ WEIGHTS = {
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     )
 }
-"""Weights that are downloaded where a file of this name is asked for and missing."""
+"""Weights by file name; a configured file with one of these names is downloaded if missing."""

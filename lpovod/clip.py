@@ -1,7 +1,7 @@
 """One loader for every CLIP: OpenAI's archive, LAION's checkpoints and the small one shipped here.
 
-All are open_clip's own classes, so an architecture is either a name open_clip knows or a json file
-in its format, and weights are checked key by key against it.
+All use open_clip's classes, so an architecture is either a name that open_clip knows or a json file
+in its format. Weights are checked against it key by key.
 """
 
 from __future__ import annotations
@@ -31,32 +31,36 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lpovod.artifacts import read_json, sha256
 from lpovod.config import ClipSettings, TextEmbeddingsSettings
 from lpovod.crops import RESIZE_MODES, SUPPORT
-from lpovod.exceptions import LpovodError, some
+from lpovod.exceptions import LpovodError, existing, some
 from lpovod.formats.class_embeddings import ClassEmbeddings, clip_architecture
 from lpovod.importers.torchscript import is_torchscript, read_torchscript
 
-# Per forward pass, whatever number a caller hands over. A CPU is fastest where the activations of
-# a pass fit its caches; an accelerator needs many.
+# Crops per forward pass, however many a caller passes. A CPU is fastest if the activations of a
+# pass fit its caches; an accelerator needs many crops.
 CROPS_PER_PASS = {"cpu": 32}
 
 BATCH = 256
 
-# What OpenAI's models hold besides parameters and buffers, and what they are known by.
+# OpenAI's models hold these besides parameters and buffers, and are recognised by them.
 _ARCHIVE_ATTRIBUTES = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 class ClipSource(Protocol):
-    """Which CLIP: an architecture, its weights and its vocabulary (see `load_clip`)."""
+    """The files and names that define a CLIP (see `load_clip`)."""
 
-    architecture: str
-    weights: Path
-    vocabulary: Path | None
-    pretrained: str | None
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def weights(self) -> Path | None: ...
+    @property
+    def vocabulary(self) -> Path | None: ...
+    @property
+    def pretrained(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a CLIP's input is made from a crop: resized to a square, scaled to [0, 1], normalised."""
+    """How a crop becomes a CLIP's input: resized to a square, scaled to [0, 1], normalised."""
 
     image_size: int  # side of the square in pixels
     mean: tuple[float, float, float]  # of RGB in [0, 1]
@@ -69,7 +73,7 @@ class Preprocessing:
 def small_convnet(pretrained: bool = False, pretrained_cfg: object = None, **kwargs) -> ByobNet:
     """The small CLIP's image tower: seven 3x3 convolutions, 24-48-96-192 channels, stride 16.
 
-    Registered with timm, which is where open_clip takes an architecture's `timm_model_name` from.
+    Registered with timm, where open_clip looks up an architecture's `timm_model_name`.
     """
     blocks = (
         ByoBlockCfg(type="basic", d=1, c=channels, s=2, gs=0, br=1.0) for channels in (48, 96, 192)
@@ -80,7 +84,7 @@ def small_convnet(pretrained: bool = False, pretrained_cfg: object = None, **kwa
         pretrained,
         pretrained_cfg={"first_conv": "stem.conv", "classifier": "head.fc"},
         model_cfg=ByoModelCfg(tuple(blocks), stem_chs=24, stem_type="3x3", stem_pool=""),
-        # Blocks that begin as mere 1x1 convolutions took twice the steps to tell shapes apart.
+        # Blocks that start as mere 1x1 convolutions took twice as many steps to learn shapes.
         zero_init_last=False,
         **kwargs,
     )
@@ -91,8 +95,8 @@ class Clip:
     """A CLIP ready for inference.
 
     The batch norms of a convolutional tower are folded into its convolutions, and the last block
-    of a transformer computes the class token alone (both equal to 1e-5), so `model` is neither for
-    training nor for saving.
+    of a transformer computes only the class token (both change results by less than 1e-5), so
+    `model` must be neither trained nor saved.
     """
 
     model: CLIP | CustomTextCLIP
@@ -118,7 +122,7 @@ class Clip:
             (N, dimension) float32, *not* of unit norm, on the model's device.
 
         Raises:
-            ValueError: another dtype or shape.
+            ValueError: if the dtype or the shape is different.
         """
         expected = (3, self.image_size, self.image_size)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
@@ -142,14 +146,15 @@ class Clip:
         """Text features, (N, dimension) float32, *not* of unit norm, on the model's device.
 
         Raises:
-            LpovodError: a text has more tokens than the model reads; CLIP would drop its end.
+            LpovodError: if a text has more tokens than the model reads, because CLIP would silently
+                drop its end.
         """
-        room = self.tokenizer.context_length - 2  # start and end of text
+        limit = self.tokenizer.context_length - 2  # without start and end of text
         for text in texts:
-            if len(self.tokenizer.encode(text)) > room:
+            if (count := len(self.tokenizer.encode(text))) > limit:
                 raise LpovodError(
-                    f"the text {text!r} has {len(self.tokenizer.encode(text))} tokens and this "
-                    f"CLIP reads {room}: shorten the class name or the prompt template"
+                    f"the text {text!r} has {count} tokens and this CLIP reads {limit}: shorten "
+                    "the class name or the prompt template"
                 )
         device = self.model.logit_scale.device
         features = [torch.empty(0, self.dimension, device=device)]
@@ -162,7 +167,7 @@ class Clip:
 def load_clip(
     settings: ClipSource, device: str | torch.device = "cpu", precision: str = "float32"
 ) -> Clip:
-    """Build the architecture, fill it with the weights and make it ready for inference.
+    """Build the architecture, load the weights and prepare it for inference.
 
     Args:
         settings: an object with four attributes. `architecture`: a model name of open_clip
@@ -171,24 +176,25 @@ def load_clip(
             `preprocess_cfg`). `weights`: safetensors, a state dict saved by `torch.save`, or
             OpenAI's TorchScript archive. `vocabulary`: gzipped BPE merges of the tokenizer; None
             for CLIP's own. `pretrained`: open_clip's tag of the weights (see `preprocessing_of`).
-        device: where the model goes.
-        precision: that the image tower computes in, float32 or bfloat16; texts are in float32.
+        device: holds the model.
+        precision: of the image tower, float32 or bfloat16; the text tower computes in float32.
 
     Raises:
-        LpovodError: a file is missing; an unknown architecture; weights that do not fit it in
-            every key and shape; a vocabulary of another size; and as `preprocessing_of` does.
+        LpovodError: if a file is missing, the architecture is unknown, a key or shape of the
+            weights does not fit it, or the vocabulary has a different size; and as
+            `preprocessing_of` does.
     """
     config = _read_architecture(settings.architecture)[0]
     preprocessing = preprocessing_of(settings)
-    path = Path(settings.weights)
-    if not path.is_file():
-        raise LpovodError(f"CLIP weights {path} do not exist: download them or correct `weights`")
+    if settings.weights is None:
+        raise LpovodError("clip.weights is null: name the weights of the CLIP to load")
+    path = existing(settings.weights, "clip.weights")
     model = _build_model(config)
     try:
         state = _read_state_dict(path, config)
     except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         raise LpovodError(
-            f"{path} is not a whole file of CLIP weights ({str(error).splitlines()[0]}): "
+            f"{path} is not a complete file of CLIP weights ({str(error).splitlines()[0]}): "
             "download it again"
         ) from None
     _fill_model(model, state, path, settings.architecture)
@@ -222,17 +228,17 @@ def build_image_tower(architecture: str) -> nn.Module:
 
 
 def preprocessing_of(settings: ClipSource) -> Preprocessing:
-    """The preprocessing that the weights were trained with. Needs no weights.
+    """The preprocessing that the weights were trained with; the weights are not needed.
 
-    A json file states it in `preprocess_cfg`. For an architecture named by open_clip it is in
-    open_clip's table of weights, under the tag `settings.pretrained`; no tag is needed where all
-    weights of the architecture share it. What neither states is open_clip's default, which is
-    OpenAI's.
+    A json file states it in `preprocess_cfg`. For an architecture named by open_clip, it is in
+    open_clip's table of weights under the tag `settings.pretrained`; the tag may be omitted if all
+    weights of the architecture share their preprocessing. Values that neither source states are
+    open_clip's defaults, which are OpenAI's.
 
     Raises:
-        LpovodError: an unknown or unsupported architecture; an unknown tag; a missing tag where
-            the weights of the architecture differ; a tag of weights with another activation; a
-            preprocessing that `crops` does not implement.
+        LpovodError: if the architecture is unknown or unsupported, the tag is unknown, the tag is
+            missing although the weights of the architecture differ, the tagged weights need another
+            activation, or `crops` does not implement the preprocessing.
     """
     architecture = settings.architecture
     config, stated = _read_architecture(architecture)
@@ -250,17 +256,19 @@ def preprocessing_of(settings: ClipSource) -> Preprocessing:
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise LpovodError(f"{architecture} sees {width} x {height} pixels; crops are square")
+    red, green, blue = (float(value) for value in merged["mean"])
+    red_std, green_std, blue_std = (float(value) for value in merged["std"])
     return Preprocessing(
         image_size=height,
-        mean=tuple(float(value) for value in merged["mean"]),
-        std=tuple(float(value) for value in merged["std"]),
+        mean=(red, green, blue),
+        std=(red_std, green_std, blue_std),
         interpolation=merged["interpolation"],
         resize_mode=merged["resize_mode"],
     )
 
 
 def _check_tag(architecture: str, tag: str | None, config: dict) -> None:
-    """Refuse a tag that open_clip does not know, or of weights with another activation."""
+    """Refuse a tag that open_clip does not know, or whose weights need another activation."""
     if tag is None:
         return
     if not open_clip.is_pretrained_cfg(architecture, tag):
@@ -268,33 +276,33 @@ def _check_tag(architecture: str, tag: str | None, config: dict) -> None:
         near = get_close_matches(tag, tags, 3) or tags
         hint = f"did you mean {' or '.join(near)}?" if near else "it knows none: set it to null"
         raise LpovodError(
-            f"clip.pretrained: open_clip knows no weights {tag!r} of {architecture}; {hint}"
+            f"clip.pretrained: open_clip knows no weights {tag!r} for {architecture}; {hint}"
         )
     entry = open_clip.get_pretrained_cfg(architecture, tag)
     if entry.get("quick_gelu") and not config.get("quick_gelu"):
         raise LpovodError(
             f"the weights {tag!r} need QuickGELU, which {architecture} lacks; without it they "
-            f"would lose accuracy silently: set clip.architecture to {architecture}-quickgelu"
+            f"would silently lose accuracy: set clip.architecture to {architecture}-quickgelu"
         )
 
 
 def _look_up_preprocessing(architecture: str, tag: str | None) -> dict:
-    """The preprocessing of an architecture's weights in open_clip's table; {} if it has none."""
+    """The preprocessing that open_clip's table has for an architecture's weights, or {}."""
     tags = open_clip.list_pretrained_tags_by_model(architecture) if tag is None else [tag]
     entries = [
         merge_preprocess_dict({}, open_clip.get_pretrained_cfg(architecture, name)) for name in tags
     ]
     if any(entry != entries[0] for entry in entries):
         raise LpovodError(
-            f"clip.pretrained: the weights that open_clip knows of {architecture} differ in their "
-            f"preprocessing: set it to the tag of yours, one of {', '.join(tags)}. For weights "
-            "from elsewhere, set clip.architecture to a json file with model_cfg and preprocess_cfg"
+            f"clip.pretrained: the weights that open_clip knows for {architecture} differ in their "
+            f"preprocessing: set it to the tag of your weights, one of {', '.join(tags)}. For "
+            "other weights, set clip.architecture to a json file with model_cfg and preprocess_cfg"
         )
     return entries[0] if entries else {}
 
 
 def _check_preprocessing(architecture: str, stated: dict) -> None:
-    """Refuse what crops cannot be made with."""
+    """Refuse a preprocessing that `crops` does not implement."""
     supported = {"interpolation": SUPPORT, "resize_mode": RESIZE_MODES, "mode": ["RGB"]}
     for key, values in supported.items():
         if stated[key] not in values:
@@ -310,7 +318,7 @@ def _check_preprocessing(architecture: str, stated: dict) -> None:
 
 
 def _read_architecture(architecture: str) -> tuple[dict, dict]:
-    """Model config, and of a json file its preprocessing config."""
+    """Model config, and the preprocessing config if a json file states one."""
     if architecture.endswith(".json"):
         config, stated = _read_document(Path(architecture))
     else:
@@ -325,7 +333,7 @@ def _look_up_model(architecture: str) -> dict:
         close = get_close_matches(architecture, names, 3) or ["ViT-B-32-quickgelu"]
         raise LpovodError(
             f"open_clip knows no model named {architecture!r}; did you mean "
-            f"{' or '.join(close)}? The path of a json file is the other choice"
+            f"{' or '.join(close)}? The path of a json file is allowed too"
         )
     return open_clip.get_model_config(architecture)
 
@@ -335,31 +343,31 @@ def _read_document(path: Path) -> tuple[dict, dict]:
     config = document.get("model_cfg", document)
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
-        raise LpovodError(f"{path} lacks {', '.join(missing)}: it is no open_clip model config")
+        raise LpovodError(f"{path} lacks {', '.join(missing)}: it is not an open_clip model config")
     return config, document.get("preprocess_cfg", {})
 
 
 def _check_towers(architecture: str, config: dict) -> None:
-    """Refuse models that are more than an image tower and a text tower with CLIP's tokenizer."""
+    """Refuse models other than an image tower and a text tower with CLIP's tokenizer."""
     if "multimodal_cfg" in config:
         raise LpovodError(f"{architecture} is a captioning model (CoCa), which is not supported")
     text = config["text_cfg"]
     if tokenizer := text.get("hf_tokenizer_name") or text.get("hf_model_name"):
         raise LpovodError(
             f"{architecture} needs the tokenizer {tokenizer!r}, which is not CLIP's BPE: choose "
-            "an architecture with CLIP's own tokenizer"
+            "an architecture with CLIP's tokenizer"
         )
 
 
 def _build_model(config: dict) -> CLIP | CustomTextCLIP:
     config = json.loads(json.dumps(config))  # a copy to edit
-    # All weights come from the file; this flag would have timm download others first.
+    # All weights come from the file; with this flag timm would download others first.
     config["vision_cfg"]["timm_model_pretrained"] = False
     return (CustomTextCLIP if config.pop("custom_text", False) else CLIP)(**config)
 
 
 def _read_state_dict(path: Path, config: dict) -> dict[str, Tensor]:
-    """The tensors of a weights file. No route here runs code that a file could bring."""
+    """The tensors of a weights file. No branch runs code that a file may contain."""
     if path.suffix == ".safetensors":
         return load_file(path)
     if is_torchscript(path):
@@ -369,48 +377,48 @@ def _read_state_dict(path: Path, config: dict) -> dict[str, Tensor]:
         if not isinstance(state, dict):
             raise LpovodError(f"{path} holds a {type(state).__name__}, expected a state dict")
         state = state.get("state_dict", state)
-    prefix = "module."  # left by DistributedDataParallel
+    prefix = "module."  # added by DistributedDataParallel
     if state and all(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     marks = [key for key in state if key.split(".")[-1] in _ARCHIVE_ATTRIBUTES]
     if marks and not config.get("quick_gelu"):
         raise LpovodError(
             f"{path} is one of OpenAI's models (it has {some(marks)}), which need QuickGELU; "
-            "without it they would lose accuracy silently: set clip.architecture to the "
+            "without it they would silently lose accuracy: set clip.architecture to the "
             "-quickgelu variant"
         )
     return {key: value for key, value in state.items() if key not in marks}
 
 
 def _fill_model(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
-    """Load the tensors, refusing a missing key, a key left over or a wrong shape."""
+    """Load the tensors, refusing a missing key, an extra key or a wrong shape."""
     expected = model.state_dict()
     scale = state.get("logit_scale")
-    if scale is not None and scale.numel() == 1:  # () or (1,), depending on the saver's version
+    if scale is not None and scale.numel() == 1:  # () or (1,), depending on open_clip's version
         state = state | {"logit_scale": scale.reshape(expected["logit_scale"].shape)}
     problems = []
     if missing := sorted(expected.keys() - state.keys()):
         problems.append(f"missing: {some(missing)}")
-    if left_over := sorted(state.keys() - expected.keys()):
-        problems.append(f"not of this architecture: {some(left_over)}")
+    if extra := sorted(state.keys() - expected.keys()):
+        problems.append(f"not in this architecture: {some(extra)}")
     wrong = [
         f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
         for key in sorted(expected.keys() & state.keys())
         if state[key].shape != expected[key].shape
     ]
     if wrong:
-        problems.append(f"of another shape: {some(wrong)}")
+        problems.append(f"wrong shape: {some(wrong)}")
     if problems:
         raise LpovodError(
             f"the CLIP weights {path} do not fit the architecture {architecture}; "
             + "; ".join(problems)
-            + ". Name the architecture these weights were trained with"
+            + ". Name the architecture that these weights were trained with"
         )
     model.load_state_dict(state)
 
 
 def _fold_batch_norms(tower: nn.Module) -> None:
-    """Fold each norm of timm's convolutional towers into its convolution: faster on a CPU."""
+    """Fold each batch norm of timm's convolutional towers into its convolution: faster on a CPU."""
     for module in tower.modules():
         if isinstance(module, ConvNormAct) and isinstance(module.bn, nn.BatchNorm2d):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)
@@ -418,9 +426,9 @@ def _fold_batch_norms(tower: nn.Module) -> None:
 
 
 class _ClassTokenBlock(nn.Module):
-    """A transformer's last block for the class token, which is all that is read of its output.
+    """A transformer's last block, computed only for the class token, the one output in use.
 
-    Ten of the twelve products per token are left out: 7 % of ViT-B/32.
+    This saves ten of the twelve products per token: 7 % of ViT-B/32.
     """
 
     def __init__(self, block: ResidualAttentionBlock) -> None:
@@ -428,8 +436,8 @@ class _ClassTokenBlock(nn.Module):
         self.block = block
 
     def forward(self, tokens: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        seen = self.block.ln_1(tokens)
-        token = self.block.ls_1(self.block.attention(seen[:, :1], seen, seen, attn_mask))
+        normed = self.block.ln_1(tokens)
+        token = self.block.ls_1(self.block.attention(normed[:, :1], normed, normed, attn_mask))
         token = tokens[:, :1] + token
         return token + self.block.ls_2(self.block.mlp(self.block.ln_2(token)))
 
@@ -447,15 +455,13 @@ def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) ->
     if settings.vocabulary is None:
         tokenizer = SimpleTokenizer(context_length=context_length)
     else:
-        path = Path(settings.vocabulary)
-        if not path.is_file():
-            raise LpovodError(f"CLIP vocabulary {path} does not exist: correct `vocabulary`")
+        path = existing(settings.vocabulary, "clip.vocabulary")
         tokenizer = SimpleTokenizer(bpe_path=str(path), context_length=context_length)
     if tokenizer.vocab_size != vocabulary_size:
         raise LpovodError(
             f"the vocabulary {settings.vocabulary or 'of CLIP'} has {tokenizer.vocab_size} tokens "
-            f"and {settings.architecture} embeds {vocabulary_size}: set `vocabulary` to the merges "
-            "file the weights were trained with"
+            f"and {settings.architecture} embeds {vocabulary_size}: set clip.vocabulary to the "
+            "merges file that the weights were trained with"
         )
     return tokenizer
 
@@ -463,7 +469,7 @@ def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) ->
 def embed_texts(
     names: list[str], clip: ClipSettings, settings: TextEmbeddingsSettings
 ) -> ClassEmbeddings:
-    """Embed names: the mean over the templates of the unit vectors, brought to unit length.
+    """Embed names: the normalised mean of the unit vectors of all templates.
 
     Raises:
         LpovodError: if the CLIP model cannot be loaded.
@@ -475,7 +481,10 @@ def embed_texts(
     return as_class_embeddings(names, vectors, model, clip)
 
 
-def as_class_embeddings(names, vectors: np.ndarray, model, clip: ClipSettings) -> ClassEmbeddings:
+def as_class_embeddings(
+    names: list[str], vectors: np.ndarray, model: Clip | None, clip: ClipSettings
+) -> ClassEmbeddings:
+    """Vectors (n, D) by name, with the identity of the CLIP that made them, if there is one."""
     architecture = clip_architecture(clip) if model else "none"
     return ClassEmbeddings(
         names=names,

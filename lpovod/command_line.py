@@ -1,6 +1,6 @@
-"""How every program starts and ends: signals, logging, arguments, errors and exit codes.
+"""Start and end of every program: signals, logging, arguments, errors and exit codes.
 
-Exit codes: 0, 1 for wrong data or settings, 2 for wrong usage, 128 + n for signal n.
+Exit codes: 0 for success, 1 for wrong data or settings, 2 for wrong usage, 128 + n for signal n.
 """
 
 import signal
@@ -35,26 +35,26 @@ def _settings_from_json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | N
 def run(
     *functions: Callable[..., Any], program: str | None = None, arguments: list[str] | None = None
 ) -> Any:
-    """Call the function that the command line names (the only one needs no name).
+    """Call the function that the command line names; a single function needs no name.
 
     Args:
         functions: typed functions.
-        program: its name in the help; without it the script's.
-        arguments: without them those of the process.
+        program: name in the help; None for the script's name.
+        arguments: the command line; None for that of the process.
 
     Returns:
         what the function returns.
 
     Raises:
-        SystemExit: with the message alone, if the user's data or settings are wrong.
+        SystemExit: with the message and no traceback, if the user's data or settings are wrong.
     """
     start_logging()
     try:
         with _registry:
             if len(functions) == 1:
                 return tyro.cli(functions[0], prog=program, args=arguments)
-            named = {function.__name__: function for function in functions}
-            return tyro.extras.subcommand_cli_from_dict(named, prog=program, args=arguments)
+            commands = {function.__name__: function for function in functions}
+            return tyro.extras.subcommand_cli_from_dict(commands, prog=program, args=arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

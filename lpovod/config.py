@@ -1,8 +1,8 @@
 """The configuration: every key with its meaning, default and limits, in one typed model.
 
-`config.yaml` and the overlays in `configs/` hold only what differs from the defaults here. A stage
-receives its own block and nothing else, so that a changed key makes exactly its stages stale.
-Imported while the DAG is built: nothing heavy may be imported here.
+`config.yaml` and the overlays in `configs/` hold only values that differ from these defaults. A
+stage receives its own block and nothing else, so a changed key makes exactly its stages stale. The
+workflow imports this module while it builds its graph, so nothing heavy may be imported.
 """
 
 import difflib
@@ -11,10 +11,17 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lpovod.artifacts import read_json
 from lpovod.catalogue import COCO_CLASSES, COCO_IMAGES, WEIGHTS
@@ -25,6 +32,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Split = Literal["train", "val", "tune"]
+BACKBONES = ("small", "resnet50", "resnet50_torchvision")
+TIMM = "timm:"
+"""In front of the name of a model of timm's."""
 
 JSON_PER_IMAGE = 4000
 """Bytes of annotations per image; COCO's have four to five thousand, outlines included."""
@@ -46,16 +56,16 @@ class MiniatureSettings(Settings):
     val_images: PositiveInt = key(500, "drawn images that the metrics are measured on")
     tune_images: PositiveInt = key(200, "drawn images to choose settings on, never reported")
     nuisance: Fraction = key(
-        0.5, "strength of rotation, texture and clutter; the small CLIP has seen .3 to 1"
+        0.5, "strength of rotation, texture and clutter; the small CLIP was trained on 0.3 to 1"
     )
-    nested: Fraction = key(0.8, "part of the objects that carry a smaller copy of themselves")
+    nested: Fraction = key(0.8, "fraction of the objects that carry a smaller copy of themselves")
     distractors: Fraction = key(
-        0.0, "probability, three times per image, of an item of no class, never annotated"
+        0.0, "probability, three times per image, of an unannotated item that has no class"
     )
 
 
 class CocoSettings(Settings):
-    root: Path | None = key(None, "folder that the four paths below are relative to")
+    root: Path | None = key(None, "folder to which the four paths below are relative")
     train_images: Path = key(Path("train2017"), "folder of training images")
     train_annotations: Path = key(
         Path("annotations/instances_train2017.json"), "COCO json of the training images"
@@ -64,16 +74,16 @@ class CocoSettings(Settings):
     val_annotations: Path = key(
         Path("annotations/instances_val2017.json"), "COCO json of the validation images"
     )
-    # Shapes no result, and so no stage is told.
-    download: bool = key(False, "download into root what is not there of COCO 2017", exclude=True)
+    # It shapes no result, so it is excluded from the values that stages receive.
+    download: bool = key(False, "download missing files of COCO 2017 into root", exclude=True)
     base_boxes: dict[Literal["train", "val"], PositiveInt] = key(
         {},
-        "annotated boxes of base classes, crowds included, that a split must have; a split that is "
-        "left out is not checked",
+        "number of annotated boxes of base classes, crowds included, that a split must have; a "
+        "split without a number is not checked",
     )
 
     @model_validator(mode="after")
-    def _downloads_have_a_place(self):
+    def _downloads_have_a_place(self) -> Self:
         if self.download and self.root is None:
             raise ValueError("download needs a root to download into")
         return self
@@ -88,7 +98,7 @@ class DatasetSettings(Settings):
         "miniature", "drawn images, or images and annotations in COCO's format on disk"
     )
     miniature: MiniatureSettings = key(MiniatureSettings(), "the drawn world (source: miniature)")
-    coco: CocoSettings = key(CocoSettings(), "where the files are (source: coco)")
+    coco: CocoSettings = key(CocoSettings(), "paths of the files (source: coco)")
 
     def image_count(self, split: Split) -> int:
         """How many images a split has: as configured, or about, by the size of its json.
@@ -105,10 +115,10 @@ class DatasetSettings(Settings):
 
 class ClassSettings(Settings):
     base: list[str] = Field(description="annotated: the detector trains on them", min_length=1)
-    novel: list[str] = Field(description="known by name alone", min_length=1)
+    novel: list[str] = Field(description="known only by name", min_length=1)
 
     @model_validator(mode="after")
-    def _names_are_distinct(self):
+    def _names_are_distinct(self) -> Self:
         slugs: dict[str, str] = {}
         for name in [*self.base, *self.novel]:
             if name == "" or slug(name) == "":
@@ -126,40 +136,44 @@ class ClipSettings(Settings):
     )
     weights: Path | None = key(
         Path("resources/small_clip/weights.safetensors"),
-        "the model's weights (a missing ViT-B-32.pt is downloaded); null where everything that "
-        "needs CLIP is read from files",
+        "the model's weights (a missing ViT-B-32.pt is downloaded); null if everything that needs "
+        "CLIP is read from files",
     )
     vocabulary: Path | None = key(
         Path("resources/small_clip/vocabulary.txt.gz"),
-        "byte-pair merges of the tokenizer; null for CLIP's own",
+        "byte-pair merges of the tokenizer; null for CLIP's",
     )
     pretrained: str | None = key(
         None,
-        "open_clip's tag of the weights, such as laion2b_s32b_b82k, for their preprocessing; null "
-        "for a json file, and where all of open_clip's weights of the architecture share it",
+        "open_clip's tag of the weights, such as laion2b_s32b_b82k, which selects their "
+        "preprocessing; null for a json file, and if all of open_clip's weights of the "
+        "architecture share their preprocessing",
     )
 
     def files(self) -> list[Path]:
-        """The files the model is read from."""
+        """The files that define the model; none without weights."""
         if self.weights is None:
             return []
-        named = [Path(self.architecture)] if self.architecture.endswith(".json") else []
-        return [*named, self.weights, *([self.vocabulary] if self.vocabulary else [])]
+        document = [Path(self.architecture)] if self.architecture.endswith(".json") else []
+        return [*document, self.weights, *([self.vocabulary] if self.vocabulary else [])]
 
 
 class TextEmbeddingsSettings(Settings):
     templates: list[str] = key(
-        ["{}"], "prompts, {} being the class name; several are averaged", min_length=1
+        ["{}"], "prompts, where {} is the class name; several are averaged", min_length=1
     )
     file: Path | None = key(
-        None, "rows made elsewhere, in place of the prompts: .npy, or .pth of one tensor"
+        None,
+        "imported text embeddings, in place of the prompts: .npy, or .pth with a single tensor",
     )
     classes: Path | None = key(
-        None, "json of the rows' class names, in order: a list, or COCO's with categories"
+        None,
+        "json with the class names of the imported rows, in order: a list, or COCO's json with "
+        "categories",
     )
 
     @model_validator(mode="after")
-    def _templates_hold_the_name(self):
+    def _templates_hold_the_name(self) -> Self:
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} must contain {{}} once")
@@ -169,36 +183,56 @@ class TextEmbeddingsSettings(Settings):
 
 
 class BackboneSettings(Settings):
-    architecture: Literal["small", "resnet50", "resnet50_torchvision"] = key(
+    architecture: str = key(
         "small",
-        "a thin net of nine convolutions; ResNet-50 in the caffe style; or with the stride where "
-        "torchvision has it",
+        "small: a thin net of nine convolutions; resnet50: in the caffe style; "
+        "resnet50_torchvision: with the stride where torchvision has it; timm:NAME: any timm model "
+        "with feature maps at strides 4 to 32, such as timm:resnet18, with its mean and deviation",
     )
     weights: Path | None = key(
         None,
-        "what training starts from: a checkpoint with OpenMMLab's or torchvision's names; null is "
-        "a random start, and the detector starts from the proposal network",
+        "what training starts from: a checkpoint with OpenMMLab's or torchvision's names, with "
+        "timm:NAME that model's checkpoint; null is a random start, and the detector starts from "
+        "the proposal network",
     )
     channels: PositiveInt = key(64, "channels of the feature pyramid")
     short_side: PositiveInt = key(160, "pixels of the resized image's shorter side in inference")
     long_side: PositiveInt = key(160, "pixels that its longer side may have at most")
 
+    @field_validator("architecture")
+    @classmethod
+    def _architecture_is_one_of_ours_or_timm_s(cls, name: str) -> str:
+        # Whether timm has the model is seen when it is built: timm imports torch.
+        if name in BACKBONES or len(name) > len(TIMM) and name.startswith(TIMM):
+            return name
+        near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.8)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"allowed are {', '.join(BACKBONES)}, and timm:NAME{hint}")
+
 
 class TrainingSettings(Settings):
-    """A training schedule: warm-up, then a constant rate, divided by ten after each drop."""
+    """A training schedule: warm-up, then a rate that is divided by ten after each milestone."""
 
-    optimizer: Literal["sgd", "adamw"] = key("sgd", "adamw where a short run starts from nothing")
+    optimizer: Literal["sgd", "adamw"] = key(
+        "sgd", "adamw suits a short run from random initial weights"
+    )
     epochs: PositiveInt = key(8, "passes over the training images")
-    images_per_step: PositiveInt = key(8, "images of one optimisation step")
+    images_per_step: PositiveInt = key(8, "images per optimisation step")
     learning_rate: Positive = key(0.02, "learning rate after the warm-up")
     momentum: Fraction = key(0.9, "momentum (sgd)")
-    weight_decay: float = key(1e-4, "weight decay, on everything", ge=0)
+    weight_decay: float = key(1e-4, "weight decay, on all parameters", ge=0)
     warmup_steps: int = key(50, "steps of the linear warm-up", ge=0)
-    warmup_ratio: Positive = key(0.001, "where the warm-up starts, as a part of the rate", le=1)
-    milestones: list[PositiveInt] = key([6, 7], "epochs after which the rate is divided by ten")
+    warmup_ratio: Positive = key(
+        0.001, "start of the warm-up, as a fraction of the learning rate", le=1
+    )
+    milestones: list[PositiveInt] = key(
+        [6, 7], "epochs after which the learning rate is divided by ten"
+    )
     gradient_norm: Positive = key(15.0, "gradients are clipped to this norm")
     short_sides: list[PositiveInt] = key(
-        [160], "shorter sides of the resized image, one drawn for each image", min_length=1
+        [160],
+        "lengths for the resized image's shorter side in pixels, one drawn at random per image",
+        min_length=1,
     )
     flip: Fraction = key(0.5, "probability of a horizontal flip")
     workers: int = key(0, "processes that load images; 0 loads in the training process", ge=0)
@@ -206,36 +240,41 @@ class TrainingSettings(Settings):
 
 class ProposalsSettings(Settings):
     training: TrainingSettings = key(TrainingSettings(), "schedule of the proposal network")
-    anchor_scale: Positive = key(8.0, "side of the one square anchor, in strides")
-    box_iou: Fraction = key(0.7, "IoU with an object from which an anchor learns its box")
+    anchor_scale: Positive = key(8.0, "side of the single square anchor, in strides")
+    box_iou: Fraction = key(0.7, "lowest IoU with an object at which an anchor learns its box")
     samples_per_image: PositiveInt = key(256, "sampled anchors per image and output")
     per_level: PositiveInt = key(2000, "best boxes of each pyramid level that enter the NMS")
-    nms: Fraction = key(0.7, "IoU of the class-agnostic NMS")
+    nms: Fraction = key(0.7, "IoU threshold of the class-agnostic NMS")
     per_image: PositiveInt = key(60, "proposals kept per image")
     files: dict[Split, Path] = key(
-        {}, "made elsewhere, by split: an OpenMMLab pickle, or json in COCO's results format"
+        {},
+        "imported proposals by split: an OpenMMLab pickle, or json in COCO's results format",
     )
     id_maps: dict[Split, Path] = key(
-        {}, "json of image ids and places in the pickle, by split; without: in annotation order"
+        {},
+        "json of image ids and their places in the pickle, by split; without it, the pickle is in "
+        "annotation order",
     )
 
 
 class RegionEmbeddingsSettings(Settings):
     scales: list[Positive] = key(
-        [1.0, 1.5], "crops of a region, relative to its box; features are summed", min_length=1
+        [1.0, 1.5],
+        "sizes of a region's crops, relative to its box; their features are summed",
+        min_length=1,
     )
     batch_size: PositiveInt = key(256, "crops encoded at once, across images")
-    shards: PositiveInt = key(2, "files the images are divided over, one job each")
+    shards: PositiveInt = key(2, "number of files that share the images, one job each")
     precision: Literal["float32", "bfloat16"] = key(
-        "float32", "of CLIP's image tower; bfloat16 pays on GPUs and CPUs with units for it"
+        "float32", "of CLIP's image tower; bfloat16 pays on GPUs and CPUs with bfloat16 units"
     )
     bad_images: Literal["fail", "skip"] = key(
-        "fail", "at an image that cannot be read or whose proposals are wrong"
+        "fail", "response to an image that cannot be read or has invalid proposals"
     )
 
 
 class RegionIndexSettings(Settings):
-    factory: str = key("SQfp16", "FAISS index factory; Flat and SQfp16 are exact")
+    factory: str = key("SQfp16", "FAISS index factory string; Flat and SQfp16 are exact")
     block_rows: PositiveInt = key(65536, "vectors read and added at once")
 
 
@@ -243,13 +282,15 @@ class BaseDetectorSettings(Settings):
     training: TrainingSettings = key(TrainingSettings(), "schedule of the detector")
     regions: Literal["rpn", "proposals"] = key(
         "rpn",
-        "whose boxes the classification and box losses are sampled from: those of a region proposal"
-        " network trained along, as in the original, or the given proposals",
+        "source of the boxes for the classification and box losses: a region proposal network that "
+        "is trained jointly, as in the original, or the stored proposals",
     )
     samples_per_image: PositiveInt = key(
         512, "regions sampled per image for classification and boxes"
     )
-    positive_fraction: Fraction = key(0.25, "largest part of them with an IoU of .5 with an object")
+    positive_fraction: Fraction = key(
+        0.25, "largest fraction of the samples with an IoU of at least 0.5 with an object"
+    )
     head_convolutions: int = key(4, "convolutions of each head before its linear layer", ge=0)
     dimension: PositiveInt = key(1024, "length of a region feature")
     finest_scale: Positive = key(
@@ -259,31 +300,37 @@ class BaseDetectorSettings(Settings):
     distillation_weight: float = key(256.0, "weight of the distillation loss", ge=0)
     distillation_regions: PositiveInt = key(1000, "proposals per image that are distilled")
     checkpoint: Path | None = key(
-        None, "the original's checkpoint, read in place of training a detector"
+        None, "the original's checkpoint, imported instead of training a detector"
     )
 
 
 class PseudoLabelsSettings(Settings):
     k: PositiveInt = key(100, "regions retrieved per novel class")
-    objectness: Fraction = key(0.6, "floor of a retrieved region's objectness")
+    objectness: Fraction = key(0.6, "lowest objectness of a retrieved region")
     centred: bool = key(
         False,
-        "rank by a region's cosine with the name's embedding less the mean of the base classes', "
-        "so by what is particular to the name; false: by that with the name, as in the original",
+        "true ranks regions by the cosine with the name's embedding minus the mean embedding of "
+        "the base classes, so by what is particular to the name; false ranks by the cosine with "
+        "the name's embedding, as in the original",
     )
     ignored: int = key(
         0,
-        "regions most similar to the name, of any objectness, that are taken for objects of the "
-        "class where they show none that has a better region: what overlaps them (IoU .5) and no "
-        "label is no negative of the linear probe; 0: it is, as in the original",
+        "number of regions, most similar to the name and of any objectness, that are taken for "
+        "objects of the class unless a better region shows the same object; a region that overlaps "
+        "one of them (IoU 0.5) and no label is not a negative of the linear probe; 0 excludes no "
+        "negative, as in the original",
         ge=0,
     )
-    per_image: PositiveInt | None = key(None, "regions of one image at most; null: any number")
+    per_image: PositiveInt | None = key(
+        None, "largest number of retrieved regions per image; null sets no limit"
+    )
     nms: Fraction | None = key(
-        None, "IoU above which the worse of two regions of an image is left out; null: none is"
+        None,
+        "IoU above which the worse of two retrieved regions of an image is dropped; null drops "
+        "none",
     )
     file: Path | None = key(
-        None, "COCO json of all novel classes' pseudo-labels, read in place of retrieval"
+        None, "COCO json with the pseudo-labels of all novel classes, imported instead of retrieval"
     )
 
 
@@ -293,34 +340,39 @@ class RegionFeaturesSettings(Settings):
 
 class LinearProbeSettings(Settings):
     epochs: PositiveInt = key(12, "passes over the retrieved images")
-    images_per_step: PositiveInt = key(2, "images of one step")
+    images_per_step: PositiveInt = key(2, "images per step")
     learning_rate: Positive = key(0.001, "learning rate after the warm-up")
     momentum: Fraction = key(0.9, "momentum")
     weight_decay: float = key(2.5e-5, "weight decay", ge=0)
     warmup_steps: int = key(20, "steps of the linear warm-up", ge=0)
-    warmup_ratio: Positive = key(0.1, "where the warm-up starts, as a part of the rate", le=1)
-    milestones: list[PositiveInt] = key([8, 11], "epochs after which the rate is divided by ten")
+    warmup_ratio: Positive = key(
+        0.1, "start of the warm-up, as a fraction of the learning rate", le=1
+    )
+    milestones: list[PositiveInt] = key(
+        [8, 11], "epochs after which the learning rate is divided by ten"
+    )
     samples_per_image: PositiveInt = key(512, "regions sampled per image")
     positive_fraction: Fraction = key(
-        0.25, "largest part of them with an IoU of .5 with a pseudo-label"
+        0.25, "largest fraction of the samples with an IoU of at least 0.5 with a pseudo-label"
     )
     negatives_per_positive: PositiveInt = key(10, "largest number of negatives per positive")
     checkpoint: Path | None = key(
-        None, "the original's fine-tuned checkpoint, whose novel weights are read in place of this"
+        None,
+        "the original's fine-tuned checkpoint, whose novel weights are imported instead of trained",
     )
 
 
 class EvaluationSettings(Settings):
     temperature: Positive | None = key(
-        None, "of the CLIP head's softmax; null takes the CLIP model's own logit scale"
+        None, "temperature of the CLIP head's softmax; null uses the CLIP model's logit scale"
     )
     alpha: Fraction = key(0.0, "weight of the CLIP head in base scores (geometric mean)")
     beta: Fraction = key(0.8, "weight of the probe in novel scores (geometric mean)")
     score_threshold: Fraction = key(0.05, "lowest score of a detection")
-    nms: Fraction = key(0.5, "IoU of the NMS within a class")
+    nms: Fraction = key(0.5, "IoU threshold of the NMS within a class")
     per_image: PositiveInt = key(100, "detections kept per image")
     clip_on_crops: bool = key(
-        True, "whether to measure CLIP itself too, which embeds every proposal of the split"
+        True, "whether to evaluate CLIP itself too, which embeds every proposal of the split"
     )
 
 
@@ -332,31 +384,33 @@ class ReportSettings(Settings):
 class SmallClipSettings(Settings):
     """The small CLIP and its training."""
 
-    seed: int = key(17, "of the drawn images, the crops, the initial weights and the batches", ge=0)
+    seed: int = key(
+        17, "seed for the drawn images, the crops, the initial weights and the batches", ge=0
+    )
     crops: PositiveInt = key(48_000, "crops to train on")
-    held_out_scenes: PositiveInt = key(300, "images for the accuracy that is recorded")
+    held_out_scenes: PositiveInt = key(300, "images that measure the recorded accuracy")
     epochs: PositiveInt = key(8, "passes over the crops")
-    batch_size: PositiveInt = key(128, "crops of one optimisation step")
-    learning_rate: Positive = key(2e-3, "highest learning rate of AdamW; cosine to zero")
-    weight_decay: float = key(0.05, "on matrices and kernels, not on vectors", ge=0)
+    batch_size: PositiveInt = key(128, "crops per optimisation step")
+    learning_rate: Positive = key(2e-3, "highest learning rate of AdamW; cosine decay to zero")
+    weight_decay: float = key(0.05, "weight decay on matrices and kernels, not on vectors", ge=0)
     image_size: PositiveInt = key(48, "side of a crop in pixels")
-    dimension: PositiveInt = key(128, "of the space that images and texts share")
+    dimension: PositiveInt = key(128, "dimension of the space that images and texts share")
     text_width: PositiveInt = key(96, "channels of the text transformer; a multiple of 32")
     text_layers: PositiveInt = key(2, "layers of the text transformer")
-    context_length: PositiveInt = key(16, "tokens of a text, start and end included")
+    context_length: PositiveInt = key(16, "largest number of tokens of a text, with start and end")
 
 
 class Config(Settings):
     """The whole configuration."""
 
     name: str = key("mini", "folder below results/", pattern=r"^[A-Za-z0-9_.-]+$")
-    seed: int = key(0, "seed of everything that is drawn at random", ge=0)
-    gpu: bool = key(False, "whether the stages that can use a GPU ask for one and use it")
+    seed: int = key(0, "seed for all random numbers", ge=0)
+    gpu: bool = key(False, "whether the stages that can use a GPU request and use one")
     training_gpus: PositiveInt = key(
-        1, "GPUs of a node that the steps of a training are divided over (gpu: true)"
+        1, "GPUs per node that share the steps of a training (gpu: true)"
     )
     training_nodes: PositiveInt = key(
-        1, "nodes of a SLURM cluster that the steps of a training are divided over"
+        1, "nodes of a SLURM cluster that share the steps of a training"
     )
     dataset: DatasetSettings = key(DatasetSettings(), "images and annotations")
     classes: ClassSettings = Field(description="the split")
@@ -365,7 +419,7 @@ class Config(Settings):
         BackboneSettings(), "of the proposal network and of the detector"
     )
     text_embeddings: TextEmbeddingsSettings = key(
-        TextEmbeddingsSettings(), "class names to vectors"
+        TextEmbeddingsSettings(), "vectors of the class names"
     )
     proposals: ProposalsSettings = key(ProposalsSettings(), "class-agnostic boxes")
     region_embeddings: RegionEmbeddingsSettings = key(
@@ -393,14 +447,14 @@ def slug(name: str) -> str:
 
 
 def read_config(paths: Iterable[Path], weights: bool = True) -> Config:
-    """Read and validate a configuration: the first file, and the overlays laid over it in order.
+    """Read and validate a configuration: the first file, then overlays in order.
 
     Args:
         paths: yaml files.
         weights: whether the files of CLIP and of the backbone must exist.
 
     Raises:
-        LpovodError: if a file is missing or no yaml, and as `load_config` does.
+        LpovodError: if a file is missing or is not yaml, and as `load_config` does.
     """
     content: dict[str, Any] = {}
     for path in paths:
@@ -412,12 +466,13 @@ def read_config(paths: Iterable[Path], weights: bool = True) -> Config:
 
 
 def merge(content: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """An overlay laid over a configuration, block by block, as Snakemake does it."""
+    """A configuration with an overlay applied, block by block, as in Snakemake."""
     merged = dict(content)
     for name, value in overlay.items():
         below = merged.get(name)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[name] = merge(below, value) if both else value
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = merge(below, value)
+        merged[name] = value
     return merged
 
 
@@ -425,11 +480,11 @@ def load_config(content: dict[str, Any], weights: bool = True) -> Config:
     """Validate a configuration.
 
     Args:
-        content: what was read from the yaml files, merged.
+        content: the merged content of the yaml files.
         weights: whether the files of CLIP and of the backbone must exist.
 
     Raises:
-        LpovodError: naming every wrong key, its value and what is allowed.
+        LpovodError: naming every wrong key, its value and the allowed ones.
     """
     try:
         config = Config.model_validate(content)
@@ -445,15 +500,15 @@ def load_config(content: dict[str, Any], weights: bool = True) -> Config:
 
 def _check_weights(config: Config) -> None:
     for path in config.clip.files():
-        if not path.is_file() and path.name not in WEIGHTS:
-            raise LpovodError(f"clip: {path}: no such file")
+        if path.name not in WEIGHTS:
+            existing(path, "clip")
     weights = config.backbone.weights
-    if weights and not weights.is_file():
-        raise LpovodError(f"backbone.weights: {weights}: no such file")
+    if weights:
+        existing(weights, "backbone.weights")
 
 
 def _check_imports(config: Config) -> None:
-    """What is read from files must leave nothing that the rest cannot be made from."""
+    """Refuse imports that leave a later stage without an input."""
     if config.proposals.files and not (config.backbone.weights or config.base_detector.checkpoint):
         raise LpovodError(
             "proposals.files: without a proposal network the detector has nothing to start from: "
@@ -461,43 +516,44 @@ def _check_imports(config: Config) -> None:
         )
     if config.clip.weights is None:
         probe = config.linear_probe.checkpoint or config.pseudo_labels.file
-        for key_, given in {
+        for setting, value in {
             "text_embeddings.file": config.text_embeddings.file,
             "base_detector.checkpoint": config.base_detector.checkpoint,
             "linear_probe.checkpoint or pseudo_labels.file": probe,
             "evaluation.clip_on_crops: false": not config.evaluation.clip_on_crops,
             "evaluation.temperature": config.evaluation.temperature,
         }.items():
-            if not given:
-                raise LpovodError(f"clip.weights: without CLIP this is needed: {key_}")
+            if not value:
+                raise LpovodError(f"clip.weights: without CLIP this is needed: {setting}")
 
 
 def _check_classes(config: Config) -> None:
-    """Every class must be annotated in the validation images, or its AP would be undefined."""
+    """Refuse a class that the validation images do not annotate: its AP would be undefined."""
+    annotations = config.dataset.coco.path("val_annotations")
     if config.dataset.source == "miniature":
-        where, known = "the miniature world", list(pictograms.CLASSES)
-    elif config.dataset.coco.download and not config.dataset.coco.path("val_annotations").exists():
-        where, known = "COCO 2017", list(COCO_CLASSES)
+        source, known = "the miniature world", list(pictograms.CLASSES)
+    elif config.dataset.coco.download and not annotations.exists():
+        source, known = "COCO 2017", list(COCO_CLASSES)
     else:
-        where = config.dataset.coco.path("val_annotations")
-        known = [category["name"] for category in read_json(where).get("categories", [])]
-    for key_, names in (("base", config.classes.base), ("novel", config.classes.novel)):
+        source = str(annotations)
+        known = [category["name"] for category in read_json(annotations).get("categories", [])]
+    for split, names in (("base", config.classes.base), ("novel", config.classes.novel)):
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                raise LpovodError(f"classes.{key_}: {where} has no class {name!r}; {hint}")
+                raise LpovodError(f"classes.{split}: {source} has no class {name!r}; {hint}")
 
 
 def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         block = _block(problem["loc"][:-1])
         allowed = list(block.model_fields) if block else []
         near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
-        return f"{where}: unknown key; {hint}"
-    return f"{where or 'config'} = {problem['input']!r}: {problem['msg']}"
+        return f"{name}: unknown key; {hint}"
+    return f"{name or 'config'} = {problem['input']!r}: {problem['msg']}"
 
 
 def _block(path: tuple[Any, ...]) -> type[Settings] | None:
@@ -521,16 +577,17 @@ def documentation() -> str:
 
 
 def _document(block: type[Settings], path: str) -> list[str]:
-    rows, inner = ["", "| key | default | meaning |", "|---|---|---|"], []
+    rows = ["", "| key | default | meaning |", "|---|---|---|"]
+    blocks: list[str] = []
     for name, field in block.model_fields.items():
-        where = f"{path}{name}"
+        full_name = f"{path}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            inner += ["", f"## `{where}`: {field.description}"]
-            inner += _document(field.annotation, f"{where}.")
+            blocks += ["", f"## `{full_name}`: {field.description}"]
+            blocks += _document(field.annotation, f"{full_name}.")
         else:
             default = "required" if field.is_required() else json.dumps(_plain(field.default))
-            rows.append(f"| `{where}` | `{default}` | {field.description} |")
-    return (rows if len(rows) > 3 else []) + inner
+            rows.append(f"| `{full_name}` | `{default}` | {field.description} |")
+    return (rows if len(rows) > 3 else []) + blocks
 
 
 def _plain(value: Any) -> Any:

@@ -5,9 +5,9 @@ S x S centre" is ``A_y · image · A_xᵀ`` with weight matrices computed from t
 and columns that reach the centre are computed, so a sliver costs no more than a square. Some
 models squash instead: both sides are resized to S, and nothing is cut.
 
-The passes run horizontally first with rounding between them, which is what PIL does. (Pillow from
-version 13 on runs the vertical pass first where the height shrinks much more than the width; every
-earlier version, and with it all published CLIP features, does not.)
+As in PIL, the horizontal pass runs first, and its result is rounded. (Since version 13, Pillow runs
+the vertical pass first if the height shrinks much more than the width; earlier versions, and thus
+all published CLIP features, do not.)
 """
 
 from typing import TypeVar
@@ -18,12 +18,12 @@ import torch
 from lpovod.exceptions import LpovodError
 
 SUPPORT = {"bicubic": 2, "bilinear": 1}  # radius of PIL's filter, in pixels of the smaller image
-# Bilinear weights often sum to exactly half a grey level, which PIL's last bits round up or down.
+# Bilinear sums often lie exactly between two grey levels; PIL's last bits decide the rounding.
 PRECISION = {"bicubic": torch.float32, "bilinear": torch.float64}
 RESIZE_MODES = ("shortest", "squash")
 
-FRACTION_BITS = 22  # of PIL's fixed-point weights for 8-bit images
-CROPS_AT_ONCE = 64  # whose weights are computed together; bounds memory at the paper's scale
+FRACTION_BITS = 22  # fraction bits in PIL's fixed-point weights for 8-bit images
+CROPS_AT_ONCE = 64  # crops whose weights are computed together; bounds memory at the paper's scale
 
 Distances = TypeVar("Distances", np.ndarray, torch.Tensor)
 
@@ -33,8 +33,9 @@ def crop_boxes(box: np.ndarray, scale: float, width: int, height: int) -> np.nda
 
     Args:
         box: (n, 4) float32 xyxy in pixels.
-        scale: of both sides; the original takes 1 and 1.5.
-        width, height: of the image, to which the result is clipped.
+        scale: factor for both sides; the original uses 1 and 1.5.
+        width: of the image in pixels; the result is clipped to it.
+        height: of the image in pixels.
 
     Returns:
         (n, 4) int64 xyxy, half-open, not empty.
@@ -42,7 +43,7 @@ def crop_boxes(box: np.ndarray, scale: float, width: int, height: int) -> np.nda
     Raises:
         LpovodError: naming the first box that is not finite, has no area, or lies outside.
 
-    Source: prepare/extract_coco_embeddings_clip.py, in float64 (as under the numpy of its time).
+    Source: prepare/extract_coco_embeddings_clip.py, in float64 (as in numpy at that time).
     """
     box = np.asarray(box, np.float64).reshape(-1, 4)
     near, far = (1 + scale) / 2, (1 - scale) / 2
@@ -50,10 +51,10 @@ def crop_boxes(box: np.ndarray, scale: float, width: int, height: int) -> np.nda
     high = near * box[:, 2:] + far * box[:, :2]
     bounds = np.array([width, height])
     low, high = np.floor(low - 0.001).clip(0, bounds), np.ceil(high + 0.001).clip(0, bounds)
-    good = np.isfinite(box).all(axis=1)
-    good &= ((high > low) & (box[:, 2:] > box[:, :2])).all(axis=1)
-    if not good.all():
-        number = int(np.flatnonzero(~good)[0])
+    valid = np.isfinite(box).all(axis=1)
+    valid &= ((high > low) & (box[:, 2:] > box[:, :2])).all(axis=1)
+    if not valid.all():
+        number = int(np.flatnonzero(~valid)[0])
         raise LpovodError(
             f"box {number} {box[number].tolist()} has no area inside the image of "
             f"{width} x {height} pixels. Expected: x1 < x2 and y1 < y2, absolute pixels"
@@ -70,30 +71,30 @@ def crop_and_resize(
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
 ) -> torch.Tensor:
-    """Crop boxes and resize them to a square, as CLIP's preprocessing.
+    """Crop boxes and resize them to a square, as CLIP's preprocessing does.
 
     Args:
         image: (height, width, 3) uint8.
         boxes: (n, 4) int64 xyxy, half-open, inside the image and not empty (see `crop_boxes`).
-        size: side of the result.
-        device: where to compute, and where the result is.
+        size: side of the result in pixels.
+        device: computes and holds the result.
         interpolation: "bicubic" or "bilinear", both antialiased.
         resize_mode: "shortest" resizes the shorter side to `size` and cuts the centre; "squash"
             resizes both sides to `size`.
 
     Returns:
-        (n, 3, size, size) uint8: PIL's; bicubic, in float32, a grey level apart on a few of
-        100,000 pixels.
+        (n, 3, size, size) uint8, equal to PIL's; bicubic, computed in float32, differs by one grey
+        level on a few of 100,000 pixels.
     """
     if torch.device(device).type != "cpu":
         pixels = torch.from_numpy(image).to(device)
         return crop_and_resize_batched(pixels, boxes, size, interpolation, resize_mode)
     extent, resized, offset = _extents(boxes, size, resize_mode)
-    # Rows with their channels: the pixels of a crop are then one matrix, no copy needed.
+    # Channels inside each row: the pixels of a crop are then one matrix, without a copy.
     rows = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 2, 1)))
     rows = rows.to(PRECISION[interpolation])
     result = torch.empty((len(boxes), 3, size, size), dtype=torch.uint8)
-    # Similar numbers of weights together.
+    # Crops with similar numbers of weights share a batch.
     order = np.argsort((extent / resized).max(axis=1), kind="stable")
     for start in range(0, len(order), CROPS_AT_ONCE):
         part = order[start : start + CROPS_AT_ONCE]
@@ -126,8 +127,8 @@ def crop_and_resize_batched(
 ) -> torch.Tensor:
     """`crop_and_resize` as two products over many crops at once, on the image's device.
 
-    The weights reach over the whole image, zero outside the crop: more arithmetic, but no launch
-    per crop, which is what an accelerator wants.
+    The weights span the whole image and are zero outside the crop: more arithmetic, but no kernel
+    launch per crop, which pays on an accelerator.
     """
     height, width = image.shape[:2]
     pixels = image.permute(2, 0, 1).to(PRECISION[interpolation]).reshape(3 * height, width)
@@ -147,13 +148,13 @@ def crop_and_resize_batched(
 def _extents(
     boxes: np.ndarray, size: int, resize_mode: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each crop (n, 2): its sides, those of the resized crop, where its centre is cut."""
+    """Sides of each crop, sides after resizing, and offset of the centre cut; each (n, 2)."""
     extent = boxes[:, 2:] - boxes[:, :2]
     if resize_mode == "squash":
         return extent, np.full_like(extent, size), np.zeros_like(extent)
     # torchvision's rule: int(size * long / short)
     resized = size * extent // extent.min(axis=1, keepdims=True)
-    offset = np.rint((resized - size) / 2).astype(np.int64)  # to even, as Python's round
+    offset = np.rint((resized - size) / 2).astype(np.int64)  # to even, like Python's round
     return extent, resized, offset
 
 
@@ -185,7 +186,7 @@ def _dense_weights(
 def _resize(rows: torch.Tensor, x: "_Weights", y: "_Weights", k: int, out: torch.Tensor) -> None:
     line = rows.shape[2]
     height, width = y.width[k], x.width[k]
-    # Views by stride: slicing costs more than a small product.
+    # Strided views, because slicing costs more than a small product.
     crop = rows.as_strided((3 * height, width), (line, 1), 3 * line * y.start[k] + x.start[k])
     across = torch.mm(crop, x.matrix(k).t())
     across = across.add_(0.5).floor_().clamp_(0, 255).view(height, -1)
@@ -193,15 +194,32 @@ def _resize(rows: torch.Tensor, x: "_Weights", y: "_Weights", k: int, out: torch
 
 
 class _Weights:
-    """Weight matrices (size, width) of many crops along one axis, over the pixels from `start`."""
+    """Weight matrices (size, width) of many crops along one axis, for the pixels from `start` on.
 
-    def __init__(self, first_pixel, length, resized, offset, size: int, interpolation: str):
+    Args:
+        first_pixel: (n,) int64, of each crop.
+        length: (n,) int64, of each crop in pixels.
+        resized: (n,) int64, length of the resized crop.
+        offset: (n,) int64, of the centre in the resized crop.
+        size: length of the centre.
+        interpolation: a key of `SUPPORT`.
+    """
+
+    def __init__(
+        self,
+        first_pixel: np.ndarray,
+        length: np.ndarray,
+        resized: np.ndarray,
+        offset: np.ndarray,
+        size: int,
+        interpolation: str,
+    ) -> None:
         first, last, weight = _sparse_weights(length, resized, offset, size, interpolation)
         self._size, taps = size, weight.shape[-1]
         width = last[:, -1] - first[:, 0]
-        self.start = (first_pixel + first[:, 0]).tolist()
-        self.width = width.tolist()
-        pitch = width + taps  # room for the weights beyond the last pixel, all of them zero
+        self.start: list[int] = (first_pixel + first[:, 0]).tolist()
+        self.width: list[int] = width.tolist()
+        pitch = width + taps  # room for the zero weights beyond the last pixel
         begin = np.concatenate([[0], np.cumsum(size * pitch)])
         row = begin[:-1, None] + pitch[:, None] * np.arange(size) + first - first[:, :1]
         flat = torch.zeros(begin[-1], dtype=PRECISION[interpolation])
@@ -216,12 +234,13 @@ class _Weights:
 
 
 def _sparse_weights(
-    length, resized, offset, size: int, interpolation: str
+    length: np.ndarray, resized: np.ndarray, offset: np.ndarray, size: int, interpolation: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """PIL's weights: of n crops of `length` pixels, for `size` of the `resized` pixels.
+    """PIL's weights that resize n crops from `length` to `resized` pixels, and keep `size` of them.
 
-    Returns the first and past-the-last source pixel (n, size), and weights (n, size, taps), of
-    which those past the last pixel are zero.
+    Returns:
+        The first source pixel of each output pixel and the one past the last, both (n, size), and
+        weights (n, size, taps), zero past the last pixel.
     """
     scale = (length / resized)[:, None]
     stretch = np.maximum(scale, 1)
@@ -238,7 +257,7 @@ def _sparse_weights(
 
 
 def _kernel(x: Distances, interpolation: str) -> Distances:
-    """PIL's filter at a distance of x >= 0 pixels; of use below its support."""
+    """PIL's filter at a distance of x >= 0 pixels; valid within its support."""
     if interpolation == "bilinear":
         return 1 - x
     where = torch.where if isinstance(x, torch.Tensor) else np.where

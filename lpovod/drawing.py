@@ -1,4 +1,4 @@
-"""Boxes with names and scores on images, and which images are worth showing."""
+"""Draws boxes with names and scores on images, and chooses the images to show."""
 
 from collections import Counter
 from typing import Any
@@ -6,37 +6,37 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lpovod.formats.coco import CocoDataset
+from lpovod.formats.coco import CocoDataset, corners
 
 LABEL_HEIGHT = 15
-READABLE_OBJECTS = 15  # an image with more is shown only where there is no other
-COLOURS = {False: (37, 99, 235), True: (234, 88, 12)}  # of base and of novel classes
+READABLE_OBJECTS = 15  # an image with more objects is shown only if there is no other
+COLOURS = {False: (37, 99, 235), True: (234, 88, 12)}  # base and novel classes
 
 
 def choose_images(data: CocoDataset, base: list[str], novel: list[str], count: int) -> list[int]:
-    """Ids of images whose novel objects are many and spread over the classes.
+    """Ids of images with many novel objects, spread over the classes.
 
-    Annotations alone decide, never detections. One after the other, the image is taken that adds
-    most: an object of a class counts the less, the more of the class is already shown.
+    Only annotations decide, never detections. Each step takes the image that adds most: an object
+    counts less, the more objects of its class the chosen images already show.
     """
-    wanted, named = set(data.category_ids(novel)), set(data.category_ids([*base, *novel]))
-    objects = {i: data.boxes(i)[1].tolist() for i in data.images}
-    counts = {i: Counter(c for c in found if c in wanted) for i, found in objects.items()}
+    novel_ids, all_ids = set(data.category_ids(novel)), set(data.category_ids([*base, *novel]))
+    categories = {i: data.boxes(i)[1].tolist() for i in data.images}
+    counts = {i: Counter(c for c in ids if c in novel_ids) for i, ids in categories.items()}
     readable = {
-        i: sum(c in named for c in found) <= READABLE_OBJECTS for i, found in objects.items()
+        i: sum(c in all_ids for c in ids) <= READABLE_OBJECTS for i, ids in categories.items()
     }
     shown: Counter[int] = Counter()
 
     def worth(image_id: int) -> tuple[bool, float, int]:
-        # Of a class no more than two objects count: a flock is no variety.
+        # At most two objects of a class count: a flock adds no variety.
         added = sum(min(n, 2) / (1 + shown[c]) for c, n in counts[image_id].items())
         return readable[image_id], added, -image_id
 
-    left = {i for i, of_image in counts.items() if of_image}
+    candidates = {i for i, novel_objects in counts.items() if novel_objects}
     chosen: list[int] = []
-    while left and len(chosen) < count:
-        chosen.append(max(left, key=worth))
-        left.remove(chosen[-1])
+    while candidates and len(chosen) < count:
+        chosen.append(max(candidates, key=worth))
+        candidates.remove(chosen[-1])
         shown.update(counts[chosen[-1]])
     return chosen
 
@@ -48,13 +48,13 @@ def draw_detections(
     novel: list[bool],
     width: int,
 ) -> Image.Image:
-    """An image with labelled boxes, enlarged or shrunk to a width.
+    """An image with labelled boxes, resized to a width.
 
     Args:
         pixels: (H, W, 3) uint8.
-        boxes: xywh in pixels of the image, the most important first.
-        labels: what is written at each box.
-        novel: whether its class is novel, which colours it.
+        boxes: xywh in pixels of the image, most important first.
+        labels: the text at each box.
+        novel: whether the class of each box is novel, which decides its colour.
         width: of the result, in pixels.
     """
     scale = width / pixels.shape[1]
@@ -62,12 +62,12 @@ def draw_detections(
     image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
     scaled = [[scale * side for side in box] for box in boxes]
-    for (x, y, w, h), of_novel in zip(scaled, novel, strict=True):
-        pen.rectangle((x, y, x + w, y + h), outline=COLOURS[of_novel], width=2)
+    for box, is_novel in zip(corners(scaled).tolist(), novel, strict=True):
+        pen.rectangle(box, outline=COLOURS[is_novel], width=2)
     placed = place_labels(scaled, labels, *size)
-    for label, of_novel in zip(placed, novel, strict=True):
+    for label, is_novel in zip(placed, novel, strict=True):
         x, y = label["x"], label["y"]
-        pen.rectangle((x, y, x + label["width"], y + LABEL_HEIGHT), fill=COLOURS[of_novel])
+        pen.rectangle((x, y, x + label["width"], y + LABEL_HEIGHT), fill=COLOURS[is_novel])
         pen.text((x + 4, y + 1), label["text"], "white", font)
     return image
 
@@ -78,11 +78,11 @@ Rectangle = tuple[float, float, float, float]
 def place_labels(
     boxes: list[list[float]], texts: list[str], width: float, height: float
 ) -> list[dict[str, Any]]:
-    """Where labels go: the first place at their box that covers no label placed before.
+    """Places each label at its box, where it covers earlier labels least.
 
     Args:
-        boxes: xywh in the overlay's units, the most important first.
-        texts: what the labels say.
+        boxes: xywh in the overlay's units, most important first.
+        texts: of the labels.
         width: of the overlay.
         height: of the overlay.
 
@@ -111,9 +111,9 @@ def _shared(a: Rectangle, b: Rectangle) -> float:
 
 
 def _text_width(text: str) -> float:
-    """About the width of a text in 11 units of a bold sans serif, with its margins of 4.
+    """Approximate width of a text in bold sans serif of size 11, with margins of 4.
 
-    The page states it to the browser, which fits the letters of whatever font it has.
+    The page passes it to the browser, which fits the letters of its own font to it.
     """
     widths = dict.fromkeys("fijlrtI.:, ", 4.2) | dict.fromkeys("mwMW", 10.2)
     return 8 + sum(widths.get(c, 7.0) for c in text)

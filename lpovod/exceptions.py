@@ -1,4 +1,4 @@
-"""The one error of this project, and what its messages share."""
+"""The project's error class, and the phrases its messages share."""
 
 import errno
 import os
@@ -8,27 +8,32 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class LpovodError(Exception):
-    """The user's data or settings are wrong: the message says what, where and what to do."""
+    """The user's data or settings are wrong: the message names fault, place and remedy."""
 
 
 class UsageError(LpovodError):
     """A command line asks for something impossible."""
 
 
-def existing(path: Path) -> Path:
+def existing(path: Path, subject: str = "") -> Path:
     """The path of a file that is about to be read.
+
+    Args:
+        path: the file.
+        subject: the key or item that names it, for the message.
 
     Raises:
         LpovodError: if there is no such file.
     """
     path = Path(path)
     if not path.is_file():
-        raise LpovodError(f"{path}: no such file")
+        prefix = f"{subject}: " if subject else ""
+        raise LpovodError(f"{prefix}{path}: no such file")
     return path
 
 
 def disk_full(path: Path, number: int = errno.ENOSPC) -> LpovodError:
-    """The error of a file that cannot be written because the disk or the quota is full."""
+    """The error to raise if a file cannot be written because the disk or the quota is full."""
     return LpovodError(
         f"{path} cannot be written: {os.strerror(number)}. Free some disk space and rerun the "
         "command"
@@ -36,5 +41,5 @@ def disk_full(path: Path, number: int = errno.ENOSPC) -> LpovodError:
 
 
 def some(names: list[str]) -> str:
-    """The first few of many names, and how many more there are."""
+    """The first five names, and the number of those left out."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,17 +1,18 @@
-"""How boxes overlap, for what needs no torch; networks use `lpovod.boxes`."""
+"""Overlaps of boxes without torch; networks use `lpovod.boxes`."""
 
 import numpy as np
 
 
 def overlaps(boxes: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """IoU of boxes and objects, the part of a box inside an object, and that of it that is covered.
+    """IoU and coverage of boxes and objects.
 
     Args:
         boxes: (..., 4) xyxy.
         objects: (m, 4) xyxy.
 
     Returns:
-        Each (..., m).
+        The IoU, the fraction of the box inside the object, and the fraction of the object that the
+        box covers; each (..., m).
     """
     boxes = boxes[..., None, :]
     sides = np.minimum(boxes[..., 2:], objects[:, 2:]) - np.maximum(boxes[..., :2], objects[:, :2])
@@ -22,5 +23,14 @@ def overlaps(boxes: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def overlapping(boxes: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """Which of the boxes (n, 4) have an IoU of .5 or more with any of the objects (m, 4)."""
-    return (overlaps(boxes, objects)[0] >= 0.5).any(axis=1)
+    """Whether each box has an IoU of at least 0.5 with any object.
+
+    Args:
+        boxes: (n, 4) xyxy.
+        objects: (m, 4) xyxy.
+
+    Returns:
+        (n,) bool.
+    """
+    iou, _, _ = overlaps(boxes, objects)
+    return np.any(iou >= 0.5, axis=1)

@@ -1,4 +1,4 @@
-"""Progress with rate and time left, and the log: on a terminal and in a log file alike."""
+"""Progress bars and the log, for a terminal and for a log file."""
 
 import logging
 import os
@@ -8,15 +8,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Of the processes of one training (see lpovod.distributed) only the first reports.
+# A training may run in several processes (see lpovod.distributed); only the first one reports.
 FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 log = logging.getLogger("lpovod")
-"""What every module reports to: `log.info`, `log.warning`, `log.error`."""
+"""Every module reports here: `log.info`, `log.warning`, `log.error`."""
 
 
 def start_logging() -> None:
-    """Send the log to standard error, each line with its time and, unless it is info, its level."""
+    """Send the log to standard error; each line has its time and, above info, its level."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(datefmt="%H:%M:%S"))
     log.handlers[:] = [handler]
@@ -30,12 +30,26 @@ class _Formatter(logging.Formatter):
         return f"{self.formatTime(record, self.datefmt)} {level}{record.getMessage()}"
 
 
-def progress(items: Iterable[Any] | None, what: str, unit: str, total: int | None = None, **kwargs):
-    """A tqdm bar over `items`; in a log, a line every ten seconds instead of a redrawn one."""
+def progress(
+    items: Iterable[Any] | None,
+    description: str,
+    unit: str,
+    total: int | None = None,
+    **kwargs: Any,
+) -> tqdm:
+    """A tqdm bar with rate and time left; a log gets a line every ten seconds instead.
+
+    Args:
+        items: to iterate over; None for a bar that the caller updates.
+        description: printed in front of the bar.
+        unit: of the items.
+        total: number of items, if `items` has no length.
+        **kwargs: passed to tqdm.
+    """
     terminal = sys.stderr.isatty()
     return tqdm(
         items,
-        desc=what,
+        desc=description,
         unit=unit,
         total=total,
         disable=not FIRST_RANK,
@@ -46,7 +60,7 @@ def progress(items: Iterable[Any] | None, what: str, unit: str, total: int | Non
 
 
 class _Lines:
-    """Turns tqdm's redrawing into lines: a log has no carriage return."""
+    """Turns tqdm's redrawn bar into log lines: a log has no carriage return."""
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n "):

@@ -1,20 +1,21 @@
-"""The learning rate of trainings and of the linear probe."""
+"""The learning rate of network training and of the linear probe."""
 
 from typing import Any
 
 
 def rate_at(step: int, steps_per_epoch: int, settings: Any) -> float:
-    """Learning rate of a step: linear warm-up, then divided by ten after each of the milestones.
+    """Learning rate of a step: linear warm-up, then divided by ten after each milestone.
 
-    As in the original's mmcv hook: warm-up scales the rate of the current epoch.
+    As in the original's mmcv hook, warm-up scales the rate of the current epoch.
 
     Args:
         step: counted from 0 over all epochs.
-        steps_per_epoch: steps of one epoch.
+        steps_per_epoch: number of steps in an epoch.
         settings: learning_rate, warmup_steps, warmup_ratio, milestones.
     """
     epoch = step // steps_per_epoch
-    rate = settings.learning_rate * 0.1 ** sum(epoch >= drop for drop in settings.milestones)
+    passed = sum(epoch >= milestone for milestone in settings.milestones)
+    rate = settings.learning_rate * 0.1**passed
     if step < settings.warmup_steps:
         rate *= 1 - (1 - step / settings.warmup_steps) * (1 - settings.warmup_ratio)
     return rate

@@ -1,9 +1,9 @@
-"""Scores of regions and what becomes of them: arithmetic on stored region features (Eq. 5-7).
+"""From stored region features to scores and detections (Eq. 5-7).
 
 * the sigmoid of feature · weight, for base classes (trained) and novel ones (linear probe);
 * the softmax, over all classes, of cosine / temperature between the CLIP head and the class name;
 * base score: CLIP head^alpha · sigmoid^(1 - alpha); novel: CLIP head^(1 - beta) · sigmoid^beta;
-* the root of score · objectness, a threshold, NMS within each class.
+* the square root of score · objectness, a threshold, NMS within each class.
 """
 
 from dataclasses import dataclass
@@ -28,10 +28,12 @@ class Scores:
     """Raw scores of one image's regions, classes in the order base, then novel.
 
     Attributes:
-        boxes: (n, 4) proposals; refined: (n, 4) after box regression.
+        boxes: (n, 4) proposals, xyxy.
+        refined: (n, 4) after box regression.
         objectness: (n,).
         sigmoid: (n, classes).
-        cosine: (n, classes) of the CLIP head; clip: the same of CLIP itself, if it is there.
+        cosine: (n, classes) between CLIP head and class name.
+        clip: (n, classes) between CLIP's own embedding and class name; None without embeddings.
     """
 
     boxes: Tensor
@@ -44,14 +46,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class ClassWeights:
-    """What regions are scored with; rows are base classes, then novel ones.
+    """Weights that score regions; rows are base classes, then novel ones.
 
     Attributes:
         base: names of the base classes.
         novel: names of the novel classes.
         weights: (classes, dimension) of the linear classifiers.
         text: (classes, D) unit text embeddings.
-        temperature: of the softmax over cosines.
+        temperature: softmax temperature over cosines.
     """
 
     base: list[str]
@@ -62,6 +64,7 @@ class ClassWeights:
 
     @property
     def names(self) -> list[str]:
+        """Names of all classes, in the order of the rows."""
         return [*self.base, *self.novel]
 
 
@@ -71,7 +74,8 @@ def read_class_weights(
     """Join base prototypes, novel weights and text embeddings by class name.
 
     Raises:
-        LpovodError: if a class lacks one of them, or the probe is of another detector.
+        LpovodError: if a class has no text embedding, if the probe belongs to another detector, or
+            if there is neither a temperature nor CLIP's logit scale.
     """
     tensors, ident = read_tensors(detector, "base_detector")
     probes, probe_ident = read_tensors(linear_probe, "linear_probe")
@@ -82,43 +86,57 @@ def read_class_weights(
     for name in [*base, *novel]:
         if name not in rows:
             raise LpovodError(f"class {name!r} has no text embedding in {text_embeddings}")
+    temperature = settings.temperature
+    if temperature is None:
+        if text.logit_scale is None:
+            raise LpovodError(
+                f"{text_embeddings[0]} has no logit scale: its rows were read from a file. Set "
+                "evaluation.temperature"
+            )
+        temperature = 1 / text.logit_scale
     weights = np.concatenate([tensors["prototypes"], *(probes[name][None] for name in novel)])
     return ClassWeights(
         base,
         novel,
         torch.from_numpy(weights),
         torch.from_numpy(np.stack([rows[name] for name in [*base, *novel]])),
-        settings.temperature or 1 / text.logit_scale,
+        temperature,
     )
 
 
 def score_regions(
     features: RegionStore, embeddings: RegionStore | None, classes: ClassWeights
 ) -> dict[int, Scores]:
-    """Raw scores of every image.
+    """Raw scores of all images that have regions, by image id.
 
     Args:
-        features: of a split.
+        features: region features of a split.
         embeddings: CLIP's own embeddings of the same regions, for comparison.
-        classes: what to score with.
+        classes: the weights to score with.
+
+    Raises:
+        LpovodError: if `embeddings` has other boxes than `features`.
     """
     scores = {}
     for image_id in features.image_ids:
-        found = features.read(image_id)
-        if len(found) == 0:
+        regions = features.read(image_id)
+        if len(regions) == 0:
             continue
         clip = None
         if embeddings is not None:
-            true = embeddings.read(image_id)
-            if not np.array_equal(true.box, found.box):
-                raise LpovodError(f"image {image_id}: {embeddings.paths[0]} has other boxes")
-            clip = torch.from_numpy(true["embedding"]).float() @ classes.text.T
+            embedded = embeddings.read(image_id)
+            if not np.array_equal(embedded.box, regions.box):
+                raise LpovodError(
+                    f"image {image_id}: {embeddings.paths[0]} and {features.paths[0]} have "
+                    "different boxes"
+                )
+            clip = torch.from_numpy(embedded["embedding"]).float() @ classes.text.T
         scores[image_id] = Scores(
-            torch.from_numpy(found.box),
-            torch.from_numpy(found["refined"]),
-            torch.from_numpy(found.objectness),
-            (torch.from_numpy(found["feature"]).float() @ classes.weights.T).sigmoid(),
-            torch.from_numpy(found["embedding"]).float() @ classes.text.T,
+            torch.from_numpy(regions.box),
+            torch.from_numpy(regions["refined"]),
+            torch.from_numpy(regions.objectness),
+            (torch.from_numpy(regions["feature"]).float() @ classes.weights.T).sigmoid(),
+            torch.from_numpy(regions["embedding"]).float() @ classes.text.T,
             clip,
         )
     return scores
@@ -129,14 +147,15 @@ def final_scores(scores: Scores, base: int, variant: Variant) -> Tensor:
 
     Args:
         scores: raw scores of n regions.
-        base: how many of the classes are base classes; they come first.
+        base: number of base classes; they come first.
         variant: the method or an ablation.
     """
     cosine = scores.clip if variant.true_clip else scores.cosine
+    assert cosine is not None, "CLIP's own scores need its embeddings of the regions"
     clip = (cosine / variant.temperature).softmax(dim=1)
-    probe_part = torch.full((clip.shape[1],), variant.beta)
-    probe_part[:base] = 1 - variant.alpha
-    score = clip ** (1 - probe_part) * scores.sigmoid**probe_part
+    probe_weight = torch.full((clip.shape[1],), variant.beta)
+    probe_weight[:base] = 1 - variant.alpha
+    score = clip ** (1 - probe_weight) * scores.sigmoid**probe_weight
     return (score * scores.objectness[:, None] if variant.objectness else score).sqrt()
 
 
@@ -147,7 +166,7 @@ def detect(
     variant: Variant,
     settings: EvaluationSettings,
 ) -> Detections:
-    """Detections of every image: threshold, NMS within each class, the best of them.
+    """Detections of every image: threshold, NMS within each class, the best `per_image`.
 
     Args:
         scores: raw scores by image id.
@@ -157,13 +176,15 @@ def detect(
         settings: threshold, NMS and number of detections.
     """
     categories = torch.tensor(category_ids)
-    found = {}
-    for image_id, of_image in scores.items():
-        score = final_scores(of_image, base, variant)
+    detections: Detections = {}
+    for image_id, regions in scores.items():
+        score = final_scores(regions, base, variant)
         rows, classes = (score > settings.score_threshold).nonzero(as_tuple=True)
-        boxes = (of_image.refined if variant.refined else of_image.boxes)[rows]
-        kept = batched_nms(boxes, score[rows, classes], classes, settings.nms)[: settings.per_image]
-        found[image_id] = tuple(
-            t[kept].numpy() for t in (boxes, score[rows, classes], categories[classes])
+        boxes = (regions.refined if variant.refined else regions.boxes)[rows]
+        best = batched_nms(boxes, score[rows, classes], classes, settings.nms)[: settings.per_image]
+        detections[image_id] = (
+            boxes[best].numpy(),
+            score[rows, classes][best].numpy(),
+            categories[classes][best].numpy(),
         )
-    return found
+    return detections

@@ -20,24 +20,27 @@ from lpovod.formats.index import READ_ROWS, RegionIndex
 from lpovod.formats.regions import RegionStore, digest_of_shards, split_key
 from lpovod.overlaps import overlaps
 
-PROBED_PART = 8  # one in so many lists of an inverted file is searched
+LISTS_PER_PROBE = 8  # a search visits one in eight lists of an inverted file
+CANDIDATES_PER_REGION = 4  # fetched where some may be dropped or the order is only approximate
+
 Hits = tuple[np.ndarray, np.ndarray]
+"""Inner products (n,) float32, descending, and rows of the index (n,) int64."""
 
 
 def best_rows(vectors: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> list[Hits]:
-    """The rows that may be among the k of largest inner product with each vector.
+    """The k rows with the largest inner product with each vector, and all that tie with the k-th.
 
-    A float32 sum over D products of two unit vectors differs from the true one by D * 2**-24 at
-    most, whatever its order. What lies within four times that of the k-th best so far is summed
+    A float32 sum over D products of two unit vectors is at most D * 2**-24 from the true value, in
+    any order of summation. Rows within four times that distance of the k-th best so far are summed
     again in float64 and rounded, so that equal rows have equal sums.
 
     Args:
-        vectors: (q, D) float32, of unit norm, as the rows are (float16's rounding aside).
+        vectors: (q, D) float32, of unit norm, like the rows (up to float16's rounding).
         blocks: the rows in order, (n, D) float32.
-        k: how many.
+        k: number of rows.
 
     Returns:
-        For each vector inner products, descending, and rows, int64, ascending among equals: k of
+        For each vector, inner products, descending, and rows, int64, ascending among equals: k of
         them, and all that equal the k-th.
     """
     margin = np.float32(4 * vectors.shape[1] * 2.0**-24)
@@ -55,10 +58,10 @@ def best_rows(vectors: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> list
             if len(scores[query]) >= 2 * k:
                 kth = np.partition(scores[query], -k)[-k]
                 floor[query] = kth - margin
-                kept = scores[query] >= kth
-                scores[query], rows[query] = scores[query][kept], rows[query][kept]
+                best = scores[query] >= kth
+                scores[query], rows[query] = scores[query][best], rows[query][best]
         start += len(block)
-    return [_descending(*found, k) for found in zip(scores, rows, strict=True)]
+    return [_descending(*candidates, k) for candidates in zip(scores, rows, strict=True)]
 
 
 def _descending(scores: np.ndarray, rows: np.ndarray, k: int) -> Hits:
@@ -71,20 +74,20 @@ def _descending(scores: np.ndarray, rows: np.ndarray, k: int) -> Hits:
 def search_index(
     index: RegionIndex, vectors: np.ndarray, k: int, allowed: np.ndarray
 ) -> list[Hits]:
-    """The k rows of largest inner product with each vector, among the allowed ones.
+    """The k allowed rows with the largest inner product with each vector.
 
     An exact index is read once from end to end, whatever the number of vectors.
 
     Args:
-        index: what is searched.
+        index: to search.
         vectors: (q, D) float32.
-        k: how many at most.
+        k: largest number of rows.
         allowed: (rows,) bool.
 
     Returns:
-        For each vector inner products (n,) float32, descending, and rows (n,) int64.
-        Of an exact index the products are those of float64, rounded, and all rows that equal
-        the k-th are there; of the others n <= k, and they are FAISS's.
+        For each vector, inner products (n,) float32, descending, and rows (n,) int64.
+        For an exact index the products are computed in float64 and rounded, and all rows that
+        equal the k-th are included; for other indices n <= k, and the products are FAISS's.
     """
     vectors = np.ascontiguousarray(vectors, np.float32)
     if index.exact:
@@ -102,9 +105,9 @@ def _search_parts(index: RegionIndex, query: np.ndarray, k: int, allowed: np.nda
             inner = faiss.downcast_index(part.index)
             parameters = _parameters(inner, allowed[start:stop])
             products, places = inner.search(query, min(k, part.ntotal), params=parameters)
-            real = places[0] >= 0
-            scores.append(products[0][real])
-            rows.append(start + places[0][real])
+            valid = places[0] >= 0
+            scores.append(products[0][valid])
+            rows.append(start + places[0][valid])
         start = stop
     merged = np.concatenate(scores)
     best = np.argsort(-merged, kind="stable")[:k]
@@ -114,31 +117,28 @@ def _search_parts(index: RegionIndex, query: np.ndarray, k: int, allowed: np.nda
 def _parameters(inner: faiss.Index, allowed: np.ndarray) -> faiss.SearchParameters:
     selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
     if isinstance(inner, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(sel=selector, nprobe=-(-inner.nlist // PROBED_PART))
+        return faiss.SearchParametersIVF(sel=selector, nprobe=-(-inner.nlist // LISTS_PER_PROBE))
     return faiss.SearchParameters(sel=selector)
 
 
-SPARE = 4  # times K candidates, where some may be dropped or are ranked roughly
-
-
 def queries(vectors: np.ndarray, base: np.ndarray, settings: PseudoLabelsSettings) -> np.ndarray:
-    """What regions are compared with to find those of some names.
+    """Query vectors for the regions that match each name.
 
-    Text embeddings share a large part, and a region's cosine with that says how much it resembles
-    any name at all. Without it a query ranks by what is particular to the name. Ours, not the
-    paper's.
+    Text embeddings have a large component in common, and a region's cosine with that component
+    measures how much it resembles any name at all. A centred query leaves the component out and
+    ranks by what is particular to the name. This is ours, not the paper's.
 
     Args:
         vectors: (q, D) unit text embeddings of the names.
-        base: (b, D) of the base classes.
+        base: (b, D) text embeddings of the base classes.
         settings: whether queries are centred.
 
     Returns:
-        (q, D) float32, unit rows: the embeddings themselves, or what they are beyond the mean of
-        the base classes'.
+        (q, D) float32, unit rows: the embeddings themselves, or their normalised difference from
+        the mean of the base classes.
 
     Raises:
-        LpovodError: if an embedding is that mean itself.
+        LpovodError: if an embedding equals that mean.
     """
     if not settings.centred:
         return vectors
@@ -146,8 +146,8 @@ def queries(vectors: np.ndarray, base: np.ndarray, settings: PseudoLabelsSetting
     lengths = np.linalg.norm(beyond, axis=1, keepdims=True)
     if lengths.min() < 1e-6:
         raise LpovodError(
-            "a name has the embedding that the base classes have on the mean, so nothing is "
-            "particular to it. Set pseudo_labels.centred to false"
+            "the embedding of a name equals the mean of the base classes, so nothing is left of it "
+            "after centring. Set pseudo_labels.centred to false"
         )
     return beyond / lengths
 
@@ -157,38 +157,37 @@ def apart(
     near: Callable[[np.ndarray, np.ndarray], bool],
     better: Sequence[dict] = (),
 ) -> Iterator[dict]:
-    """Down the ranking, the regions that are not near a better one of their image.
+    """The regions that are not near a better region of the same image, best first.
 
     Args:
         ranked: regions, best first.
-        near: whether a box, (4,), is near those of its image that are better, (n, 4).
-        better: regions that are better than all of them.
+        near: whether a box, (4,), is near the better boxes of its image, (n, 4).
+        better: regions that rank above all of `ranked`.
     """
-    of_image: dict[int, list[np.ndarray]] = defaultdict(list)
+    by_image: dict[int, list[np.ndarray]] = defaultdict(list)
     for region in better:
-        of_image[region["image_id"]].append(corners(region["bbox"]))
+        by_image[region["image_id"]].append(corners(region["bbox"]))
     for region in ranked:
-        box, boxes = corners(region["bbox"]), of_image[region["image_id"]]
+        box, boxes = corners(region["bbox"]), by_image[region["image_id"]]
         if not (boxes and near(box, np.array(boxes))):
             boxes.append(box)
             yield region
 
 
 def check_belong(
-    embedded: Iterable[ClassEmbeddings], store: RegionStore, searched: RegionIndex, dataset: Path
+    embedded: Iterable[ClassEmbeddings], store: RegionStore, index: RegionIndex, dataset: Path
 ) -> None:
-    """Refuse text embeddings, shards, an index and a dataset that were not made from one another.
+    """Refuse text embeddings, shards, an index and a dataset that do not belong together.
 
     Raises:
-        LpovodError: naming the file and what it was made from.
+        LpovodError: naming the file and the input that differs.
     """
-    shard, made_from = store.paths[0], store.identity
+    shard, ident = store.paths[0], store.identity
     for classes in embedded:
-        check_made_from(shard, made_from, "clip_weights", classes.clip_weights)
-        check_made_from(shard, made_from, "clip_architecture", classes.clip_architecture)
-    check_made_from(shard, made_from, "dataset", Path(dataset))
-    digest = digest_of_shards(store)
-    check_made_from(searched.path, searched.identity, "region_embeddings", digest)
+        check_made_from(shard, ident, "clip_weights", classes.clip_weights)
+        check_made_from(shard, ident, "clip_architecture", classes.clip_architecture)
+    check_made_from(shard, ident, "dataset", Path(dataset))
+    check_made_from(index.path, index.identity, "region_embeddings", digest_of_shards(store))
 
 
 def top_regions(
@@ -198,46 +197,47 @@ def top_regions(
     settings: PseudoLabelsSettings,
     exact: bool = False,
 ) -> list[list[dict]]:
-    """The best regions for each of several vectors, with one pass over an exact index.
+    """The best regions for each of several vectors, in one pass over an exact index.
 
-    A limit on regions of one image may use up what was searched for: then more is asked for.
+    A limit on the regions of one image may exhaust the candidates; the search then repeats with
+    more of them.
 
     Args:
-        index: what is searched.
-        store: the shards it was made from; read only where the index is inexact.
+        index: to search.
+        store: the shards that the index was made from; read only if the index is inexact.
         vectors: (q, D) float32 of unit norm.
         settings: K, the floor, and how different the regions must be.
         exact: search the shards themselves, whatever the index.
 
     Returns:
-        For each vector at most K annotations, and the ``key`` of each; best first.
+        For each vector, at most K annotations, each with its ``key``; best first.
     """
     exact = exact or index.exact
     limited = settings.per_image is not None or settings.nms is not None
-    asked = settings.k if exact and not limited else SPARE * settings.k
+    candidates = settings.k if exact and not limited else CANDIDATES_PER_REGION * settings.k
     floor = np.float32(settings.objectness)
     allowed = index.objectness >= floor
-    taken: dict[int, list[dict]] = {}
-    while pending := [query for query in range(len(vectors)) if query not in taken]:
+    selected: dict[int, list[dict]] = {}
+    while pending := [query for query in range(len(vectors)) if query not in selected]:
         if exact and not index.exact:
             blocks = store.blocks(READ_ROWS)
             above = (b["embedding"][b.objectness >= floor].astype(np.float32) for b in blocks)
-            found = best_rows(vectors[pending], above, asked)
-            found = [(cosines, np.flatnonzero(allowed)[places]) for cosines, places in found]
+            hits = best_rows(vectors[pending], above, candidates)
+            hits = [(cosines, np.flatnonzero(allowed)[places]) for cosines, places in hits]
         else:
-            found = search_index(index, vectors[pending], asked, allowed)
-        for query, (cosines, rows) in zip(pending, found, strict=True):
+            hits = search_index(index, vectors[pending], candidates, allowed)
+        for query, (cosines, rows) in zip(pending, hits, strict=True):
             if not exact:
                 cosines = _cosines(store, index.keys[rows], vectors[query])
-            regions = _take(_ranked(index, rows, cosines)[:asked], settings)
-            if len(regions) == settings.k or len(rows) < asked:
-                taken[query] = regions
-        asked *= SPARE
-    return [taken[query] for query in range(len(vectors))]
+            regions = _take(_ranked(index, rows, cosines)[:candidates], settings)
+            if len(regions) == settings.k or len(rows) < candidates:
+                selected[query] = regions
+        candidates *= CANDIDATES_PER_REGION
+    return [selected[query] for query in range(len(vectors))]
 
 
 def _cosines(store: RegionStore, keys: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """Summed in float64 and rounded, as an exact search does it."""
+    """Summed in float64 and rounded, as in an exact search."""
     image_ids, places = split_key(keys)
     content = {i: store.read(i, ["embedding"]) for i in np.unique(image_ids).tolist()}
     cosines = [
@@ -248,7 +248,7 @@ def _cosines(store: RegionStore, keys: np.ndarray, vector: np.ndarray) -> np.nda
 
 
 def _ranked(index: RegionIndex, rows: np.ndarray, cosines: np.ndarray) -> list[dict]:
-    """Annotations by cosine and key."""
+    """Annotations in the order of cosine, descending, then key."""
     regions = []
     for place in np.lexsort((index.keys[rows], -cosines)).tolist():
         row = rows[place]
@@ -267,7 +267,7 @@ def _ranked(index: RegionIndex, rows: np.ndarray, cosines: np.ndarray) -> list[d
 
 
 def _take(ranked: list[dict], settings: PseudoLabelsSettings) -> list[dict]:
-    """The first K regions, without those that come too close to a better one of their image."""
+    """The first K regions, without those too close to a better region of their image."""
 
     def near(box: np.ndarray, better: np.ndarray) -> bool:
         full = settings.per_image is not None and len(better) >= settings.per_image

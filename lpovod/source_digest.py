@@ -1,8 +1,9 @@
-"""What a program's code means: a digest of all modules it imports, without comments.
+"""Digest of the meaning of a program: its code and all modules it imports, without comments.
 
-A stage is stale when the meaning of its code has changed, not its bytes: a comment, a docstring,
-another layout of the lines or a touched file changes nothing. The modules are derived from the
-imports, so no list has to be kept. Used while the workflow's graph is built: nothing heavy here.
+A stage becomes stale when the meaning of its code changes, not its bytes: a new comment or
+docstring, other line breaks or a touched file change nothing. The modules are derived from the
+imports, so nobody maintains a list. The workflow calls this while it builds its graph, so nothing
+heavy is imported.
 """
 
 import ast
@@ -14,18 +15,18 @@ PACKAGES = ("lpovod", "workflow_scripts")
 
 NEUTRAL = frozenset(
     {
-        "lpovod.progress",  # what is printed
-        "lpovod.exceptions",  # how errors are worded
-        "lpovod.catalogue",  # addresses; digests of what they hold are params of their own
-        "lpovod.config",  # values of the settings are params of their own
-        "workflow_scripts",  # how a command line becomes a call
+        "lpovod.progress",  # shapes only the printed lines
+        "lpovod.exceptions",  # shapes only error messages
+        "lpovod.catalogue",  # addresses; rules pass the digests as params
+        "lpovod.config",  # rules pass the values of the settings as params
+        "workflow_scripts",  # turns a command line into a call
     }
 )
-"""Modules that shape no result; what they import does not count on their account."""
+"""Modules that shape no result; their own imports are not followed."""
 
 
 def source_digest(script: Path, root: Path = Path()) -> str:
-    """Digest of the meaning of a program and of every module of this project that it imports.
+    """Digest of the meaning of a program and of every project module that it imports.
 
     Args:
         script: the program, relative to `root`.
@@ -36,19 +37,20 @@ def source_digest(script: Path, root: Path = Path()) -> str:
 
 
 def source_files(script: Path, root: Path = Path()) -> set[Path]:
-    """The files that `source_digest` is of, relative to `root`."""
-    files, waiting = set(), [Path(script)]
+    """The files that `source_digest` covers, relative to `root`."""
+    files: set[Path] = set()
+    waiting = [Path(script)]
     while waiting:
         path = waiting.pop()
         if path not in files:
             files.add(path)
-            waiting += [m for m in _imports(root / path, root) if m not in files]
+            waiting += [file for file in _imports(root / path, root) if file not in files]
     return files
 
 
 def _imports(path: Path, root: Path) -> list[Path]:
-    ours = [n for n in _read(path, path.stat().st_mtime_ns)[0] if n not in NEUTRAL]
-    return [file for name in ours if (file := _file(name, root)) is not None]
+    names = [n for n in _read(path, path.stat().st_mtime_ns)[0] if n not in NEUTRAL]
+    return [file for name in names if (file := _file(name, root)) is not None]
 
 
 def _meaning(path: Path) -> str:
@@ -57,19 +59,19 @@ def _meaning(path: Path) -> str:
 
 @cache
 def _read(path: Path, mtime: int) -> tuple[list[str], str]:
-    """What a file imports of this project, and the digest of its meaning; read once for all."""
+    """The project modules that a file imports, and the digest of its meaning; cached."""
     tree = ast.parse(path.read_text())
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # What is imported from a package may be a module or a name in it.
+            # A name imported from a package may be a module.
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         if isinstance(body := getattr(node, "body", None), list):
             node.body = [s for s in body if not _is_docstring(s)]  # type: ignore[attr-defined]
-    ours = [name for name in names if name.split(".")[0] in PACKAGES]
-    return ours, hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    modules = [name for name in names if name.split(".")[0] in PACKAGES]
+    return modules, hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 def _file(module: str, root: Path) -> Path | None:
@@ -81,7 +83,7 @@ def _file(module: str, root: Path) -> Path | None:
 
 
 def _is_docstring(statement: ast.AST) -> bool:
-    """Strings that are statements: docstrings, and those beside constants."""
+    """Whether a statement is a mere string: a docstring, or the description of a constant."""
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)

@@ -22,6 +22,16 @@ from lpovod.formats.coco import CocoDataset
 
 MEAN = (122.770935, 116.74601, 104.093735)
 STD = (68.500534, 66.63216, 70.323166)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What is subtracted from pixels, red, green and blue in 0 ... 255, and what divides them."""
+
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+
 PAD_TO = 32
 
 WEIGHT_BITS = 11
@@ -117,18 +127,27 @@ def _taps(old: int, new: int) -> tuple[Tensor, Tensor, Tensor]:
     return before.clamp(0, last), (before + 1).clamp(0, last), weights.round().int()
 
 
-def batch(views: list[LoadedView], device: str, pad_with_black: bool = False) -> Tensor:
+def batch(
+    views: list[LoadedView],
+    device: str,
+    normalisation: Normalisation,
+    pad_with_black: bool = False,
+) -> Tensor:
     """Normalised images, (n, 3, H, W) float32, padded right and below to a multiple of 32.
 
     Args:
         views: what to show.
         device: where the batch goes.
+        normalisation: of the network, that of its backbone.
         pad_with_black: pad before normalising, as the original does in its tests, instead of with
             zeros after it, as in its training.
     """
     # Of several ranks' batches all get the size of the largest: norms see the padding, too.
     height, width = largest([max(v.pixels.shape[side] for v in views) for side in (1, 2)])
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = (
+        torch.tensor(v, device=device).view(3, 1, 1)
+        for v in (normalisation.mean, normalisation.std)
+    )
     images = torch.zeros(len(views), 3, padded(height), padded(width), device=device)
     if pad_with_black:
         images += -mean / std

@@ -1,6 +1,7 @@
 """Small inputs that several tests share: a drawn world of a few images and a tiny random CLIP."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,14 @@ TINY_CLIP = {
 }
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch) -> pytest.LogCaptureFixture:
+    """What the library logs, even after a test that sent it to standard error."""
+    monkeypatch.setattr(logging.getLogger("lpovod"), "propagate", True)
+    caplog.set_level(logging.INFO, "lpovod")
+    return caplog
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,7 @@ def wait_until(
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Digest of every artefact below results/, by its path there."""
+    """Digest of every artifact below results/, by its path there."""
     return {
         str(path.relative_to(folder)): sha256(path)
         for part in ("safetensors", "h5", "json", "jsonl", "index", "jpg")
@@ -98,14 +98,23 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def install(packages: dict[str, str]) -> None:
-    """Install Debian packages, by the programs they bring; where that cannot be, skip the test."""
+    """Install the Debian packages whose programs are missing; skip the test where that cannot be.
+
+    A test run changes the machine only under CI (variable CI) or when asked (LPOVOD_INSTALL=1).
+
+    Args:
+        packages: by the name of a program that each of them brings.
+    """
     missing = [package for program, package in packages.items() if not shutil.which(program)]
     if not missing:
         return
+    named = ", ".join(missing)
+    if not os.environ.get("CI") and os.environ.get("LPOVOD_INSTALL") != "1":
+        pytest.skip(f"needs {named}: install them, or set LPOVOD_INSTALL=1 to let the test do it")
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        pytest.skip(f"needs {', '.join(missing)}, or root and apt-get to install them")
+        pytest.skip(f"needs {named}, or root and apt-get to install them")
     subprocess.run(["apt-get", "update", "-qq"], capture_output=True)
     command = ["apt-get", "install", "-qq", "--no-install-recommends", *missing]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        pytest.skip(f"{', '.join(missing)} cannot be installed: {done.stderr[-300:]}")
+        pytest.skip(f"{named} cannot be installed: {done.stderr[-300:]}")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from lpovod.config import (
@@ -17,11 +18,13 @@ from lpovod.config import (
     TrainingSettings,
 )
 from lpovod.distributed import BatchNorm2d, add_up_gradients, join, rank, ranks, total
+from lpovod.networks.timm_backbone import share_statistics
 from lpovod.stages.base_detector import train_base_detector
 from lpovod.stages.proposal_network import train_proposal_network
 from lpovod.training import train
 
 BACKBONE = BackboneSettings(channels=16, long_side=120)
+TIMM = BackboneSettings(architecture="timm:test_efficientnet", channels=16, long_side=120)
 STEP = TrainingSettings(
     epochs=1,
     images_per_step=4,  # of three images
@@ -33,13 +36,24 @@ STEP = TrainingSettings(
 )
 
 
-def learn_proposals(data: Path, output: Path, schedule: TrainingSettings = STEP) -> None:
+def learn_proposals(
+    data: Path,
+    output: Path,
+    schedule: TrainingSettings = STEP,
+    backbone: BackboneSettings = BACKBONE,
+    stem: str = "proposals",
+) -> None:
     """One step of the proposal network, in double precision: rounding must not flip a ReLU."""
     settings = ProposalsSettings(box_iou=0.3, samples_per_image=20, training=schedule)
-    outputs = [output / f"proposals.{name}" for name in ("state", "safetensors", "jsonl")]
+    outputs = [output / f"{stem}.{name}" for name in ("checkpoint", "safetensors", "jsonl")]
     torch.set_default_dtype(torch.float64)
-    train_proposal_network(data / "train.json", BACKBONE, settings, 0, outputs[0], "", *outputs[1:])
+    train_proposal_network(data / "train.json", backbone, settings, 0, outputs[0], "", *outputs[1:])
     torch.set_default_dtype(torch.float32)
+
+
+def learn_with_timm(data: Path, output: Path, schedule: TrainingSettings = STEP) -> None:
+    """One step of the proposal network on a model of timm's, with norms that have activations."""
+    learn_proposals(data, output, schedule, TIMM, "timm")
 
 
 def learn_detector(data: Path, output: Path, schedule: TrainingSettings = STEP) -> None:
@@ -53,14 +67,14 @@ def learn_detector(data: Path, output: Path, schedule: TrainingSettings = STEP) 
         distillation_regions=3,
     )
     shards = [data / f"{number}.h5" for number in range(2)]
-    outputs = [output / f"base_detector.{name}" for name in ("state", "safetensors", "jsonl")]
+    outputs = [output / f"base_detector.{name}" for name in ("checkpoint", "safetensors", "jsonl")]
     network = data / "proposals.safetensors"
     train_base_detector(
         data / "train.json", shards, network, BACKBONE, settings, 0, outputs[0], "", *outputs[1:]
     )
 
 
-def fit(state: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+def fit(checkpoint: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
     """Four epochs of a small regression with a norm; optionally ends abruptly in one of them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 1), BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 1))
@@ -78,7 +92,7 @@ def fit(state: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
     schedule = TrainingSettings(
         epochs=4, images_per_step=7, learning_rate=0.02, milestones=[3], warmup_steps=3
     )
-    train(model, losses, batches, 3, schedule, state, "a")
+    train(model, losses, batches, 3, schedule, checkpoint, "a")
     return model.state_dict()
 
 
@@ -92,6 +106,13 @@ def normalise(images: torch.Tensor, weights: torch.Tensor, norm: nn.Module) -> d
     return found | {"of_bias": norm.bias.grad} | norm.state_dict()
 
 
+def norm_with_activation() -> nn.Module:
+    """timm's norm and ReLU, made to share its statistics."""
+    norm = BatchNormAct2d(3)
+    share_statistics(norm)
+    return norm
+
+
 def two_ranks(folder: Path) -> None:
     """Everything that is compared, on this rank's part of the inputs."""
     join("cpu")
@@ -100,11 +121,14 @@ def two_ranks(folder: Path) -> None:
     part = slice(0, 1) if rank() == 0 else slice(1, None)
     found = normalise(inputs["images"][part], inputs["weights"][part], BatchNorm2d(3))
     torch.save(found, folder / f"norm.{rank()}.pt")
+    found = normalise(inputs["images"][part], inputs["weights"][part], norm_with_activation())
+    torch.save(found, folder / f"norm_with_activation.{rank()}.pt")
     learn_proposals(folder, folder / "two")
+    learn_with_timm(folder, folder / "two")
     learn_detector(folder, folder / "two")
-    torch.save(fit(folder / "one_then_two.state"), folder / f"one_then_two.{rank()}.pt")
+    torch.save(fit(folder / "one_then_two.checkpoint"), folder / f"one_then_two.{rank()}.pt")
     try:
-        fit(folder / "two_then_one.state", stop_at=2)
+        fit(folder / "two_then_one.checkpoint", stop_at=2)
     except KeyboardInterrupt:
         return
 

@@ -42,7 +42,7 @@ from lpovod.networks.rpn import Outputs, make_anchors, rpn_proposals
 from lpovod.scoring import Scores, detect, final_scores
 from lpovod.stages.base_detector import training_losses
 from lpovod.training import train
-from lpovod.views import MEAN, STD, LoadedView, View, apply_view, batch, padded
+from lpovod.views import MEAN, STD, LoadedView, Normalisation, View, apply_view, batch, padded
 
 IMAGE_IDS = {"A": 101, "B": 202}
 SIZES = {"A": (480, 640), "B": (427, 640)}  # height, width
@@ -235,14 +235,14 @@ def statistics(values: Tensor) -> np.ndarray:
 def preprocessing(name: str) -> Arrays:
     """How the image and its boxes are shown in tests and in training."""
     test, training = inference_view(name), training_view(name)
-    tensor = batch([test], "cpu", pad_with_black=True)[0]
+    tensor = batch([test], "cpu", Normalisation(), pad_with_black=True)[0]
     every_byte = LoadedView(test.view, torch.arange(256).byte().expand(3, 1, 256), test.scale)
     pixels = torch.zeros(tensor.shape, dtype=torch.uint8)
     pixels[:, : test.pixels.shape[1], : test.pixels.shape[2]] = test.pixels
     found = {
         "mean": np.array(MEAN, np.float32),
         "std": np.array(STD, np.float32),
-        "lut_rgb": batch([every_byte], "cpu")[0, :, 0, :256],
+        "lut_rgb": batch([every_byte], "cpu", Normalisation())[0, :, 0, :256],
         f"{name}_test_u8": pixels.permute(1, 2, 0),
         f"{name}_test_sha256": hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
         f"{name}_test_stats": np.stack([statistics(channel)[:4] for channel in tensor]),
@@ -324,7 +324,7 @@ def region_outputs(name: str, model: Detector, pyramid: list[Tensor], view: Load
         f"{name}_cls_logits_base": outputs.feature @ model.prototypes.T,
         f"{name}_cls_logits_novel": outputs.feature @ novel_weights().T,
         f"{name}_bbox_deltas": outputs.deltas,
-        f"{name}_decoded_resized": refine(boxes, outputs.deltas, torch.ones(2), (width, height)),
+        f"{name}_decoded_resized": refine(boxes, outputs.deltas, torch.ones(2), (height, width)),
         f"{name}_image_softmax": (cosine / 0.01).softmax(dim=1),
     }
 
@@ -350,11 +350,10 @@ def raw_scores(
         probe: whether there are novel weights.
     """
     outputs = model.extract(model.pool(pyramid, [boxes]))
-    height, width = size
     novel = (outputs.feature @ novel_weights().T).sigmoid()
     return Scores(
         boxes=boxes / view.scale.repeat(2),
-        refined=refine(boxes, outputs.deltas, view.scale, (width, height)),
+        refined=refine(boxes, outputs.deltas, view.scale, size),
         objectness=objectness,
         sigmoid=torch.cat(
             [
@@ -403,7 +402,7 @@ def all_detections(name: str, model: Detector, pyramid: list[Tensor], view: Load
 def evaluation_arrays(name: str, model: Detector) -> Arrays:
     """Every array of the evaluation mode for image A or B, as `<file>/<array>`."""
     view = inference_view(name)
-    maps = model.backbone(batch([view], "cpu", pad_with_black=True))
+    maps = model.backbone(batch([view], "cpu", Normalisation(), pad_with_black=True))
     pyramid = model.neck(maps)
     parts = {
         "preprocess": preprocessing(name),
@@ -476,14 +475,14 @@ def proposed_in_order_of(recorded: list[np.ndarray]) -> Iterator[None]:
 
 
 def training_step(
-    model: Detector, order: list[np.ndarray], state: Path
+    model: Detector, order: list[np.ndarray], checkpoint: Path
 ) -> tuple[Arrays, dict[str, float]]:
     """One step of base training on A and B: losses, gradients, weights and statistics after it.
 
     Args:
         model: as `build_detector` returns it; it is changed.
         order: the recorded proposals of the RPN, for their order alone.
-        state: a file for the loop's state; it is removed.
+        checkpoint: a file for the loop's; it is removed.
 
     Returns:
         arrays as `train_base/<array>`, and the norm of each parameter's gradient before clipping,
@@ -516,10 +515,10 @@ def training_step(
             lambda epoch, step: [views],
             1,
             schedule,
-            state,
+            checkpoint,
             "",
         )
-    state.unlink()
+    checkpoint.unlink()
     norms = {k: float(np.linalg.norm(g.astype(np.float64))) for k, g in gradients.items()}
     found = {f"loadprops_{theirs}": np.array(history[ours]) for ours, theirs in LOSSES.items()}
     found["loadprops_loss_total"] = sum(found.values())

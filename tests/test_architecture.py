@@ -130,8 +130,8 @@ def test_the_light_rooms_import_neither_torch_nor_faiss():
         ("workflow_scripts.region_index", ("torch",)),
         ("workflow_scripts.dataset", ("torch", "faiss")),
         ("workflow_scripts.report", ("torch", "faiss")),
-        ("workflow_scripts.base_detector", ("faiss",)),
-        ("workflow_scripts.region_features", ("faiss",)),
+        pytest.param("workflow_scripts.base_detector", ("faiss",), marks=pytest.mark.slow),
+        pytest.param("workflow_scripts.region_features", ("faiss",), marks=pytest.mark.slow),
         # What rules/common.smk imports while the graph is built.
         ("lpovod.config, lpovod.source_digest, lpovod.measures.ablations", ("torch", "faiss")),
         ("lpovod.apps.main", ("torch", "faiss", "tyro", "numpy")),

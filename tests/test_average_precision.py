@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def test_results_are_xywh():
 
 
 def printed(table: str) -> dict[str, str]:
-    """The last column by what stands before it."""
+    """The last column by the columns before it."""
     return {line[:32].strip(): line[32:].strip() for line in table.splitlines()}
 
 
@@ -150,7 +151,7 @@ def submitted(made_up, tmp_path):
     return path, file, results
 
 
-def test_anybody_s_detections_get_pycocotools_numbers(submitted):
+def test_any_detector_s_results_get_pycocotools_numbers(submitted):
     path, file, results = submitted
     expected, found = reference(path, results), printed(score_table(path, file))
     assert {
@@ -193,8 +194,8 @@ def test_a_split_is_named_where_the_categories_have_none(submitted):
         ({"image_id": 99}, "detection 0: .* has no image 99"),
         ({"bbox": [1, 2, 3]}, "detection 0 is not of the form"),
         ({"score": "high"}, "detection 0 is not of the form"),
-        ({"score": float("nan")}, "detection 0: bbox or score is no possible value"),
-        ({"bbox": [1, 2, -3, 4]}, "detection 0: bbox or score is no possible value"),
+        ({"score": float("nan")}, "detection 0: impossible value of bbox or score"),
+        ({"bbox": [1, 2, -3, 4]}, "detection 0: impossible value of bbox or score"),
     ],
 )
 def test_detections_of_another_form_are_refused(submitted, change, message):
@@ -206,7 +207,7 @@ def test_detections_of_another_form_are_refused(submitted, change, message):
 
 def test_the_command_line(submitted):
     path, file, _ = submitted
-    command = ["lpovod", "score", "--ground-truth", str(path)]
+    command = [sys.executable, "-m", "lpovod.apps.main", "score", "--ground-truth", str(path)]
     done = subprocess.run(
         [*command, "--detections", str(file)], capture_output=True, text=True, check=True
     )

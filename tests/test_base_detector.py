@@ -19,7 +19,7 @@ from lpovod.stages.base_detector import (
     sample_regions,
     training_losses,
 )
-from lpovod.views import View, apply_view, batch
+from lpovod.views import Normalisation, View, apply_view, batch
 
 GOLDENS = Path("../shared/data/goldens")
 SMALL = BackboneSettings(channels=16)
@@ -114,6 +114,7 @@ def test_regions_come_from_the_rpn_or_from_the_proposals(regions):
     found = training_losses(model, data, [view], {7: 0}, settings, "cpu")
     own = {"rpn_classification", "rpn_box"} if regions == "rpn" else set()
     assert set(found) == {"classification", "box", "distillation"} | own
-    imitated = model.embed(model.pool(model.pyramid(batch([view], "cpu")), [torch.tensor(boxes)]))
+    pyramid = model.pyramid(batch([view], "cpu", Normalisation()))
+    imitated = model.embed(model.pool(pyramid, [torch.tensor(boxes)]))
     distance = (imitated - torch.tensor(embedding)).abs().mean()
     assert float(found["distillation"].detach()) == pytest.approx(256 * float(distance), rel=1e-4)

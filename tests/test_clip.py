@@ -339,6 +339,7 @@ def _refusal(error):
     return next(words for words in ENTRIES if words in str(error))
 
 
+@pytest.mark.slow
 def test_every_pretrained_entry_is_preprocessed_as_by_open_clip_or_refused(open_clip_s):
     counts, unlike_openai = Counter(), 0
     for architecture, tag in open_clip.list_pretrained():
@@ -439,7 +440,7 @@ def test_missing_and_foreign_keys_are_named(tiny):
     torch.save(state, source.weights)
     with pytest.raises(LpovodError) as error:
         load_clip(source)
-    for words in ("tiny.pt", "missing: visual.proj", "not of this architecture: visual.stray"):
+    for words in ("tiny.pt", "missing: visual.proj", "not in this architecture: visual.stray"):
         assert words in str(error.value)
 
 

@@ -42,7 +42,7 @@ def test_the_settings_are_the_original_s():
     assert {key: training[key] for key in original} == original
     detector = config.base_detector
     assert detector.regions == "rpn"
-    assert (detector.samples_per_image, detector.positives) == (512, 0.25)
+    assert (detector.samples_per_image, detector.positive_fraction) == (512, 0.25)
     assert (detector.head_convolutions, detector.dimension) == (4, 1024)
     assert (detector.finest_scale, detector.sampling_ratio) == (56, 0)
     assert detector.distillation_weight == 256
@@ -61,7 +61,8 @@ def test_the_settings_are_the_original_s():
     assert (evaluation.score_threshold, evaluation.nms) == (0.05, 0.5)
     proposals = config.proposals
     assert (proposals.training.epochs, proposals.training.milestones) == (8, [6, 7])
-    assert (proposals.box_iou, proposals.samples, proposals.per_level) == (0.7, 256, 2000)
+    assert (proposals.box_iou, proposals.samples_per_image) == (0.7, 256)
+    assert proposals.per_level == 2000
 
 
 def test_classes_are_checked_before_the_annotations_are_there():

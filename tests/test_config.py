@@ -46,6 +46,8 @@ def test_the_default_is_valid():
         ("text_embeddings.templates", ["a photo"], "must contain {} once"),
         ("clip.weights", "nowhere.pt", "nowhere.pt: no such file"),
         ("backbone.weights", "none.pth", "backbone.weights: none.pth: no such file"),
+        ("backbone.architecture", "resnet_50", "allowed are small, .*did you mean resnet50?"),
+        ("backbone.architecture", "timm:", "allowed are small, .*and timm:NAME"),
         ("dataset.source", "voc", "dataset.source = 'voc': .*'miniature' or 'coco'"),
         ("seed", -1, "seed = -1"),
     ],
@@ -53,6 +55,11 @@ def test_the_default_is_valid():
 def test_what_is_wrong_is_named(path, value, message):
     with pytest.raises(LpovodError, match=message):
         load_config(changed(path, value))
+
+
+def test_a_backbone_of_timm_s_is_looked_up_when_it_is_built():
+    content = changed("backbone", {"architecture": "timm:resnet18", "weights": None})
+    assert load_config(content).backbone.architecture == "timm:resnet18"
 
 
 def test_a_novel_class_must_be_annotated_in_the_validation_images(tmp_path):
@@ -83,9 +90,12 @@ def test_slugs():
 
 def test_no_heavy_import_while_the_graph_is_built():
     """torch takes seconds to import, and the graph is built on every call of snakemake."""
-    program = "import sys, lpovod.config, lpovod.measures.ablations; print('torch' in sys.modules)"
+    program = (
+        "import sys, lpovod.config, lpovod.measures.ablations;"
+        "print({'torch', 'timm'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_the_documentation_is_current():

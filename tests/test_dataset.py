@@ -94,7 +94,7 @@ def test_files_on_disk_are_used_in_place(coco, tmp_path):
     ("spoil", "message"),
     [
         (lambda c: c.pop("images"), "has no list 'images'"),
-        (lambda c: c["images"].append(c["images"][0]), "image id 900000000000 stands there twice"),
+        (lambda c: c["images"].append(c["images"][0]), "image id 900000000000 appears twice"),
         (lambda c: c["images"][1].pop("width"), "image 900000000001 has no 'width'"),
         (lambda c: c["annotations"][0].update(image_id=5), "annotation 10 names image 5"),
         (lambda c: c["annotations"][0].update(category_id=5), "annotation 10 names category 5"),

@@ -38,7 +38,7 @@ PIXELS, SCORE, RELATIVE = 0.05, 1e-4, 1e-4
 GRADIENT_NORM, GRADIENT = 2e-3, 2e-2
 """Relative. The gradient of ReLU jumps, and rounding decides for values at the jump."""
 
-UNORDERED = ("top50", "_dets", "base/train_proposal_network")
+UNORDERED = ("top50", "_dets", "base/train_proposals")
 """Boxes with scores, best first: equal scores have no order."""
 
 SAMPLED = ("base/rpn_", "base/roi_")
@@ -88,8 +88,8 @@ def evaluated() -> dict[str, np.ndarray]:
 def trained(tmp_path_factory) -> dict[str, np.ndarray]:
     recorded = np.load(FILE)
     order = [recorded[f"train_base/train_proposals_{number}"] for number in (0, 1)]
-    state = tmp_path_factory.mktemp("step") / "state"
-    arrays, norms = training_step(build_detector(), order, state)
+    checkpoint = tmp_path_factory.mktemp("step") / "checkpoint"
+    arrays, norms = training_step(build_detector(), order, checkpoint)
     return arrays | {f"gradient_norms/{key}": np.array(norm) for key, norm in norms.items()}
 
 
@@ -165,6 +165,7 @@ def test_images_and_boxes_are_shown_as_in_the_original(original):
     compare(found, original, "preprocess/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["features", "rpn", "roi", "detections"])
 def test_an_evaluated_image_is_the_original_s(evaluated, original, file):
     compare(evaluated, original, f"{file}/")
@@ -172,6 +173,7 @@ def test_an_evaluated_image_is_the_original_s(evaluated, original, file):
         assert all(len(evaluated[f"detections/A_{kind}_dets"]) == 100 for kind in ("base", "ft"))
 
 
+@pytest.mark.slow
 def test_a_training_step_is_the_original_s(trained, original):
     """Losses, gradients, and weights and running statistics after one step of the loop."""
     compare(trained, original, "train_base/", "gradient_norms/")

@@ -1,4 +1,5 @@
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +229,7 @@ def test_a_limit_is_kept_where_one_image_has_all_that_is_near(tmp_path):
     assert [a["image_id"] for a in labels] == [9, 300, 4]
 
 
-def test_an_index_that_is_not_exact_states_its_recall(tmp_path, capsys):
+def test_an_index_that_is_not_exact_states_its_recall(tmp_path, logged):
     exact = make(tmp_path / "a", images=80).run(50)
     assert "recall" not in exact["info"]
     rough = make(tmp_path / "b", images=80, factory="IVF32,PQ2x4").run(50)
@@ -236,7 +237,7 @@ def test_an_index_that_is_not_exact_states_its_recall(tmp_path, capsys):
     recall = len(pairs[0] & pairs[1]) / 50
     assert rough["info"]["recall"] == recall
     assert 0 < recall < 1
-    assert f"recall {recall:.3f} of the exact top 50" in capsys.readouterr().err
+    assert f"recall {recall:.3f} of the exact top 50" in logged.text
 
 
 def test_the_floor_itself_is_above_the_floor(tmp_path):
@@ -245,15 +246,21 @@ def test_the_floor_itself_is_above_the_floor(tmp_path):
     assert len(data.run(100, floor)["annotations"]) == 5
 
 
-def test_fewer_than_k_regions_are_kept_with_a_warning(tmp_path, capsys):
+def test_fewer_than_k_regions_are_kept_with_a_warning(tmp_path, logged):
     data = make(tmp_path)
     floor = float(np.sort(data.objectness)[-5])
     best, _ = data.dense(5, floor)
     labels = data.run(6, floor)["annotations"]
     assert [a["image_id"] for a in labels] == [data.rows[n][0] for n in best]
-    assert "WARNING: class 'traffic light': 5 regions instead of 6" in capsys.readouterr().err
+    (warning,) = warnings(logged)
+    assert warning.startswith("class 'traffic light': 5 regions instead of 6")
+    logged.clear()
     data.run(5, floor)
-    assert "WARNING" not in capsys.readouterr().err
+    assert warnings(logged) == []
+
+
+def warnings(logged) -> list[str]:
+    return [r.getMessage() for r in logged.records if r.levelno >= logging.WARNING]
 
 
 def test_no_region_above_the_floor_is_an_error(tmp_path):

@@ -22,9 +22,9 @@ SETTINGS = RegionEmbeddingsSettings(shards=1, batch_size=7)
 
 
 def embed(world, clip, output, settings=SETTINGS, shard=0):
-    state, code = output.with_suffix(".checkpoint"), "a"
-    embed_regions(world.dataset, world.proposals, clip, settings, shard, state, code, output)
-    assert not state.exists()
+    checkpoint, code = output.with_suffix(".checkpoint"), "a"
+    embed_regions(world.dataset, world.proposals, clip, settings, shard, checkpoint, code, output)
+    assert not checkpoint.exists()
     return RegionStore(output, "region_embeddings")
 
 
@@ -166,7 +166,7 @@ def fails_before_clip_is_loaded(world, tmp_path, message, **changed):
             clip=nowhere,
             settings=SETTINGS,
             shard=0,
-            state=tmp_path / "s.checkpoint",
+            checkpoint=tmp_path / "s.checkpoint",
             code="",
             output=tmp_path / "s.h5",
         )
@@ -238,25 +238,25 @@ SMALL_BLOCKS = RegionEmbeddingsSettings(shards=1, batch_size=1)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 150])
-def test_a_killed_shard_goes_on_after_its_last_whole_block(world, tiny_clip, tmp_path, capsys, cut):
-    """The state may end anywhere within a block; `cut` bytes of its end are missing."""
+def test_a_killed_shard_resumes_after_its_last_whole_block(world, tiny_clip, tmp_path, logged, cut):
+    """The checkpoint may end anywhere within a block; `cut` bytes of its end are missing."""
     images = tmp_path / "images" / "train"
     whole = embed(world, tiny_clip, tmp_path / "whole.h5", SMALL_BLOCKS).paths[0]
     (images / "000041.png").rename(tmp_path / "41.png")
     with pytest.raises(LpovodError, match="image 41"):
         embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
     assert not (tmp_path / "s.h5").exists()
-    state = tmp_path / "s.checkpoint"
-    state.write_bytes(state.read_bytes()[: -cut or None])
+    checkpoint = tmp_path / "s.checkpoint"
+    checkpoint.write_bytes(checkpoint.read_bytes()[: -cut or None])
     (tmp_path / "41.png").rename(images / "000041.png")
     (images / "000003.png").unlink()  # is not needed any more
     (images / "000007.png").unlink()
     embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
-    assert f"resuming after {13 if cut else 19} regions" in capsys.readouterr().err
+    assert f"resuming after {13 if cut else 19} regions" in logged.text
     assert (tmp_path / "s.h5").read_bytes() == whole.read_bytes()
 
 
-def test_a_state_of_another_run_is_not_gone_on_from(world, tiny_clip, tmp_path, capsys):
+def test_a_checkpoint_of_another_run_is_not_resumed(world, tiny_clip, tmp_path, logged):
     (tmp_path / "images" / "train" / "000041.png").rename(tmp_path / "41.png")
     with pytest.raises(LpovodError, match="image 41"):
         embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
@@ -264,11 +264,11 @@ def test_a_state_of_another_run_is_not_gone_on_from(world, tiny_clip, tmp_path, 
     other = RegionEmbeddingsSettings(shards=1, batch_size=1, scales=[1.0])
     fresh = embed(world, tiny_clip, tmp_path / "fresh.h5", other).paths[0].read_bytes()
     embed(world, tiny_clip, tmp_path / "s.h5", other)
-    assert "s.resume belongs to other settings" in capsys.readouterr().err
+    assert "s.checkpoint has other settings, inputs or code: starting from" in logged.text
     assert (tmp_path / "s.h5").read_bytes() == fresh
 
 
-def test_bad_images_are_recorded_and_skipped_when_asked_for(world, tiny_clip, tmp_path, capsys):
+def test_bad_images_are_recorded_and_skipped_when_asked_for(world, tiny_clip, tmp_path, logged):
     good = embed(world, tiny_clip, tmp_path / "good.h5")
     images = tmp_path / "images" / "train"
     (images / "000041.png").write_bytes((images / "000041.png").read_bytes()[:500])
@@ -278,14 +278,13 @@ def test_bad_images_are_recorded_and_skipped_when_asked_for(world, tiny_clip, tm
     write_proposals(world.proposals, world.dataset, boxes, world.objectness)
     settings = RegionEmbeddingsSettings(shards=1, batch_size=7, bad_images="skip")
     store = embed(world, tiny_clip, tmp_path / "s.h5", settings)
-    log = capsys.readouterr().err
     assert store.image_ids == good.image_ids
     assert sorted(store.skipped) == [3, 20, 41]
     for image_id, message in ((3, "no such file"), (20, r"500.0"), (41, "cannot be decoded")):
         assert store.count(image_id) == 0
         assert message in store.skipped[image_id]
-        assert f"skipped: {store.skipped[image_id]}" in log
-    assert "3 images were skipped" in log
-    assert "1 images have no proposals: 900" in log
+        assert f"skipped: {store.skipped[image_id]}" in logged.text
+    assert "3 images were skipped" in logged.text
+    assert "1 images have no proposals: 900" in logged.text
     np.testing.assert_allclose(store.read(7)["embedding"], good.read(7)["embedding"], atol=1e-3)
     assert good.skipped == {}

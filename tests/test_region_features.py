@@ -13,7 +13,7 @@ from lpovod.formats.coco import read_dataset
 from lpovod.formats.regions import RegionStore
 from lpovod.networks.detector import Detector
 from lpovod.stages.region_features import extract_retrieved, extract_split
-from lpovod.views import View, apply_view, batch
+from lpovod.views import Normalisation, View, apply_view, batch
 
 BACKBONE = BackboneSettings(channels=16, short_side=96, long_side=128)
 HEADS = BaseDetectorSettings(
@@ -38,9 +38,8 @@ def directly(model, data, image_id, boxes):
     """Features, embeddings and refined boxes of one image, alone in its batch."""
     shown = apply_view(data.load(image_id), View(image_id, 96, 128))
     given = shown.to_view(boxes)
-    outputs = model.extract(
-        model.pool(model.pyramid(batch([shown], "cpu", pad_with_black=True)), [given])
-    )
+    image = batch([shown], "cpu", Normalisation(), pad_with_black=True)
+    outputs = model.extract(model.pool(model.pyramid(image), [given]))
     size = data.images[image_id]
     refined = decode(given, outputs.deltas) / shown.scale.repeat(2)
     return (
@@ -50,7 +49,7 @@ def directly(model, data, image_id, boxes):
     )
 
 
-def test_a_split_is_described_region_by_region(world, detector, tmp_path):
+def test_a_split_is_extracted_region_by_region(world, detector, tmp_path):
     path, model = detector
     output = tmp_path / "features.h5"
     extract_split(world.dataset, world.proposals, path, BACKBONE, HEADS, SETTINGS, output)
@@ -70,7 +69,7 @@ def test_a_split_is_described_region_by_region(world, detector, tmp_path):
         assert np.allclose(np.linalg.norm(found["embedding"].astype(float), axis=1), 1, atol=2e-3)
 
 
-def test_images_of_pseudo_labels_are_described_with_all_their_proposals(world, detector, tmp_path):
+def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, detector, tmp_path):
     path, _ = detector
     data = read_dataset(world.dataset)
     box = world.boxes[3][2].astype(float)

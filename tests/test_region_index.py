@@ -7,7 +7,7 @@ from lpovod.exceptions import LpovodError
 from lpovod.formats import index as index_format
 from lpovod.formats.index import open_index, widen
 from lpovod.formats.regions import INDEX_BITS, open_shards, region_key, split_key
-from lpovod.search import best_rows
+from lpovod.search import best_rows, search_index
 from lpovod.stages.region_index import build_region_index
 
 SETTINGS = RegionIndexSettings(block_rows=50)
@@ -63,7 +63,7 @@ def test_search_equals_the_dense_product(tmp_path, factory):
     assert sorted(index.keys) == sorted(keys)
     query = np.random.default_rng(1).standard_normal(24).astype(np.float32)
     query /= np.linalg.norm(query)
-    ((scores, found),) = index.search(query[None], 10, everything(len(keys)))
+    ((scores, found),) = search_index(index, query[None], 10, everything(len(keys)))
     best = np.argsort(-(vectors @ query))[:10]
     assert index.keys[found].tolist() == keys[best].tolist()
     np.testing.assert_allclose(scores, (vectors @ query)[best], atol=1e-5)
@@ -83,7 +83,8 @@ def test_many_vectors_are_searched_at_once(tmp_path, factory, monkeypatch):
     mine = np.array([place[key] for key in index.keys[allowed].tolist()])
     queries = np.random.default_rng(4).standard_normal((9, 24)).astype(np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    for query, (scores, found) in zip(queries, index.search(queries, 7, allowed), strict=True):
+    hits = search_index(index, queries, 7, allowed)
+    for query, (scores, found) in zip(queries, hits, strict=True):
         dense = vectors[mine] @ query
         best = keys[mine[np.argsort(-dense)[:7]]]
         assert index.keys[found].tolist() == best.tolist()
@@ -127,7 +128,7 @@ def test_search_returns_allowed_rows_alone(tmp_path):
     build_region_index(shards, SETTINGS, tmp_path / "i")
     index = open_index(tmp_path / "i")
     allowed = np.random.default_rng(2).uniform(size=len(keys)) < 0.1
-    ((scores, found),) = index.search(vectors[:1], 50, allowed)
+    ((scores, found),) = search_index(index, vectors[:1], 50, allowed)
     assert sorted(found) == np.flatnonzero(allowed).tolist()
     assert (np.diff(scores) <= 0).all()
 
@@ -139,7 +140,7 @@ def test_trained_factories_find_most_of_what_is_near(tmp_path, factory):
     build_region_index(shards, settings, tmp_path / "i")
     index = open_index(tmp_path / "i")
     key_of = keys.tolist()
-    found = index.search(vectors[:50], 20, everything(len(keys)))
+    found = search_index(index, vectors[:50], 20, everything(len(keys)))
     hits = [key_of[n] in index.keys[rows] for n, (_, rows) in enumerate(found)]
     assert np.mean(hits) > 0.8
 

@@ -186,7 +186,7 @@ class Rows(torch.utils.data.Dataset):
         return image_id, self.store.read(image_id)["embedding"]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_what_is_there(tmp_path, start):
     paths = [write(tmp_path / f"{n}.h5", {2 * n + 1: 40, 2 * n: 300}) for n in range(3)]
     store = RegionStore(paths, "region_embeddings")
@@ -218,11 +218,11 @@ def test_a_missing_image_or_file_is_named(tmp_path):
         RegionStore(tmp_path / "c.h5", "region_embeddings")
 
 
-def test_a_full_disk_is_told_before_hdf5_meets_it(tmp_path, monkeypatch):
+def test_a_full_disk_is_named_before_hdf5_meets_it(tmp_path, monkeypatch):
     monkeypatch.setattr(regions, "MARGIN", 1 << 62)  # no disk has that much room
     path = tmp_path / "regions.h5"
     with (
-        pytest.raises(LpovodError, match="No space left on device. Make room"),
+        pytest.raises(LpovodError, match="No space left on device. Free some disk space and rerun"),
         write_regions(path, identity("proposals")) as writer,
     ):
         writer.add(1, np.zeros((2, 4), np.float32), np.zeros(2, np.float32))

@@ -1,4 +1,5 @@
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -26,9 +27,9 @@ def run(tmp_path, tiny_clip, monkeypatch):
     settings = RegionEmbeddingsSettings(shards=2, batch_size=16)
     shards = [results / "region_embeddings" / "train" / f"{n}.h5" for n in range(2)]
     for number, path in enumerate(shards):
-        state = path.with_suffix(".checkpoint")
-        given = (world.dataset, world.proposals, tiny_clip, settings, number, state, "", path)
-        embed_regions(*given)
+        checkpoint = path.with_suffix(".checkpoint")
+        inputs = (world.dataset, world.proposals, tiny_clip, settings)
+        embed_regions(*inputs, number, checkpoint, "", path)
     build_region_index(shards, RegionIndexSettings(), results / "region_index" / "train.index")
     content = {
         "name": "other",
@@ -98,8 +99,11 @@ def test_other_clip_weights_are_refused(run, tmp_path):
         search(("dog",), (tmp_path / "mine.yaml",))
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_is_wrong():
-    command = ["lpovod", "search", "dog", "--configfile", "nowhere.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "lpovod.apps.main", "search", "dog"]
+    done = subprocess.run(
+        [*command, "--configfile", "nowhere.yaml"], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert "error: nowhere.yaml: no such file" in done.stderr

@@ -1,4 +1,8 @@
-"""The workflow on a real SLURM of two nodes, cpu1 and gpu1, on this machine (tests/slurm/)."""
+"""The workflow on a real SLURM of two nodes, cpu1 and gpu1, on this machine (tests/slurm/).
+
+Starting it needs root, slurm-wlm and munge; the packages are installed under CI or with
+LPOVOD_INSTALL=1, and otherwise missing programs skip the tests.
+"""
 
 import json
 import os
@@ -14,6 +18,8 @@ import pytest
 from project import copy_project, digests, install, snakemake, start_snakemake, wait_until
 
 from lpovod.artifacts import read_tensors
+
+pytestmark = pytest.mark.slow
 
 HERE = Path("tests/slurm").resolve()
 SLURM = ["--workflow-profile", "profiles/slurm", "--slurm-init-seconds-before-status-checks", "2"]
@@ -146,21 +152,21 @@ def test_shards_run_side_by_side(dag, cluster):
     assert any(later[0] < earlier[1] for earlier, later in zip(jobs, jobs[1:], strict=False))
 
 
-def test_a_cancelled_job_was_submitted_again_and_went_on(dag, cluster):
+def test_a_cancelled_job_was_submitted_again_and_resumed(dag, cluster):
     folder, printed = dag
     states = [job["JobState"] for job in jobs_of("proposal_network", printed, cluster)]
     assert states == ["CANCELLED", "COMPLETED"]
     assert "resuming after epoch" in read(folder / "results/smallest/logs/proposal_network.log")
 
 
-def test_ctrl_c_cancels_the_jobs_and_the_same_command_goes_on(dag, cluster):
+def test_ctrl_c_cancels_the_jobs_and_the_same_command_resumes(dag, cluster):
     folder, printed = dag
     states = [job["JobState"] for job in jobs_of("base_detector", printed, cluster)]
     assert states == ["CANCELLED", "COMPLETED"]
     assert "resuming after epoch" in read(folder / "results/smallest/logs/base_detector.log")
 
 
-def test_a_job_past_its_time_saves_and_goes_on_with_more(probed, cluster, tmp_path):
+def test_a_job_past_its_time_saves_and_resumes_with_more(probed, cluster, tmp_path):
     folder, process = probed
     process.wait()
     printed = read(folder / "printed")
@@ -170,10 +176,10 @@ def test_a_job_past_its_time_saves_and_goes_on_with_more(probed, cluster, tmp_pa
     found = json.loads(read(folder / "probe/time"))
     (epoch, step), *later = found["begun"]
     assert epoch == 2 and step > 0 and later == [[3, 0]]
-    # What it would have been without an end; the state is a foreign one, so that nothing is slow.
-    (tmp_path / "state").write_text("")
+    # What it would have been without an end; with a foreign checkpoint nothing is slow.
+    (tmp_path / "checkpoint").write_text("")
     subprocess.run(
-        [sys.executable, HERE / "slow_training.py", tmp_path / "state", tmp_path / "whole"],
+        [sys.executable, HERE / "slow_training.py", tmp_path / "checkpoint", tmp_path / "whole"],
         env=os.environ | {"PYTHONPATH": "."},
         check=True,
     )

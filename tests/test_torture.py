@@ -4,6 +4,8 @@ import pytest
 from project import snakemake, wait_until
 from torture import CONFIG, OVERLAY, STAGES, TORTURES, before, compare, finished_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -17,9 +19,9 @@ def finished(tmp_path_factory):
         ("proposal_network", "reboot", "same result"),
         ("base_detector", "KILL under way", "same result, resuming after epoch 1"),
         ("base_detector", "KILL while writing", "same result, resuming after epoch 2"),
-        ("base_detector", "disk full", "told, then the same result"),
+        ("base_detector", "disk full", "reported, then the same result"),
         ("region_embeddings", "KILL while writing", "same result"),
-        ("region_embeddings", "disk full", "told, then the same result"),
+        ("region_embeddings", "disk full", "reported, then the same result"),
     ],
 )
 def test_the_same_command_finishes_with_the_same_result(finished, stage, torture, outcome):

@@ -42,7 +42,7 @@ def test_every_recorded_rate():
 
 
 def fit(
-    state: Path,
+    checkpoint: Path,
     stop_at: int | None = None,
     fingerprint: str = "a",
     optimizer: str = "sgd",
@@ -73,12 +73,12 @@ def fit(
     schedule = TrainingSettings(
         epochs=4, learning_rate=0.05, milestones=[3], warmup_steps=3, optimizer=optimizer
     )
-    history = train(model, losses, batches, 5, schedule, state, fingerprint)
+    history = train(model, losses, batches, 5, schedule, checkpoint, fingerprint)
     return model.state_dict(), history, started
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_killed_training_goes_on_to_the_same_result(tmp_path, optimizer):
+def test_a_killed_training_resumes_to_the_same_result(tmp_path, optimizer):
     whole, history, _ = fit(tmp_path / "whole", optimizer=optimizer)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "killed", stop_at=2, optimizer=optimizer)
@@ -89,12 +89,12 @@ def test_a_killed_training_goes_on_to_the_same_result(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("spoil", ["fingerprint", "damage"])
-def test_a_foreign_or_damaged_state_is_not_gone_on_from(tmp_path, spoil):
-    state = tmp_path / "state"
-    fit(state)
+def test_a_foreign_or_damaged_checkpoint_is_not_resumed(tmp_path, spoil):
+    checkpoint = tmp_path / "checkpoint"
+    fit(checkpoint)
     if spoil == "damage":
-        state.write_bytes(state.read_bytes()[:100])
-    _, _, started = fit(state, fingerprint="b" if spoil == "fingerprint" else "a")
+        checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    _, _, started = fit(checkpoint, fingerprint="b" if spoil == "fingerprint" else "a")
     assert started == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
@@ -107,14 +107,14 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
             lambda epoch, step: torch.ones(1, 1, 1),
             1,
             TrainingSettings(),
-            tmp_path / "state",
+            tmp_path / "checkpoint",
             "a",
         )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_training_that_is_asked_to_end_goes_on_after_its_last_step(tmp_path, optimizer, number):
+def test_a_training_that_is_asked_to_end_resumes_after_its_last_step(tmp_path, optimizer, number):
     whole, history, _ = fit(tmp_path / "whole", optimizer=optimizer)
     with pytest.raises(SystemExit) as ended:
         fit(tmp_path / "ended", optimizer=optimizer, signal_at=(2, 1, number))
@@ -125,10 +125,11 @@ def test_a_training_that_is_asked_to_end_goes_on_after_its_last_step(tmp_path, o
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-def test_two_trainings_never_share_a_state(tmp_path):
-    state = tmp_path / "state"
-    with open(tmp_path / ".state.lock", "w") as held:
+def test_two_trainings_never_share_a_checkpoint(tmp_path):
+    checkpoint = tmp_path / "network.checkpoint"
+    with open(tmp_path / ".network.checkpoint.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(LpovodError, match="state is in use: another process"):
-            fit(state)
-    fit(state)
+        message = "network.checkpoint is in use by another training. Wait for it, or stop it"
+        with pytest.raises(LpovodError, match=message):
+            fit(checkpoint)
+    fit(checkpoint)

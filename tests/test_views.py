@@ -10,7 +10,17 @@ from torch.nn import functional
 
 from lpovod.config import TrainingSettings
 from lpovod.formats.coco import CocoDataset
-from lpovod.views import MEAN, STD, View, apply_view, batch, load_views, resize, training_views
+from lpovod.views import (
+    MEAN,
+    STD,
+    Normalisation,
+    View,
+    apply_view,
+    batch,
+    load_views,
+    resize,
+    training_views,
+)
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -66,7 +76,7 @@ def test_a_batch_is_normalised_and_padded(pad_with_black):
     views = [
         apply_view(noise(h, w), View(1, min(h, w), max(h, w))) for h, w in ((40, 70), (33, 20))
     ]
-    found = batch(views, "cpu", pad_with_black)
+    found = batch(views, "cpu", Normalisation(MEAN, STD), pad_with_black)
     assert found.shape == (2, 3, 64, 96)
     for c in range(3):
         expected = (views[1].pixels[c].numpy() - MEAN[c]) / STD[c]

@@ -17,6 +17,8 @@ from project import copy_project, snakemake
 
 from lpovod.artifacts import sha256
 
+pytestmark = pytest.mark.slow
+
 # One class fewer than the miniature world has, so that the sixth can be added.
 NOVEL = ["star", "ring", "bolt", "house", "fish"]
 RUN = {"classes": {"novel": NOVEL}}

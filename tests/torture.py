@@ -159,7 +159,7 @@ def killed(job: Job, when: Callable[[], bool], number: int) -> bool:
 
 
 def compare(job: Job, finished: Path) -> None:
-    """Every artefact is the undisturbed run's, and nothing is left beside them."""
+    """Every artifact is the undisturbed run's, and nothing is left beside them."""
     expected, found = digests(finished), digests(job.folder)
     wrong = sorted(path for path in expected if found.get(path) != expected[path])
     assert not wrong, f"other than in an undisturbed run: {wrong}"
@@ -237,7 +237,7 @@ def disk_full(stage: Stage, finished: Path) -> str:
             compare(job, finished)
         finally:
             subprocess.run(["umount", "--lazy", here], check=True)
-    return "told, then the same result"
+    return "reported, then the same result"
 
 
 def _fill(path: Path) -> None:
@@ -289,7 +289,7 @@ def _table(rows: dict[str, list[str]]) -> str:
         "# What survives",
         "",
         "Made by `make torture` (`tests/torture.py`): each job of the smallest run is killed, then",
-        "`snakemake --unlock` and the same command finish it. *Same result*: every artefact of the",
+        "`snakemake --unlock` and the same command finish it. *Same result*: every artifact of the",
         "run is, byte for byte, that of an undisturbed one, and nothing is left beside it.",
         "",
         "| stage | " + " | ".join(TORTURES) + " |",

@@ -15,13 +15,13 @@ STAGE = "text_embeddings"
 
 @dataclass(frozen=True)
 class ClassEmbeddings:
-    """Text embeddings of several classes, all of one CLIP model and one set of templates.
+    """Text embeddings of several classes, made with one CLIP model and one set of templates.
 
     Attributes:
-        names: of the classes, n of them.
+        names: of the n classes.
         vectors: (n, D) float32, unit rows.
-        logit_scale: the factor CLIP was trained with: its softmax is over logit_scale * cosine;
-            None for rows that were read from a file without their CLIP.
+        logit_scale: CLIP's trained factor: its softmax is over logit_scale * cosine; None for rows
+            imported without a CLIP.
         clip_weights: digest of the CLIP weights, or "none".
         clip_architecture: name of the CLIP architecture, or the digest of its json file.
     """
@@ -43,8 +43,8 @@ def read_text_embeddings(paths: Path | Iterable[Path]) -> ClassEmbeddings:
     """Read one file or merge several.
 
     Raises:
-        LpovodError: naming the file, if two were made with other CLIP weights or templates, if a
-            class is in two of them, or if a vector is not of unit length.
+        LpovodError: naming the file, if two files were made with different CLIP weights or
+            templates, if both have the same class, or if a vector does not have unit length.
     """
     paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
     if not paths:
@@ -74,11 +74,11 @@ def read_text_embeddings(paths: Path | Iterable[Path]) -> ClassEmbeddings:
 def _check_same_model(path: Path, ident: dict, other: Path, expected: dict) -> None:
     for key in ("inputs", "settings"):
         for name in sorted({*ident[key], *expected[key]}):
-            mine, theirs = ident[key].get(name), expected[key].get(name)
-            if mine != theirs:
+            value, other_value = ident[key].get(name), expected[key].get(name)
+            if value != other_value:
                 raise LpovodError(
-                    f"{path} and {other} were made with different {name}: {mine} and {theirs}. "
-                    f"Make them again: snakemake --forcerun {STAGE}"
+                    f"{path} and {other} were made with different {name}: {value} and "
+                    f"{other_value}. Make them again: snakemake --forcerun {STAGE}"
                 )
 
 

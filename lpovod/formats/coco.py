@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 
 from lpovod.artifacts import read_json
-from lpovod.exceptions import LpovodError
+from lpovod.exceptions import LpovodError, existing
 
 
 def corners(xywh: Any) -> np.ndarray:
-    """COCO's boxes (x, y, width, height), (n, 4) or (4,), as float64 xyxy of the same shape."""
+    """Converts COCO's boxes (x, y, width, height), (n, 4) or (4,), to float64 xyxy."""
     box = np.asarray(xywh, np.float64)
     box = box if box.shape == (4,) else box.reshape(-1, 4)
     return np.concatenate([box[..., :2], box[..., :2] + box[..., 2:]], axis=-1)
@@ -27,7 +27,7 @@ class CocoDataset:
     Attributes:
         path: the json file.
         images: by id: ``file_name``, ``width``, ``height``.
-        annotations: by image id; an image without any has an empty list.
+        annotations: by image id; the list is empty for an image without annotations.
         categories: by id: ``name`` and ``split``.
     """
 
@@ -37,21 +37,20 @@ class CocoDataset:
     categories: dict[int, dict[str, Any]]
 
     def image_path(self, image_id: int) -> Path:
-        """Where the image lies."""
+        """Path of the image file."""
         return self.path.parent / "images" / self.path.stem / self.images[image_id]["file_name"]
 
     def load(self, image_id: int) -> np.ndarray:
-        """The decoded image, (height, width, 3) uint8 RGB, grey ones repeated over channels.
+        """The decoded image, (height, width, 3) uint8 RGB; grey images have equal channels.
 
         Raises:
-            LpovodError: if the file is missing, damaged, or not of the stated size.
+            LpovodError: if the file is missing, damaged, or does not have the stated size.
         """
         path, stated = self.image_path(image_id), self.images[image_id]
+        existing(path, f"image {image_id}")
         try:
             with Image.open(path) as file:
                 pixels = np.array(file.convert("RGB"))
-        except FileNotFoundError:
-            raise LpovodError(f"image {image_id}: {path}: no such file") from None
         except (OSError, ValueError) as error:
             raise LpovodError(f"image {image_id}: {path} cannot be decoded ({error})") from None
         if pixels.shape[:2] != (stated["height"], stated["width"]):
@@ -66,19 +65,19 @@ class CocoDataset:
 
         Crowds, and boxes thinner than a pixel, are left out, as in the original's loader.
         """
-        kept = [
+        objects = [
             a
             for a in self.annotations[image_id]
             if not a.get("iscrowd", 0) and min(a["bbox"][2:]) >= 1
         ]
-        boxes = corners([a["bbox"] for a in kept]).astype(np.float32)
-        return boxes, np.array([a["category_id"] for a in kept], np.int64)
+        boxes = corners([a["bbox"] for a in objects]).astype(np.float32)
+        return boxes, np.array([a["category_id"] for a in objects], np.int64)
 
     def category_ids(self, names: list[str]) -> list[int]:
         """Ids of categories by name.
 
         Raises:
-            LpovodError: naming the category that is not there.
+            LpovodError: naming the missing category.
         """
         by_name = {c["name"]: i for i, c in self.categories.items()}
         for name in names:
@@ -88,22 +87,24 @@ class CocoDataset:
 
 
 def read_dataset(path: Path) -> CocoDataset:
-    """Read a json file of this stage, or of any source in COCO's format.
+    """Read a json file in COCO's format.
 
     Raises:
-        LpovodError: naming the first image, annotation or category that contradicts another.
+        LpovodError: naming the first image, annotation or category that is incomplete or
+            contradicts another.
     """
     path = Path(path)
     content = read_json(path)
     for section in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
-            raise LpovodError(f"{path} is no COCO json: it has no list {section!r}")
+            raise LpovodError(f"{path} is not a COCO json: it has no list {section!r}")
     images = _by_id(path, "image", content["images"], ("file_name", "width", "height"))
     categories = _by_id(path, "category", content["categories"], ("name",))
     _by_id(path, "annotation", content["annotations"], ("image_id", "category_id", "bbox"))
-    twice = [n for n, c in Counter(c["name"] for c in categories.values()).items() if c > 1]
-    if twice:
-        raise LpovodError(f"{path}: several categories are named {twice[0]!r}")
+    names = Counter(category["name"] for category in categories.values())
+    repeated = [name for name, count in names.items() if count > 1]
+    if repeated:
+        raise LpovodError(f"{path}: several categories are named {repeated[0]!r}")
     annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for annotation in content["annotations"]:
         _check_annotation(path, annotation, images, categories)
@@ -111,27 +112,27 @@ def read_dataset(path: Path) -> CocoDataset:
     return CocoDataset(path, images, {i: annotations[i] for i in images}, categories)
 
 
-def _by_id(path: Path, what: str, items: list[dict], needed: tuple[str, ...]) -> dict[int, dict]:
-    found: dict[int, dict] = {}
+def _by_id(path: Path, kind: str, items: list[dict], required: tuple[str, ...]) -> dict[int, dict]:
+    by_id: dict[int, dict] = {}
     for item in items:
-        for name in ("id", *needed):
+        for name in ("id", *required):
             if name not in item:
-                raise LpovodError(f"{path}: {what} {item.get('id', item)} has no {name!r}")
-        if item["id"] in found:
-            raise LpovodError(f"{path}: {what} id {item['id']} appears twice")
-        found[item["id"]] = item
-    return found
+                raise LpovodError(f"{path}: {kind} {item.get('id', item)} has no {name!r}")
+        if item["id"] in by_id:
+            raise LpovodError(f"{path}: {kind} id {item['id']} appears twice")
+        by_id[item["id"]] = item
+    return by_id
 
 
 def _check_annotation(path: Path, annotation: dict, images: dict, categories: dict) -> None:
-    where = f"{path}: annotation {annotation['id']}"
+    prefix = f"{path}: annotation {annotation['id']}"
     if annotation["image_id"] not in images:
-        raise LpovodError(f"{where} names image {annotation['image_id']}, which is not listed")
+        raise LpovodError(f"{prefix} names image {annotation['image_id']}, which is not listed")
     if annotation["category_id"] not in categories:
-        raise LpovodError(f"{where} names category {annotation['category_id']}, not listed")
+        raise LpovodError(f"{prefix} names category {annotation['category_id']}, not listed")
     box = annotation["bbox"]
     if len(box) != 4 or not np.isfinite(box).all() or box[2] < 0 or box[3] < 0:
-        raise LpovodError(f"{where}: bbox {box} is not [x, y, width >= 0, height >= 0]")
+        raise LpovodError(f"{prefix}: bbox {box} is not [x, y, width >= 0, height >= 0]")
 
 
 Detections = dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -147,14 +148,14 @@ def coco_results(detections: Detections) -> list[dict[str, Any]]:
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": score,
         }
-        for image_id, found in detections.items()
-        # As lists: numbers taken out of the arrays one by one take three times as long.
-        for (x1, y1, x2, y2), score, category in zip(*(a.tolist() for a in found), strict=True)
+        for image_id, arrays in detections.items()
+        # Lists, because taking numbers out of the arrays one by one takes three times as long.
+        for (x1, y1, x2, y2), score, category in zip(*(a.tolist() for a in arrays), strict=True)
     ]
 
 
 def read_results(path: Path, data: CocoDataset) -> list[dict[str, Any]]:
-    """Detections in COCO's results format, checked against the split they are of.
+    """Detections in COCO's results format, checked against the images of their split.
 
     Args:
         path: json list of image_id, bbox xywh in pixels, score and, unless class-agnostic,
@@ -162,11 +163,11 @@ def read_results(path: Path, data: CocoDataset) -> list[dict[str, Any]]:
         data: the split.
 
     Returns:
-        The entries as they are in the file.
+        The entries of the file, unchanged.
 
     Raises:
-        LpovodError: naming the first entry that is not of this form, has an impossible value, or
-            names an image that the split does not have.
+        LpovodError: naming the first entry that does not have this form, has an impossible value,
+            or names an image that the split does not have.
     """
     content = read_json(path)
     if not isinstance(content, list):
@@ -182,7 +183,7 @@ def read_results(path: Path, data: CocoDataset) -> list[dict[str, Any]]:
                 "bbox [x, y, width, height], score"
             ) from None
         if not possible:
-            raise LpovodError(f"{path}: detection {number}: bbox or score is no possible value")
+            raise LpovodError(f"{path}: detection {number}: impossible value of bbox or score")
         if image_id not in data.images:
             raise LpovodError(f"{path}: detection {number}: {data.path} has no image {image_id}")
     return content

@@ -1,24 +1,25 @@
 """The region index: FAISS indices over the region embeddings of all shards, in one file.
 
 The ids in the index are region keys (`region_key`), so a hit names its image and region. At the
-paper's scale the vectors are 40 GB, so the file is a row of small FAISS indices, each of one block
-of regions, made one after another. An exact search streams through their vectors; the others are
-searched in place (memory-mapped)::
+paper's scale the vectors take 40 GB, so the file is a sequence of small FAISS indices, one per
+block of regions, made one after another. An exact search streams through their vectors; other
+indices are memory-mapped and searched in place::
 
     <FAISS index> ... <FAISS index> <regions> <json> <length of the json: 8 bytes> <MAGIC: 8 bytes>
 
 The regions are (rows, 5) float32, box and objectness: 20 bytes beside a vector's 1,024 (D = 512, in
-half precision) and a key's 8, and the only other thing that a retrieval reads of all regions.
-The json holds the identity, number and length of the vectors, and where each index ends. Index and
-identity can thus be neither separated nor mixed, and half a file is recognised. Needs no torch.
+half precision) and a key's 8. Retrieval reads nothing else about all regions. The json holds the
+identity, the number and length of the vectors, and the end of each index. Index and identity can
+thus be neither separated nor mixed up, and a truncated file is recognised. Needs no torch.
 """
 
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,25 +31,25 @@ from lpovod.exceptions import LpovodError, existing
 
 STAGE = "region_index"
 MAGIC = b"LPOVODI2"
-REGION_BYTES = 20  # of box and objectness
-READ_ROWS = 4096  # of an exact search, read at once while the rows before them are compared
+REGION_BYTES = 20  # box and objectness
+READ_ROWS = 4096  # read at once by an exact search, while the previous rows are compared
 COMPARED_ROWS = 512  # widened to float32 and compared at once: they fit a core's cache
 SIGN_AND_VALUE = np.int32(-0x70002000)
 
 
 @dataclass(frozen=True)
 class RegionIndex:
-    """An open index: of the vectors, only what a search touches is read.
+    """An open index; only the vectors that a search visits are read.
 
     Attributes:
         path: the file.
-        identity: what it was made from.
+        identity: records the inputs of the index.
         dimension: of the vectors.
         keys: (rows,) int64, the region key of each row.
         box: (rows, 4) float32, mapped.
         objectness: (rows,) float32, mapped.
         parts: FAISS's indices, over consecutive rows.
-        content: the mapped file, which the parts point into.
+        content: the mapped file, into which the parts point.
     """
 
     path: Path
@@ -62,7 +63,7 @@ class RegionIndex:
 
     @property
     def exact(self) -> bool:
-        """Whether a search compares all vectors as they are (Flat, SQfp16)."""
+        """Whether a search compares all vectors as they are stored (Flat, SQfp16)."""
         inner = faiss.downcast_index(self.parts[0].index)
         if isinstance(inner, faiss.IndexScalarQuantizer):
             return inner.sq.qtype == faiss.ScalarQuantizer.QT_fp16
@@ -74,24 +75,27 @@ class RegionIndex:
         return faiss.downcast_index(self.parts[0].index).code_size
 
     def stream(self, allowed: np.ndarray) -> Iterator[np.ndarray]:
-        """The allowed vectors in order, (n, D) float32, with a thread that reads ahead.
+        """Blocks of the allowed vectors in order, (n, D) float32; a thread reads ahead.
 
-        Each block is overwritten by the next one.
+        Each block overwrites the previous one.
+
+        Args:
+            allowed: (rows,) bool.
         """
         start = 0
         with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             pieces = self._pieces()
-            coming = pool.submit(_read_codes, file, *next(pieces))
-            while coming is not None:
-                codes, following = coming.result(), next(pieces, None)
-                coming = following and pool.submit(_read_codes, file, *following)
+            pending: Future[np.ndarray] | None = pool.submit(_read_codes, file, *next(pieces))
+            while pending is not None:
+                codes, piece = pending.result(), next(pieces, None)
+                pending = pool.submit(_read_codes, file, *piece) if piece else None
                 count = len(codes) // self.code_size
                 yield from self._float32(codes, np.flatnonzero(allowed[start : start + count]))
                 start += count
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
-        """What is read at once: where codes lie in the file, and how many bytes."""
+        """Offset and size in bytes of each piece of codes that is read at once."""
         for part in self.parts:
             inner = faiss.downcast_index(part.index)
             start = int(inner.codes.data()) - self.content.ctypes.data
@@ -141,24 +145,24 @@ class IndexWriter:
 
 
 def widen(half: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Finite float16 as float32, into `out`: exact, and three times as fast as numpy's own.
+    """Convert finite float16 to float32 in `out`: exact, and three times as fast as numpy.
 
-    Moved by 13 bits, a float16 is the float32 of 2**-112 times its value.
+    Shifted by 13 bits, a float16 is the float32 of 2**-112 times its value.
     """
     bits = out.view(np.int32)
     np.copyto(bits, half.view(np.int16))
     np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, SIGN_AND_VALUE, out=bits)  # the sign was carried into the bits between
+    np.bitwise_and(bits, SIGN_AND_VALUE, out=bits)  # clears the copies of the sign bit
     return np.multiply(out, np.float32(2.0**112), out=out)
 
 
-def _read_codes(file: BinaryIO, offset: int, size: int) -> np.ndarray:
+def _read_codes(file: FileIO, offset: int, size: int) -> np.ndarray:
     codes, read = np.empty(size, np.uint8), 0
     file.seek(offset)
     while read < size:
-        count = file.readinto(memoryview(codes)[read:])
+        count = file.readinto(codes.data[read:])
         if not count:
-            raise LpovodError(f"{file.name} ends while it is read: was it replaced meanwhile?")
+            raise LpovodError(f"{file.name} ended during the search: was it replaced meanwhile?")
         read += count
     return codes
 
@@ -167,7 +171,7 @@ def open_index(path: Path) -> RegionIndex:
     """Open a file of `build_region_index`.
 
     Raises:
-        LpovodError: if it is missing, damaged, or another program's.
+        LpovodError: if it is missing, damaged, or not an index of this project.
     """
     path = Path(path)
     header = _read_footer(path)
@@ -215,5 +219,6 @@ def _read_footer(path: Path) -> dict:
             if header["ends"][-1] + REGION_BYTES * header["rows"] == start:
                 return header
     raise LpovodError(
-        f"{path} is not a whole index of this project. Make it again: snakemake --forcerun {STAGE}"
+        f"{path} is not a whole index of this project: it is truncated, or another program wrote "
+        f"it. Make it again: snakemake --forcerun {STAGE}"
     )

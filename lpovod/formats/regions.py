@@ -1,16 +1,16 @@
 """The region store: boxes of many images with objectness and vectors, in HDF5, keyed by image id.
 
-Layout of a file, `rows` being all regions of all its images and images written one after another::
+Layout of a file, where `rows` counts all regions of all its images, one image after another::
 
     image_id    (images,)   int64      start  (images,)  int64     count  (images,)  int64
     box         (rows, 4)   float32    xyxy, absolute pixels of the original image, half-open
     objectness  (rows,)     float32
-    <column>    (rows, d)   float16 or float32, any number of them
-    skipped     json: reasons by image id, where images were skipped; they have no regions
+    <column>    (rows, d)   float16 or float32, any number of columns
+    skipped     json: reasons by image id, if images were skipped; they have no regions
     attrs       identity: json (see `lpovod.artifacts`), format: int
 
-Proposals are a store without columns; region embeddings and region features have some. A region's
-key is its image id and box; its vectors are stored beside the key and are only ever read with it.
+Proposals are a store without columns; region embeddings and region features have columns. A
+region's key is its image id and box; its vectors lie beside the key and are only read with it.
 """
 
 import json
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -28,7 +29,7 @@ from lpovod.exceptions import LpovodError, existing
 
 FORMAT = 1
 CHUNK_ROWS = 128
-MARGIN = 1 << 25  # bytes that must stay free: HDF5 crashes on a full disk, or loses rows unsaid
+MARGIN = 1 << 25  # bytes that must stay free: HDF5 crashes on a full disk or silently loses rows
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Regions:
 
     Attributes:
         image_id: (n,) int64.
-        index: (n,) int64, the region's place among the regions of its image.
+        index: (n,) int64, position of the region among the regions of its image.
         box: (n, 4) float32, xyxy.
         objectness: (n,) float32.
         columns: vectors by name, (n, d).
@@ -57,11 +58,11 @@ class Regions:
 
 
 class RegionWriter:
-    """Appends the regions of one image after another; made by `write_regions`."""
+    """Appends regions, one image after another; made by `write_regions`."""
 
     def __init__(self, file: h5py.File):
         self._file = file
-        # Held open: a dataset that is closed with every image cannot tell that its writing failed.
+        # Kept open: a dataset that is closed after every image does not report a failed write.
         self._data: dict[str, h5py.Dataset] = dict(file.items())
         self._seen: set[int] = set()
         self._skipped: dict[int, str] = {}
@@ -69,11 +70,17 @@ class RegionWriter:
     def add(
         self, image_id: int, box: np.ndarray, objectness: np.ndarray, **columns: np.ndarray
     ) -> None:
-        """Append all regions of one image (there may be none of them).
+        """Append all regions of one image; there may be none.
+
+        Args:
+            image_id: of the image.
+            box: (n, 4) xyxy.
+            objectness: (n,).
+            **columns: vectors by name, (n, d).
 
         Raises:
-            LpovodError: if the image is there already, lengths differ, a value is not finite, or
-                the disk is full.
+            LpovodError: if the image was added before, lengths or columns differ, a value is not
+                finite, or the disk is full.
         """
         arrays = {"box": np.asarray(box).reshape(-1, 4), "objectness": objectness, **columns}
         for name, array in arrays.items():
@@ -94,12 +101,12 @@ class RegionWriter:
             dataset[start:] = array
 
     def skip(self, image_id: int, reason: str) -> None:
-        """Record that an image has no regions because something is wrong with it."""
+        """Record the reason why an image has no regions."""
         self._list(image_id, self._file["box"].shape[0], 0)
         self._skipped[image_id] = reason
 
     def finish(self) -> None:
-        """Write what is known at the end alone."""
+        """Write the content that is known only at the end."""
         if self._skipped:
             self._file["skipped"] = json.dumps(self._skipped)
 
@@ -112,17 +119,17 @@ class RegionWriter:
             self._data[name][-1] = value
 
     def _check_columns(self, image_id: int, columns: dict, rows: int, start: int) -> None:
-        """A column that some image lacks would be shorter than the boxes, and its rows shifted."""
-        there = {n: d.shape[1:] for n, d in self._data.items() if n not in _FIXED}
-        given = {name: array.shape[1:] for name, array in columns.items()}
-        if given != there and (start > 0 or there) and (rows > 0 or given):
+        """Refuse other columns than before: a shorter column would shift the rows."""
+        expected = {n: d.shape[1:] for n, d in self._data.items() if n not in _FIXED}
+        shapes = {name: array.shape[1:] for name, array in columns.items()}
+        if shapes != expected and (start > 0 or expected) and (rows > 0 or shapes):
             raise LpovodError(
-                f"image {image_id} has columns {given}, the images before it have {there}"
+                f"image {image_id} has columns {shapes}, the images before it have {expected}"
             )
 
     def _column(self, name: str, like: np.ndarray) -> h5py.Dataset:
         shape = like.shape[1:]
-        # Rows of earlier images, all without regions, need no filling.
+        # Earlier images have no regions, so no rows need filling.
         self._data[name] = self._file.create_dataset(
             name, (0, *shape), like.dtype, maxshape=(None, *shape), chunks=(CHUNK_ROWS, *shape)
         )
@@ -131,7 +138,7 @@ class RegionWriter:
 
 @contextmanager
 def write_regions(path: Path, ident: Identity) -> Iterator[RegionWriter]:
-    """Write a store; it gets its name when the block ends without an error."""
+    """Write a store; the file appears under its name when the block ends without an error."""
     with atomic(path) as partial, h5py.File(partial, "w") as file:
         file.attrs["identity"] = json.dumps(ident, sort_keys=True)
         file.attrs["format"] = FORMAT
@@ -151,20 +158,20 @@ def write_regions(path: Path, ident: Identity) -> Iterator[RegionWriter]:
 
 
 class RegionStore:
-    """Reads one store or the shards of one, by image or in blocks.
+    """Reads a store, or the shards of one, by image or in blocks.
 
-    The headers are read at once; the files are opened when first used, in the process that uses
-    them, so that a store may be handed to the workers of a data loader.
+    The headers are read immediately; each process opens the files on first use, so a store may be
+    passed to the workers of a data loader.
 
     Args:
-        paths: a file or several with different images.
+        paths: one file, or several with different images.
         stage: the stage that must have written them.
 
     Attributes:
-        skipped: reasons by image id, of images that have no regions because of them.
+        skipped: the reasons, by image id, why images were skipped.
 
     Raises:
-        LpovodError: if a file is missing, damaged, of another stage or format, or if two files
+        LpovodError: if a file is missing, damaged, or has another stage or format, or if two files
             hold the same image or were made with different settings.
     """
 
@@ -201,12 +208,12 @@ class RegionStore:
 
     @property
     def identity(self) -> Identity:
-        """The identity of the first file; shards differ from it in nothing that matters."""
+        """The identity of the first file; those of other shards are equivalent."""
         return self.identities[0]
 
     @property
     def image_ids(self) -> list[int]:
-        """Ids of all images, those without regions included, in the order of writing."""
+        """Ids of all images in the order of writing, including those without regions."""
         return list(self._where)
 
     def __len__(self) -> int:
@@ -221,7 +228,7 @@ class RegionStore:
         return self._find(image_id)[2]
 
     def read(self, image_id: int, columns: Iterable[str] | None = None) -> Regions:
-        """All regions of one image, with all vectors or the named ones.
+        """All regions of one image, with all vectors or only the named ones.
 
         Raises:
             LpovodError: if the image is not in the store.
@@ -233,14 +240,22 @@ class RegionStore:
     def blocks(self, rows: int, columns: Iterable[str] | None = None) -> Iterator[Regions]:
         """All regions in order, at most `rows` at once."""
         for number in range(len(self.paths)):
-            mine = [(i, s, c) for i, (n, s, c) in self._where.items() if n == number]
-            ids = np.repeat([i for i, _, _ in mine], [c for _, _, c in mine]).astype(np.int64)
-            index = np.concatenate([np.arange(c) for _, _, c in mine] or [np.arange(0)])
+            images = [(i, count) for i, (n, _, count) in self._where.items() if n == number]
+            ids = np.repeat([i for i, _ in images], [n for _, n in images]).astype(np.int64)
+            index = np.concatenate([np.arange(n) for _, n in images] or [np.arange(0)])
             for start in range(0, len(ids), rows):
                 part = slice(start, min(start + rows, len(ids)))
                 yield self._rows(number, start, part.stop, ids[part], index[part], columns)
 
-    def _rows(self, number, start, stop, ids, index, columns) -> Regions:
+    def _rows(
+        self,
+        number: int,
+        start: int,
+        stop: int,
+        ids: np.ndarray,
+        index: np.ndarray,
+        columns: Iterable[str] | None,
+    ) -> Regions:
         file = self._file(number)
         names = [n for n in file if n not in _FIXED] if columns is None else list(columns)
         missing = [n for n in names if n not in file]
@@ -259,12 +274,12 @@ class RegionStore:
             ) from None
 
     def _file(self, number: int) -> dict[str, h5py.Dataset]:
-        here = os.getpid(), number  # a file that was open when a worker was forked is not its own
-        if here not in self._files:
-            self._files[here] = dict(_open(self.paths[number]))  # a lookup costs more than a read
-        return self._files[here]
+        key = os.getpid(), number  # a forked worker must not use the files of its parent
+        if key not in self._files:
+            self._files[key] = dict(_open(self.paths[number]))  # a lookup costs more than a read
+        return self._files[key]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
 
@@ -278,36 +293,36 @@ def _open(path: Path) -> h5py.File:
         raise LpovodError(f"{path} is not a whole HDF5 file ({error}). Delete it.") from None
 
 
-INDEX_BITS = 20  # of a region's place in its image; the image id has the other 43
+INDEX_BITS = 20  # for a region's position in its image; the image id has the other 43
 
 
 def region_key(image_id: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """A region's key in the index, int64: image_id * 2**20 + its place in the image.
+    """A region's key in the index, int64: image_id * 2**20 + its position in the image.
 
     Raises:
-        LpovodError: naming the first image id or place that does not fit.
+        LpovodError: naming the first image id or position that does not fit.
     """
     image_id, index = np.broadcast_arrays(np.asarray(image_id), np.asarray(index))
-    for what, values, bits in (("image id", image_id, 43), ("region", index, INDEX_BITS)):
+    for name, values, bits in (("image id", image_id, 43), ("region", index, INDEX_BITS)):
         outside = (values < 0) | (values >= 1 << bits)
         if outside.any():
             first = np.atleast_1d(values)[np.atleast_1d(outside)][0]
-            raise LpovodError(f"{what} {first} is not in 0 ... 2**{bits} - 1")
+            raise LpovodError(f"{name} {first} is not in 0 ... 2**{bits} - 1")
     return (image_id.astype(np.int64) << INDEX_BITS) | index.astype(np.int64)
 
 
 def split_key(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Image ids and places of region keys, both int64."""
+    """Image ids and positions in the image of region keys, both int64."""
     key = np.asarray(key, np.int64)
     return key >> INDEX_BITS, key & ((1 << INDEX_BITS) - 1)
 
 
 def open_shards(paths: Iterable[Path]) -> RegionStore:
-    """All shards of the region embeddings as one store, in one order whatever order is given.
+    """All shards of the region embeddings as one store, sorted by path.
 
     Raises:
-        LpovodError: if a shard is missing or damaged, or they are not shards of one division of
-            the same proposals.
+        LpovodError: if a shard is missing or damaged, or if the shards do not all belong to one
+            division of the same proposals.
     """
     paths = sorted(Path(p) for p in paths)
     if not paths:
@@ -322,27 +337,26 @@ def open_shards(paths: Iterable[Path]) -> RegionStore:
                 )
     expected = store.identity["settings"]["shards"]
     if len(paths) != expected:
-        raise LpovodError(f"{len(paths)} shards were given, {paths[0]} is one of {expected}")
+        raise LpovodError(f"{len(paths)} shards were given, but {paths[0]} is one of {expected}")
     return store
 
 
 def digest_of_shards(store: RegionStore) -> str:
-    """One digest of what the shards were made from and which regions they hold.
+    """Digest of the shards' inputs and of the number of regions of each image.
 
-    The vectors themselves are not read: at the paper's scale they are 40 GB.
+    The vectors themselves are not read: at the paper's scale they take 40 GB.
     """
     counts = [[image_id, store.count(image_id)] for image_id in store.image_ids]
     return fingerprint({"identity": store.identity, "counts": counts})
 
 
 def read_proposals(path: Path, dataset: Path) -> RegionStore:
-    """Open the proposals of a split, whoever wrote them.
+    """Open the proposals of a split, computed or imported.
 
     Raises:
         LpovodError: if they were made for another split or other images.
     """
     store = RegionStore(path, "proposals")
-    stated = store.identity["inputs"].get("dataset")
-    if stated != sha256(dataset):
+    if store.identity["inputs"].get("dataset") != sha256(dataset):
         raise LpovodError(f"{path} holds proposals of other images than those of {dataset}")
     return store

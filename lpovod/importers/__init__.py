@@ -1,5 +1,5 @@
-"""Files of other projects, read into the artefacts of this one.
+"""Converts files of other projects into artifacts of this one.
 
-No code that a file could bring is ever run: pickles pass a list of what they may name, checkpoints
-are read with ``weights_only=True``. Every key of a file is used, or named.
+No code in a file is ever run: pickles may name only listed functions, and checkpoints are read with
+``weights_only=True``. Every key of a file is either used or named in an error.
 """

@@ -1,17 +1,20 @@
-"""Pretrained weights that a training starts from: OpenMMLab's names (SoCo), or torchvision's.
+"""Pretrained weights that a training starts from: OpenMMLab's names (SoCo), torchvision's, timm's.
 
 A ResNet-50 of torchvision differs in two ways from the original's: the stride is on the 3 x 3
 convolution, which is an architecture of its own here (``resnet50_torchvision``), and images are
-normalised with other means and deviations, which its first layer is converted for.
+normalised with other means and deviations, which its first layer is converted for. Images
+of a model of timm's are normalised as timm does it.
 """
 
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lpovod.artifacts import read_tensors
-from lpovod.exceptions import LpovodError, some
+from lpovod.config import TIMM
+from lpovod.exceptions import LpovodError, existing, some
 from lpovod.importers.openmmlab import original_name, read_checkpoint
 from lpovod.progress import log
 from lpovod.views import MEAN, STD
@@ -26,14 +29,15 @@ def start_from(model: nn.Module, path: Path, architecture: str) -> None:
     Args:
         model: with a ``backbone`` and a ``neck``.
         path: ``.safetensors`` of our proposal network, OpenMMLab's checkpoint with ``backbone.``
-            and perhaps ``neck.`` and ``roi_head.``, or torchvision's ResNet state dict.
+            and perhaps ``neck.`` and ``roi_head.``, or torchvision's ResNet state dict; for a
+            model of timm's, that model's state dict as ``.safetensors`` or torch's format.
         architecture: of the backbone.
 
     Raises:
         LpovodError: if the backbone would stay incomplete, a shape differs, or the file is of
             another architecture.
     """
-    state = _read(path, architecture)
+    state, unused = _read(path, architecture, model.backbone)
     own = {original_name(name): tensor for name, tensor in model.state_dict().items()}
     used = {name for name in own if name in state}
     missing = [
@@ -56,20 +60,53 @@ def start_from(model: nn.Module, path: Path, architecture: str) -> None:
         if original_name(name) in used
     }
     model.load_state_dict(ours, strict=False)
-    left = sorted(state.keys() - used)
+    left = sorted([*(state.keys() - used), *unused])
     log.info(
         f"training starts from {len(used)} tensors of {path}; not used: {some(left) or 'none'}"
     )
 
 
-def _read(path: Path, architecture: str) -> dict[str, Tensor]:
+def _read(
+    path: Path, architecture: str, backbone: nn.Module
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by the model's or the original's names, and names of timm's file left unused."""
     if path.suffix == ".safetensors":
-        tensors, _ = read_tensors(path, "proposals")
-        return {
-            k: torch.from_numpy(v)
-            for k, v in tensors.items()
-            if k.startswith(("backbone.", "neck."))
-        }
+        with _open_safetensors(path) as file:
+            is_timm_s = architecture.startswith(TIMM) and "identity" not in (file.metadata() or {})
+            if not is_timm_s:
+                return _read_network(path, architecture), []
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not state:
+            raise LpovodError(f"{path} has no tensors")
+    elif architecture.startswith(TIMM):
+        state, _ = read_checkpoint(path)
+    else:
+        return _read_original(path, architecture), []
+    tensors, unused = backbone.from_checkpoint(state, path)
+    return {f"backbone.{name}": tensor for name, tensor in tensors.items()}, unused
+
+
+def _open_safetensors(path: Path) -> safe_open:
+    try:
+        return safe_open(existing(path), framework="pt")
+    except SafetensorError as error:
+        raise LpovodError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def _read_network(path: Path, architecture: str) -> dict[str, Tensor]:
+    tensors, ident = read_tensors(path, "proposals")
+    trained = ident.get("backbone", {}).get("architecture", architecture)
+    # Names and shapes may be the same where strides or the normalisation of images are not.
+    if trained != architecture:
+        raise LpovodError(
+            f"{path} was trained with backbone.architecture {trained}, expected {architecture}"
+        )
+    return {
+        k: torch.from_numpy(v) for k, v in tensors.items() if k.startswith(("backbone.", "neck."))
+    }
+
+
+def _read_original(path: Path, architecture: str) -> dict[str, Tensor]:
     state, _ = read_checkpoint(path)
     if any(name.startswith("backbone.") for name in state):
         return state

@@ -1,6 +1,6 @@
-"""The original's detector and novel weights, read into our artefacts and written again.
+"""Imports the original's detector and novel weights, and exports ours in its format.
 
-The RPN's tensors are carried along unchanged: what was read is written again bit for bit.
+The RPN's tensors are carried along unchanged, so an exported import is bit-identical.
 """
 
 from collections import OrderedDict
@@ -30,16 +30,16 @@ def import_base_detector(
     detector: Path,
     history: Path,
 ) -> None:
-    """Write the original's detector as the artefact of stage `base_detector`.
+    """Write the original's detector as the artifact of stage `base_detector`.
 
     Args:
-        dataset: json with all categories, for the order of classes if the file states none.
-        checkpoint: a base or a fine-tuned model; novel weights are left to the linear probe.
+        dataset: json with all categories; orders the classes if the checkpoint does not list them.
+        checkpoint: a base or a fine-tuned model; its novel weights are ignored.
         base: the base classes.
         backbone: size of the backbone.
         settings: size of the heads.
         detector: output, the weights.
-        history: output, without a line: nothing was trained.
+        history: output, an empty file, because nothing was trained.
 
     Raises:
         LpovodError: naming every missing, unknown or misshapen tensor; if the classes do not fit.
@@ -71,29 +71,29 @@ def import_linear_probe(
     settings: LinearProbeSettings,
     output: Path,
 ) -> None:
-    """Write a fine-tuned checkpoint's novel weights as the artefact of stage `linear_probe`.
+    """Write a fine-tuned checkpoint's novel weights as the artifact of stage `linear_probe`.
 
     Args:
-        dataset: json with all categories, for the order of classes if the file states none.
+        dataset: json with all categories; orders the classes if the checkpoint does not list them.
         checkpoint: the fine-tuned model.
-        detector: the base detector; the checkpoint must hold its very tensors.
+        detector: the base detector; the checkpoint must hold the same tensors.
         novel: the novel classes.
-        settings: for the artefact's identity alone.
+        settings: only recorded in the artifact's identity.
         output: {class name: (dimension,) float32}.
 
     Raises:
-        LpovodError: if there are no novel weights, they belong to another detector, or the
-            classes do not fit.
+        LpovodError: if the checkpoint has no novel weights, they belong to another detector, or
+            the classes do not fit.
     """
     state, meta = read_checkpoint(checkpoint)
     rows = _shape(state, NOVEL, checkpoint)[0]
     trained, _ = read_tensors(detector, "base_detector")
     for name, tensor in trained.items():
-        theirs = state.get(original_name(name))
-        # Counted on in training, read by nothing.
+        imported = state.get(original_name(name))
+        # Fine-tuning increments this counter, and nothing reads it.
         if name.endswith("num_batches_tracked"):
             continue
-        if theirs is None or not np.array_equal(tensor, theirs.numpy()):
+        if imported is None or not np.array_equal(tensor, imported.numpy()):
             raise LpovodError(
                 f"the novel weights of {checkpoint} belong to another detector than {detector}: "
                 f"{original_name(name)} differs. Import the detector from the same file "
@@ -117,7 +117,7 @@ def export_checkpoint(
         linear_probe: of stage `linear_probe`.
 
     Raises:
-        LpovodError: if the probe is of another detector, or a class is not in `dataset`.
+        LpovodError: if the probe belongs to another detector, or a class is not in `dataset`.
     """
     tensors, ident = read_tensors(detector, "base_detector")
     data = read_dataset(dataset)
@@ -145,15 +145,18 @@ def class_order(
     split: str,
     checkpoint: Path,
 ) -> list[str]:
-    """The classes of a split in the order of their rows: that of the original, by COCO id.
+    """The classes of a split in the order of their rows, which the original sorts by COCO id.
 
     Args:
         meta: of the checkpoint; its ``CLASSES`` are all names in that order.
-        data: whose categories stand in where the file states no classes.
+        data: its categories are used if the checkpoint does not list the classes.
         names: the configured classes of the split.
-        rows: how many the checkpoint has.
+        rows: number of rows in the checkpoint.
         split: base or novel, for the message.
         checkpoint: for the message.
+
+    Raises:
+        LpovodError: if a configured class is unknown, or their number is not that of the rows.
     """
     listed = list(
         meta.get("CLASSES") or [data.categories[c]["name"] for c in sorted(data.categories)]
@@ -163,29 +166,29 @@ def class_order(
         fault = f"{unknown[0]!r} is none of its classes" if unknown else f"{len(names)} are listed"
         raise LpovodError(
             f"{checkpoint} has {rows} {split} classes and classes.{split} does not fit: {fault}. "
-            "List those that it was trained with"
+            "List the classes that it was trained with"
         )
     return [n for n in listed if n in set(names)]
 
 
 def _shape(state: dict[str, Tensor], name: str, checkpoint: Path) -> tuple[int, ...]:
     if name not in state:
-        raise LpovodError(f"{checkpoint} has no {name}: it is no checkpoint of LP-OVOD's")
+        raise LpovodError(f"{checkpoint} has no {name}: it is not a checkpoint of LP-OVOD")
     return tuple(state[name].shape)
 
 
 def _check_fits(
     checkpoint: Path, state: dict[str, Tensor], expected: dict[str, Tensor], carried: set[str]
 ) -> None:
-    """Every expected tensor is there, of its shape and type, and there is no other."""
+    """Refuse missing tensors, unknown tensors, and tensors of another shape or dtype."""
     wrong = [
-        f"{k} is {_words(state[k])}, expected {_words(expected[k])}"
+        f"{k} is {_shape_and_dtype(state[k])}, expected {_shape_and_dtype(expected[k])}"
         for k in expected.keys() & state.keys()
         if (state[k].shape, state[k].dtype) != (expected[k].shape, expected[k].dtype)
     ]
     problems = [
-        f"{what}: {some(sorted(names))}"
-        for what, names in (
+        f"{fault}: {some(sorted(names))}"
+        for fault, names in (
             ("missing", expected.keys() - state.keys()),
             ("unknown", state.keys() - expected.keys() - carried),
             ("of another shape", wrong),
@@ -199,5 +202,5 @@ def _check_fits(
         )
 
 
-def _words(tensor: Tensor) -> str:
+def _shape_and_dtype(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,6 +1,6 @@
-"""OpenMMLab's checkpoints: how they are read, and how their tensors are named.
+"""Reads OpenMMLab's checkpoints and translates the names of their tensors.
 
-Our detector keeps OpenMMLab's names for backbone and pyramid; the heads have names of their own.
+Our detector keeps OpenMMLab's names for backbone and pyramid; its heads have different names.
 """
 
 from pathlib import Path
@@ -27,29 +27,28 @@ CARRIED = "rpn_head."
 
 def original_name(name: str) -> str:
     """The original's name of one of our detector's tensors."""
-    for ours, theirs in HEADS.items():
-        if name == ours or name.startswith(f"{ours}."):
-            return theirs + name[len(ours) :]
+    for part, original in HEADS.items():
+        if name == part or name.startswith(f"{part}."):
+            return original + name[len(part) :]
     return name
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint by name, and its ``meta`` (empty if there is none).
+    """The tensors of a checkpoint by name, and its ``meta``, or {}.
 
-    Read with torch's ``weights_only=True``, which builds tensors and plain containers alone.
+    It is read with torch's ``weights_only=True``, which builds only tensors and plain containers.
 
     Raises:
         LpovodError: if the file is missing, damaged, holds anything else, or has no state dict.
     """
-    existing(path)
     existing(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LpovodError(
-            f"{path} is no checkpoint of tensors and plain values alone ({reason}); nothing of it "
-            "was run. Is the file whole?"
+            f"{path} is not a checkpoint of only tensors and plain values ({reason}); none of its "
+            "code was run. Is the file complete?"
         ) from None
     content = content if isinstance(content, dict) else {}
     nested = next((content[k] for k in ("state_dict", "model") if k in content), content)

@@ -1,4 +1,4 @@
-"""Proposals made elsewhere: OpenMMLab's pickles, or COCO's results format."""
+"""Imports proposals: OpenMMLab's pickles, or COCO's results format."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lpovod.measures.recall import recall_by_split
 from lpovod.progress import log, progress
 
 TOLERANCE = 1.0
-"""Pixels that a box may reach over the image's edge: rounding of a scale factor, then clipped."""
+"""Pixels by which rounding may push a box over the image's edge; the box is then clipped."""
 
 
 def import_proposals(
@@ -26,54 +26,55 @@ def import_proposals(
     recall: Path,
     id_map: Path | None = None,
 ) -> None:
-    """Write the proposals of a file as the artefact of stage `proposals`.
+    """Write the proposals of a file as the artifact of stage `proposals`.
 
-    The best `per_image` are kept, best first; boxes thinner than a pixel are dropped, and counted.
+    The best `per_image` are kept, best first; boxes thinner than a pixel are dropped and counted.
 
     Args:
         dataset: json of the split.
         file: ``.pkl``, a list with a float array (n, 5) for each image: x1 y1 x2 y2 objectness in
             pixels of the original image; or ``.json``, a list of image_id, bbox xywh and score.
-        settings: how many are kept.
+        settings: largest number of proposals per image.
         output: a region store without vectors.
-        recall: json of the recall (percent, at an IoU of .5) of base and novel objects.
-        id_map: json {image id: place in the pickle's list}; without it the list is in the order
+        recall: json of the recall (percent, at an IoU of 0.5) of base and novel objects.
+        id_map: json {image id: position in the pickle's list}; without it, the list has the order
             of the images in `dataset`.
 
     Raises:
-        LpovodError: naming the first image whose boxes are missing, not finite, inverted, outside
-            of it, or have an objectness outside [0, 1].
+        LpovodError: naming the first image whose boxes are missing, not finite, inverted or outside
+            the image, or whose objectness is outside [0, 1].
     """
     data = read_dataset(dataset)
     rows = read_proposal_file(file, data, id_map)
     inputs = {"dataset": dataset, "file": file} | ({"id_map": id_map} if id_map else {})
     ident = identity("proposals", {"per_image": settings.per_image}, **inputs)
-    kept, thin = {}, 0
+    proposals: dict[int, np.ndarray] = {}
+    thin = 0
     with write_regions(output, ident) as writer:
         for image_id in progress(data.images, "proposals", "image"):
             box, objectness, dropped = _checked(rows[image_id], data.images[image_id], file)
             best = np.argsort(-objectness, kind="stable")[: settings.per_image]
             writer.add(image_id, box[best], objectness[best])
-            kept[image_id], thin = box[best], thin + dropped
-    measured = recall_by_split(data, kept)
+            proposals[image_id], thin = box[best], thin + dropped
+    measured = recall_by_split(data, proposals)
     write_json(recall, {"recall": measured, "seen": f"not known: they come from {file.name}"})
     log.info(
-        f"{sum(map(len, kept.values()))} proposals of {len(kept)} images from {file}, "
-        f"{thin} thinner than a pixel dropped; recall: {measured}"
+        f"{sum(map(len, proposals.values()))} proposals of {len(proposals)} images from {file}; "
+        f"{thin} boxes thinner than a pixel dropped; recall: {measured}"
     )
 
 
 def read_proposal_file(
     file: Path, data: CocoDataset, id_map: Path | None = None
 ) -> dict[int, np.ndarray]:
-    """Rows x1 y1 x2 y2 objectness, (n, 5) float32, of every image of `data`, by its id.
+    """Rows x1 y1 x2 y2 objectness, (n, 5) float32, by image id, for every image of `data`.
 
     Raises:
-        LpovodError: if the file does not cover the images, or is of another layout.
+        LpovodError: if the file does not cover the images or has a different layout.
     """
     if file.suffix == ".json":
         if id_map:
-            raise LpovodError(f"{file} states its image ids itself: remove its proposals.id_maps")
+            raise LpovodError(f"{file} contains image ids: remove its proposals.id_maps")
         return _from_results(file, data)
     content = read_pickled_arrays(file)
     if not isinstance(content, list):
@@ -84,7 +85,7 @@ def read_proposal_file(
 def _places(
     file: Path, content: list, data: CocoDataset, id_map: Path | None
 ) -> list[tuple[int, int]]:
-    """Image ids with their place in the list."""
+    """Image ids with their positions in the list."""
     if id_map is None:
         if len(content) != len(data.images):
             raise LpovodError(
@@ -95,7 +96,7 @@ def _places(
     places = read_json(id_map)
     if not isinstance(places, dict) or not all(type(p) is int for p in places.values()):
         raise LpovodError(f"{id_map} is not of the form {{image id: place}}")
-    found = []
+    pairs = []
     for image_id in data.images:
         place = places.get(str(image_id))
         if place is None:
@@ -104,16 +105,16 @@ def _places(
             raise LpovodError(
                 f"image {image_id} has place {place} in {id_map}, {file} has {len(content)} arrays"
             )
-        found.append((image_id, place))
-    if len({place for _, place in found}) < len(found):
+        pairs.append((image_id, place))
+    if len({place for _, place in pairs}) < len(pairs):
         raise LpovodError(f"{id_map} gives several images one place")
-    return found
+    return pairs
 
 
 def _rows(file: Path, content: list, place: int, image_id: int) -> np.ndarray:
     rows = content[place]
     if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f":
-        raise LpovodError(f"{file}: entry {place} (image {image_id}) is no array of floats")
+        raise LpovodError(f"{file}: entry {place} (image {image_id}) is not an array of floats")
     if rows.ndim != 2 or rows.shape[1] != 5:
         raise LpovodError(
             f"{file}: entry {place} (image {image_id}) has shape {rows.shape}, expected (n, 5): "
@@ -132,24 +133,24 @@ def _from_results(file: Path, data: CocoDataset) -> dict[int, np.ndarray]:
 def _checked(
     rows: np.ndarray, image: dict[str, Any], file: Path
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Boxes clipped to the image, objectness, and how many boxes are too thin and left out."""
+    """Boxes clipped to the image, their objectness, and the number of boxes dropped as too thin."""
     box, objectness = rows[:, :4], rows[:, 4]
     limit = np.array([image["width"], image["height"]] * 2, np.float32)
-    wrong = {
+    faults = {
         "is not finite": ~np.isfinite(rows).all(axis=1),
         "is inverted": (box[:, 2:] < box[:, :2]).any(axis=1),
-        f"lies outside of the image, {image['width']} x {image['height']} pixels": (
+        f"lies outside the image, {image['width']} x {image['height']} pixels": (
             (box < -TOLERANCE) | (box > limit + TOLERANCE)
         ).any(axis=1),
         "has an objectness outside [0, 1]": (objectness < 0) | (objectness > 1),
     }
-    for what, flags in wrong.items():
+    for fault, flags in faults.items():
         if flags.any():
             first = int(flags.argmax())
             raise LpovodError(
-                f"{file}: image {image['id']}: proposal {first}, {rows[first].tolist()}, {what} "
-                f"({int(flags.sum())} of {len(rows)} are so). Are they x1 y1 x2 y2 in pixels of "
-                "the original image?"
+                f"{file}: image {image['id']}: proposal {first}, {rows[first].tolist()}, {fault} "
+                f"({int(flags.sum())} of {len(rows)} proposals have this fault). Are the boxes "
+                "x1 y1 x2 y2 in pixels of the original image?"
             )
     box = box.clip(0, limit)
     solid = ((box[:, 2:] - box[:, :2]) >= 1).all(axis=1)

@@ -1,11 +1,11 @@
-"""Pseudo-labels retrieved elsewhere, in the layout of the original's file."""
+"""Imports pseudo-labels in the layout of the original's file."""
 
 from pathlib import Path
 
 from lpovod.artifacts import identity, write_json
 from lpovod.config import PseudoLabelsSettings
 from lpovod.exceptions import LpovodError
-from lpovod.formats.coco import read_dataset
+from lpovod.formats.coco import corners, read_dataset
 from lpovod.formats.pseudo_labels import as_coco
 from lpovod.progress import log
 
@@ -13,18 +13,18 @@ from lpovod.progress import log
 def import_pseudo_labels(
     name: str, file: Path, dataset: Path, settings: PseudoLabelsSettings, output: Path
 ) -> None:
-    """Write one class's pseudo-labels out of a file of all classes, in place of retrieval.
+    """Write one class's pseudo-labels from a file with all classes, instead of retrieving them.
 
     Args:
         name: the class.
-        file: COCO json in the original's layout, annotations with ``score`` and ``cosine``.
-        dataset: the training json, which must hold the images of the labels.
-        settings: for the artefact's identity.
-        output: COCO json of the class alone.
+        file: COCO json in the original's layout, whose annotations have ``score`` and ``cosine``.
+        dataset: the training json, which must list the images of the labels.
+        settings: recorded in the artifact's identity.
+        output: COCO json of this class.
 
     Raises:
-        LpovodError: if the file has no label of the class, or if the image of one is not in the
-            dataset, is of another size there, or does not hold the label's box.
+        LpovodError: if the file has no label of the class, or if the image of a label is not in the
+            dataset, has a different size there, or does not contain the label's box.
     """
     content, images = read_dataset(file), read_dataset(dataset).images
     (category,) = content.category_ids([name])
@@ -44,22 +44,26 @@ def import_pseudo_labels(
     )
 
 
-def _checked_label(annotation: dict, file: Path, theirs: dict, ours: dict, dataset: Path) -> dict:
-    where = f"{file}: annotation {annotation['id']}"
+def _checked_label(
+    annotation: dict, file: Path, labelled: dict, image: dict | None, dataset: Path
+) -> dict:
+    """A label with the keys in use, checked against its image in the dataset."""
+    prefix = f"{file}: annotation {annotation['id']}"
     missing = [key for key in ("score", "cosine") if key not in annotation]
     if missing:
-        raise LpovodError(f"{where} has no {missing[0]}: these are no pseudo-labels")
-    if ours is None:
-        raise LpovodError(f"{where}: {dataset} has no image {annotation['image_id']}")
-    if any(theirs[side] != ours[side] for side in ("width", "height")):
+        raise LpovodError(f"{prefix} has no {missing[0]}: the file does not hold pseudo-labels")
+    if image is None:
+        raise LpovodError(f"{prefix}: {dataset} has no image {annotation['image_id']}")
+    if any(labelled[side] != image[side] for side in ("width", "height")):
         raise LpovodError(
-            f"{where}: its image is {theirs['width']} x {theirs['height']}, that of {dataset} "
-            f"{ours['width']} x {ours['height']}"
+            f"{prefix}: its image is {labelled['width']} x {labelled['height']}, but "
+            f"{image['width']} x {image['height']} in {dataset}"
         )
-    x, y, width, height = annotation["bbox"]
-    # Sums of single-precision corners may end a hair outside.
-    if min(x, y) < -0.01 or x + width > ours["width"] + 0.01 or y + height > ours["height"] + 0.01:
-        raise LpovodError(f"{where}: bbox {annotation['bbox']} lies outside of its image")
+    x1, y1, x2, y2 = corners(annotation["bbox"]).tolist()
+    # Sums of single-precision numbers may end slightly outside.
+    if min(x1, y1) < -0.01 or x2 > image["width"] + 0.01 or y2 > image["height"] + 0.01:
+        raise LpovodError(f"{prefix}: bbox {annotation['bbox']} lies outside its image")
+    _, _, width, height = annotation["bbox"]
     return {key: annotation[key] for key in ("image_id", "bbox", "score", "cosine")} | {
         "area": width * height
     }

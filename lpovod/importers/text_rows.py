@@ -1,4 +1,4 @@
-"""Text embeddings made elsewhere: a matrix whose rows are in the order of a list of classes."""
+"""Imports text embeddings: a matrix whose rows have the order of a list of classes."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ def read_rows(file: Path, classes: Path) -> dict[str, np.ndarray]:
     """Unit vectors by class name.
 
     Args:
-        file: (n, D) floats, of any length: ``.npy``, or a ``.pth`` that holds one tensor.
-        classes: json of the n names in the rows' order: a list of names, or COCO's json, whose
-            categories are then taken in the order of their ids.
+        file: (n, D) floats, rows of any length: ``.npy``, or a ``.pth`` with a single tensor.
+        classes: json of the n names in the order of the rows: a list of names, or COCO's json,
+            whose categories are sorted by id.
 
     Returns:
         {name: (D,) float64, of unit length}.
 
     Raises:
-        LpovodError: if the matrix is damaged or holds anything else, if rows and names differ in
-            number, if a name stands there twice, or if a row has no direction.
+        LpovodError: if the file is damaged or holds anything but a matrix, if the numbers of rows
+            and names differ, if a name appears twice, or if a row is zero or not finite.
     """
     names, rows = _read_names(classes), _read_matrix(file)
     if rows.ndim != 2 or len(rows) != len(names):
@@ -37,29 +37,30 @@ def read_rows(file: Path, classes: Path) -> dict[str, np.ndarray]:
 
 
 def check_rows(file: Path, rows: dict[str, np.ndarray], embedded: np.ndarray) -> None:
-    """Refuse rows that are not those of their names: of another CLIP, or in another order.
+    """Refuse rows that do not match their names: made with another CLIP, or in another order.
 
     Args:
         file: for the message.
-        rows: as `read_rows` returns them, n of them.
-        embedded: (n, D) of the bare names, by the CLIP that the rows are said to come from.
+        rows: the n rows that `read_rows` returned.
+        embedded: (n, D) embeddings of the bare names by the CLIP that supposedly made the rows.
 
     Raises:
-        LpovodError: if the dimension differs, or most rows are more similar to another name.
+        LpovodError: if the dimension differs, or half of the rows or more are most similar to
+            another name.
     """
-    given = np.stack(list(rows.values()))
-    if given.shape != embedded.shape:
+    vectors = np.stack(list(rows.values()))
+    if vectors.shape != embedded.shape:
         raise LpovodError(
-            f"{file} has {given.shape[1]} columns, the configured CLIP {embedded.shape[1]}"
+            f"{file} has {vectors.shape[1]} columns, the configured CLIP {embedded.shape[1]}"
         )
-    cosine = given @ (embedded / np.linalg.norm(embedded, axis=1, keepdims=True)).T
-    own = int((cosine.argmax(axis=1) == np.arange(len(rows))).sum())
-    # Prompts differ, and so a few rows may be closer to a kindred name.
-    if own <= len(rows) / 2:
+    cosine = vectors @ (embedded / np.linalg.norm(embedded, axis=1, keepdims=True)).T
+    matching = int((cosine.argmax(axis=1) == np.arange(len(rows))).sum())
+    # Prompts differ, so a few rows may be closer to a related name.
+    if matching <= len(rows) / 2:
         raise LpovodError(
-            f"{file}: only {own} of {len(rows)} rows are most similar to what CLIP says of their "
-            "own name. Is text_embeddings.classes in the order of the rows, and are they of the "
-            "configured CLIP?"
+            f"{file}: only {matching} of {len(rows)} rows are most similar to CLIP's embedding of "
+            "their own name. Does text_embeddings.classes have the order of the rows, and did the "
+            "configured CLIP make them?"
         )
 
 
@@ -70,8 +71,8 @@ def _read_names(path: Path) -> list[str]:
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
         raise LpovodError(f"{path} is neither a list of class names nor COCO's json")
     if len(set(content)) < len(content):
-        twice = next(name for name in content if content.count(name) > 1)
-        raise LpovodError(f"{path} lists {twice!r} twice")
+        repeated = next(name for name in content if content.count(name) > 1)
+        raise LpovodError(f"{path} lists {repeated!r} twice")
     return content
 
 
@@ -85,6 +86,6 @@ def _read_matrix(path: Path) -> np.ndarray:
         return torch.load(path, map_location="cpu", weights_only=True).double().numpy()
     except Exception as error:  # a damaged file can raise nearly anything
         raise LpovodError(
-            f"{path} holds no matrix of numbers alone ({str(error).splitlines()[0]}); nothing of "
-            "it was run"
+            f"{path} does not hold a single numeric matrix ({str(error).splitlines()[0]}); none of "
+            "its code was run"
         ) from None

@@ -1,13 +1,14 @@
 """The tensors of a TorchScript archive, without TorchScript.
 
-``torch.jit.load`` compiles the program that an archive brings, and may run parts of it. Here the
-program is never looked at: an archive is a zip with a pickle of the module tree and a file for each
-storage, and the pickle is read by an unpickler that knows modules, tensors and nothing else.
+``torch.jit.load`` compiles the program inside an archive, and may run parts of it. This reader
+ignores the program: an archive is a zip with a pickle of the module tree and a file for each
+storage, and the pickle is read by an unpickler that admits only modules and tensors.
 """
 
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _DTYPES = {
 
 
 class _Module:
-    """Stands for every class of an archive: its attributes alone are read."""
+    """Replaces every class of an archive: only attributes are read."""
 
 
 def _tensor(
@@ -88,12 +89,12 @@ def read_torchscript(path: Path) -> dict[str, Any]:
             return dict(_walk(module, ""))
     except Exception as error:  # a damaged archive can raise nearly anything
         raise LpovodError(
-            f"{path} is no TorchScript archive of modules and tensors alone ({error}); nothing of "
-            "it was run. If it is not whole, download it again"
+            f"{path} is not a TorchScript archive of only modules and tensors ({error}); none of "
+            "its code was run. If it is incomplete, download it again"
         ) from None
 
 
-def _walk(module: _Module, prefix: str):
+def _walk(module: _Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     for name, value in vars(module).items():
         if isinstance(value, _Module):
             yield from _walk(value, f"{prefix}{name}.")

@@ -1,6 +1,6 @@
-"""The full method and its ablations: what each changes, its name, and the table of their AP50.
+"""The full method and its ablations: their names, their settings, and the table of their AP50.
 
-Needs no torch: the workflow prints the table when it ends.
+Needs no torch: the workflow prints the table at its end.
 """
 
 from dataclasses import dataclass, replace
@@ -18,37 +18,37 @@ ROWS = {
     "without_probe": ("CLIP head alone", "novel scores from the distilled CLIP head (beta = 0)"),
     "without_probe_best_temperature": (
         "CLIP head alone, best temperature",
-        "the best of several temperatures, picked on these very images",
+        "the best of several temperatures, chosen on these very images",
     ),
     "without_clip_head": ("probe alone", "novel scores from the linear probe (beta = 1)"),
-    "without_objectness": ("no objectness", "scores say nothing about how well a box fits"),
+    "without_objectness": ("no objectness", "scores ignore how well a box fits"),
     "without_probe_and_objectness": (
         "CLIP head alone, no objectness",
-        "what objectness does for the CLIP head",
+        "the effect of objectness on the CLIP head",
     ),
-    "without_box_refinement": ("raw boxes", "proposals as they are"),
+    "without_box_refinement": ("raw boxes", "unrefined proposals"),
     "without_probe_and_box_refinement": (
         "CLIP head alone, raw boxes",
-        "what box refinement does for the CLIP head",
+        "the effect of box refinement on the CLIP head",
     ),
     "true_clip_without_probe": (
         "CLIP itself on crops",
         "CLIP on the crops, in place of the head that imitates it",
     ),
-    "true_clip_with_probe": ("CLIP itself and probe", "the same, joined with the probe"),
+    "true_clip_with_probe": ("CLIP itself and probe", "CLIP on the crops, with the probe"),
 }
 """Name and explanation of every row of the metrics, in the order of the table."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How raw scores become detections: the full method, or one of its ablations.
+    """The settings that turn raw scores into detections: the full method, or one of its ablations.
 
     Attributes:
         alpha: weight of the CLIP head in base scores.
         beta: weight of the probe in novel scores.
-        temperature: of the softmax over cosines.
-        objectness: whether it enters the score.
+        temperature: softmax temperature over cosines.
+        objectness: whether the score includes objectness.
         refined: whether boxes are refined.
         true_clip: whether CLIP on crops replaces the CLIP head.
     """
@@ -64,7 +64,7 @@ class Variant:
 def variants(
     settings: EvaluationSettings, temperature: float, true_clip: bool
 ) -> dict[str, Variant]:
-    """The method and its ablations, by their name in the metrics."""
+    """The method and its ablations, by their names in the metrics."""
     full = Variant(settings.alpha, settings.beta, temperature)
     rows = {
         "full": full,
@@ -82,10 +82,10 @@ def variants(
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The metrics of stage `evaluation`.
+    """The metrics that stage `evaluation` wrote.
 
     Raises:
-        LpovodError: if the file has another layout.
+        LpovodError: if the file has a different layout.
     """
     content = read_json(path)
     rows = content.get("rows") if isinstance(content, dict) else None
@@ -99,7 +99,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """AP50 of the method and of its ablations, in percent."""
+    """AP50 of the method and its ablations, in percent."""
     lines = [f"{'AP50':36}" + "".join(f"{split:>8}" for split in SPLITS)]
     for key, (name, _) in ROWS.items():
         if row := metrics["rows"].get(key):

@@ -1,6 +1,6 @@
-"""COCO's average precision at an IoU of .5, over base, novel and all classes.
+"""COCO's average precision at an IoU of 0.5, over base, novel and all classes.
 
-The engine is faster-coco-eval, which gives pycocotools' numbers at a fraction of its time.
+It uses faster-coco-eval, which gives pycocotools' numbers in a fraction of the time.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from lpovod.formats.coco import CocoDataset
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """For what makes a hundred thousand small objects and no cycles: a quarter of its time.
+    """Suspend garbage collection for code that makes many small objects and no cycles.
 
-    Reference counts free them; Python's collector would only walk over them again and again.
+    Building a hundred thousand objects then takes a quarter of the time: reference counts free
+    them, and Python's collector would only walk over them again and again.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -31,19 +32,21 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def ground_truth(data: CocoDataset, names: list[str], every_image: bool = False) -> COCO:
-    """Annotations of the named classes alone, on the images that have some of them.
+    """The annotations of the named classes, and the images that have any.
 
-    Images without any of the classes are left out, as in the generalised OV-COCO protocol, unless
-    `every_image` keeps them.
+    Images without these classes are left out, as in the generalised OV-COCO protocol, unless
+    `every_image` is set.
     """
     categories = set(data.category_ids(names))
-    kept = {
-        image_id: [a for a in found if a["category_id"] in categories]
-        for image_id, found in data.annotations.items()
+    selected = {
+        image_id: [a for a in annotations if a["category_id"] in categories]
+        for image_id, annotations in data.annotations.items()
     }
-    images = [data.images[i] for i, found in kept.items() if found or every_image]
+    images = [data.images[i] for i, objects in selected.items() if objects or every_image]
     annotations = [
-        {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a} for f in kept.values() for a in f
+        {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a}
+        for objects in selected.values()
+        for a in objects
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(
@@ -56,33 +59,33 @@ def ground_truth(data: CocoDataset, names: list[str], every_image: bool = False)
 
 
 def ap50_by_class(truth: COCO, results: list[dict[str, Any]]) -> dict[str, float]:
-    """AP50 in percent of every class that has an object, by class name.
+    """AP50, in percent, of every class that has an object, by class name.
 
     Args:
         truth: from `ground_truth`.
         results: from `coco_results`; images that `truth` leaves out are ignored.
     """
-    known = set(truth.getImgIds())
-    here = [r for r in results if r["image_id"] in known]
+    image_ids = set(truth.getImgIds())
+    results = [r for r in results if r["image_id"] in image_ids]
     names = {c: truth.cats[c]["name"] for c in sorted(truth.cats)}
     present = {a["category_id"] for a in truth.anns.values() if not a["iscrowd"]}
-    if not here:
+    if not results:
         return {name: 0.0 for c, name in names.items() if c in present}
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval_faster(truth, truth.loadRes(here), "bbox")
+        evaluator = COCOeval_faster(truth, truth.loadRes(results), "bbox")
         evaluator.params.iouThrs = np.array([0.5])
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluator.params.maxDets = [100]
         evaluator.evaluate()
         evaluator.accumulate()
-    # precision: (IoU, recall, class, area, detections per image); -1 where a class has no object
+    # precision: (IoU, recall, class, area, detections per image); -1 if a class has no object
     precision = evaluator.eval["precision"][0, :, :, 0, 0]
     means = {c: float(precision[:, k].mean()) for k, c in enumerate(evaluator.params.catIds)}
     return {names[c]: 100 * means[c] for c in names if c in present}
 
 
 def ap50(by_class: dict[str, float], base: list[str], novel: list[str]) -> dict[str, float | None]:
-    """Means over novel, base and all classes; None where none of them has an object."""
+    """Means over novel, base and all classes; None if no class of a split has an object."""
 
     def mean(names: list[str]) -> float | None:
         values = [by_class[n] for n in names if n in by_class]

@@ -1,4 +1,4 @@
-"""What kind of mistake a detector makes: well placed, badly placed (and how), or misnamed."""
+"""Kinds of detection mistakes: duplicates, badly placed boxes, wrong classes, background."""
 
 import numpy as np
 
@@ -8,51 +8,52 @@ from lpovod.overlaps import overlaps
 KINDS = {
     "correct": "the first detection of an object, IoU of at least 0.5",
     "duplicate": "well placed on an object that is already detected",
-    "too tight": "a part of an object",
-    "too loose": "around an object, with much beside it",
+    "too tight": "on a part of an object",
+    "too loose": "around an object and much of its surroundings",
     "group": "around several objects",
-    "shifted": "overlaps an object otherwise",
+    "shifted": "overlaps an object in another way",
     "other class": "well placed on an object of another class",
-    "background": "on nothing that is annotated",
+    "background": "on no annotated object",
 }
-"""Kinds of mistakes, and what each means."""
+"""Kinds of detections and their meaning."""
 
 
 def count_mistakes(
     data: CocoDataset, detections: Detections, category_ids: list[int]
 ) -> dict[str, float]:
-    """Percent of each kind among the best-scored detections of the given classes.
+    """Percent of each kind among the highest-scoring detections of some classes.
 
-    For each class as many detections are looked at as it has objects: those that decide AP.
+    A class contributes as many detections as it has objects: those that decide AP.
 
     Args:
         data: the annotations.
         detections: all detections.
-        category_ids: the classes to look at.
+        category_ids: the classes to count.
 
     Returns:
-        percent by kind, over all classes together.
+        Percent by kind, over all these classes together.
     """
     counts = dict.fromkeys(KINDS, 0)
     for category in category_ids:
         objects = {i: _split(data, i, category) for i in data.images}
-        total = sum(len(own) for own, _ in objects.values())
+        total = sum(len(same_class) for same_class, _ in objects.values())
         ranked = sorted(
             (
                 (-float(score), image_id, tuple(map(float, box)))
-                for image_id, (boxes, scores, named) in detections.items()
-                for box, score, c in zip(boxes, scores, named, strict=True)
+                for image_id, (boxes, scores, categories) in detections.items()
+                for box, score, c in zip(boxes, scores, categories, strict=True)
                 if c == category
             )
         )[:total]
         taken: set[tuple[int, int]] = set()
         for _, image_id, box in ranked:
             counts[_kind(np.array(box), image_id, *objects[image_id], taken)] += 1
-    looked_at = max(1, sum(counts.values()))
-    return {kind: round(100 * n / looked_at, 2) for kind, n in counts.items()}
+    counted = max(1, sum(counts.values()))
+    return {kind: round(100 * n / counted, 2) for kind, n in counts.items()}
 
 
 def _split(data: CocoDataset, image_id: int, category: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of the objects of a category, and those of all others."""
     boxes, categories = data.boxes(image_id)
     return boxes[categories == category], boxes[categories != category]
 
@@ -60,12 +61,12 @@ def _split(data: CocoDataset, image_id: int, category: int) -> tuple[np.ndarray,
 def _kind(
     box: np.ndarray,
     image_id: int,
-    own: np.ndarray,
+    same_class: np.ndarray,
     others: np.ndarray,
     taken: set[tuple[int, int]],
 ) -> str:
-    iou, inside, covered = overlaps(box, own)
-    if len(own) and iou.max() >= 0.5:
+    iou, inside, covered = overlaps(box, same_class)
+    if len(same_class) and iou.max() >= 0.5:
         free = [k for k in np.argsort(-iou) if iou[k] >= 0.5 and (image_id, int(k)) not in taken]
         if not free:
             return "duplicate"
@@ -77,7 +78,7 @@ def _kind(
 
 
 def placement(iou: np.ndarray, inside: np.ndarray, covered: np.ndarray) -> str | None:
-    """How a box with an IoU below 0.5 is misplaced; None if it hardly meets an object.
+    """The kind of misplacement of a box with an IoU below 0.5; None if it hardly meets an object.
 
     Args:
         iou: (m,) with each object of its class.

@@ -1,4 +1,4 @@
-"""ResNet and feature pyramid, shared by the proposal network and the detector.
+"""Backbones and feature pyramid, shared by the proposal network and the detector.
 
 Parameter names of `resnet50` and of the pyramid are those of OpenMMLab's checkpoints, so that their
 files load key by key.
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lpovod.config import BackboneSettings
+from lpovod.config import TIMM, BackboneSettings
 from lpovod.distributed import BatchNorm2d
+from lpovod.views import Normalisation
 
 STRIDES = (4, 8, 16, 32, 64)
 """Of the pyramid's levels P2 ... P6."""
@@ -73,7 +74,10 @@ class ResNet(nn.Module):
 
     Attributes:
         outputs: channels of C2 ... C5.
+        normalisation: of the images.
     """
+
+    normalisation = Normalisation()
 
     def __init__(self, architecture: str):
         super().__init__()
@@ -135,14 +139,26 @@ class FeaturePyramid(nn.Module):
         return [*pyramid, functional.max_pool2d(pyramid[-1], 1, stride=2)]
 
 
-def build_backbone(settings: BackboneSettings) -> tuple[ResNet, FeaturePyramid]:
-    """The two halves, freshly initialised."""
-    resnet = ResNet(settings.architecture)
-    pyramid = FeaturePyramid(resnet.outputs, settings.channels)
-    for module in (*resnet.modules(), *pyramid.modules()):
+def build_backbone(settings: BackboneSettings) -> tuple[nn.Module, FeaturePyramid]:
+    """The two halves, freshly initialised; the first has `outputs` and `normalisation`.
+
+    Raises:
+        LpovodError: if timm has no such backbone.
+    """
+    if settings.architecture.startswith(TIMM):
+        # timm is imported where it is needed; its models are initialised as it sees fit.
+        from lpovod.networks.timm_backbone import TimmBackbone
+
+        backbone: nn.Module = TimmBackbone(settings.architecture)
+        drawn = []
+    else:
+        backbone = ResNet(settings.architecture)
+        drawn = list(backbone.modules())
+    pyramid = FeaturePyramid(backbone.outputs, settings.channels)
+    for module in (*drawn, *pyramid.modules()):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return resnet, pyramid
+    return backbone, pyramid
 
 
 def freeze_statistics(module: nn.Module) -> None:

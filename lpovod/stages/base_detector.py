@@ -213,7 +213,7 @@ def training_losses(
         settings: where regions come from, how many are sampled, and the weight of distillation.
         device: where the model is.
     """
-    pyramid = model.pyramid(batch(views, device))
+    pyramid = model.pyramid(batch(views, device, model.backbone.normalisation))
     objects = [view.to_view(data.boxes(view.view.image_id)[0]) for view in views]
     given = [view.to_view(view.extra.box) for view in views]
     losses, candidates = {}, given

@@ -131,7 +131,7 @@ def _losses(
     settings: ProposalsSettings,
     device: str,
 ) -> dict[str, Tensor]:
-    levels = model(batch(views, device))
+    levels = model(batch(views, device, model.backbone.normalisation))
     anchors = torch.cat([level[0] for level in levels])
     boxes = torch.cat([level[1] for level in levels], dim=1)
     logits = torch.cat([level[2] for level in levels], dim=1)

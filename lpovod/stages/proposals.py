@@ -47,7 +47,7 @@ def propose(
         progress(None, "proposals", "image", len(data.images)) as bar,
     ):
         for views in batches:
-            levels = model(batch(views, device))
+            levels = model(batch(views, device, model.backbone.normalisation))
             for number, view in enumerate(views):
                 boxes, scores = best_proposals(levels, number, view, data, settings, kept)
                 found[view.view.image_id] = boxes

@@ -139,7 +139,8 @@ def _write_batch(
     writer: RegionWriter,
     device: str,
 ) -> None:
-    pyramid = model.pyramid(batch(views, device, pad_with_black=True))
+    images = batch(views, device, model.backbone.normalisation, pad_with_black=True)
+    pyramid = model.pyramid(images)
     boxes = [v.to_view(regions[v.view.image_id][0]).to(device) for v in views]
     outputs = model.extract(model.pool(pyramid, boxes))
     start = 0

@@ -55,4 +55,4 @@ rule time:
         mem_mb=grows(2000),
         runtime=grows(2),
     shell:
-        "PYTHONPATH=. python {params.script} probe/time.resume {output} 2>> probe/time.log"
+        "PYTHONPATH=. python {params.script} probe/time.checkpoint {output} 2>> probe/time.log"

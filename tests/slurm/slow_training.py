@@ -1,6 +1,6 @@
-"""A training of the project whose third epoch takes minutes, unless it goes on from a state.
+"""A training of the project whose third epoch takes minutes, unless it resumes a checkpoint.
 
-Arguments: the state, and the output: the history and where the training went on, as json.
+Arguments: the checkpoint, and the output: the history and where the training resumed, as json.
 """
 
 import json
@@ -14,7 +14,7 @@ import workflow_scripts  # noqa: F401, how a stage takes signals
 STEPS = 300
 
 
-def main(state: Path, output: Path) -> None:
+def main(checkpoint: Path, output: Path) -> None:
     import torch
     from torch import nn
 
@@ -22,7 +22,7 @@ def main(state: Path, output: Path) -> None:
     from lpovod.training import train
 
     begun: list[tuple[int, int]] = []
-    slow = not state.exists()
+    slow = not checkpoint.exists()
 
     def batches(epoch: int, step: int) -> Iterator[torch.Tensor]:
         begun.append((epoch, step))
@@ -40,7 +40,7 @@ def main(state: Path, output: Path) -> None:
         batches,
         STEPS,
         schedule,
-        state,
+        checkpoint,
         "slow",
     )
     output.write_text(json.dumps({"history": history, "begun": begun}))
