@@ -155,18 +155,22 @@ def test_the_small_networks_by_hand():
     assert operations.extraction == pytest.approx(2 * (2 * head + 512 * (128 + 4)) / 1e9)
 
 
+BOTTLENECKS = [256, 512, 1024, 2048]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "expected"),
+    ("architecture", "channels", "expected"),
     [
-        ("resnet50_torchvision", 4.09),  # torchvision's documentation
-        ("resnet50", 3.8),  # He et al. 2016, table 1
+        ("resnet50_torchvision", BOTTLENECKS, 4.09),  # torchvision's documentation
+        ("resnet50", BOTTLENECKS, 3.8),  # He et al. 2016, table 1
+        ("timm:resnet18", [64, 128, 256, 512], 1.81),  # torchvision's documentation
     ],
 )
-def test_resnet50_as_published(architecture, expected):
+def test_residual_networks_as_published(architecture, channels, expected):
     """GMAC for 224 x 224 pixels, of which the classifier has 0.002."""
-    files = (*COCO, overlay(f"backbone: {{architecture: {architecture}}}"))
+    files = (*COCO, overlay(f"backbone: {{architecture: '{architecture}'}}"))
     operations = count_operations(read_config(files, weights=False), 224, 224)
-    neck = pyramid([256, 512, 1024, 2048], 256, [56, 28, 14, 7])
+    neck = pyramid(channels, 256, [56, 28, 14, 7])
     assert operations.pyramid / 2 - neck / 1e9 == pytest.approx(expected, rel=0.02)
 
 
