@@ -36,7 +36,7 @@ HEAVY_START, LIGHT_START = 3.7, 0.5  # of a job with torch, and without it
 
 # Assumed.
 TFLOPS = 20.0  # what one GPU sustains on such networks; measure yours and say --tflops
-GFLOPS = 60.0  # what one core sustains; measured: about 45 in trainings, 70 to 90 elsewhere
+GFLOPS = 60.0  # what one core sustains; measured: about 45 in trainings, 65 to 90 elsewhere
 READING = 2e9  # bytes per second
 GPUS = (1, 8, 64)
 TRAINING_CORES = 8  # at most, as in rules/resources.smk
