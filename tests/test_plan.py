@@ -242,6 +242,12 @@ def test_what_is_read_from_files_costs_nothing():
     assert embedding.disk == 500 * 50 * (2 * 128 + 20)
 
 
+def test_each_class_extracts_the_features_of_its_own_images():
+    """Six classes of ten images, whatever their jobs have in common; 9 validation images."""
+    (row,) = [r for r in costs(read_config(MINIATURE), 10, 9) if r.stage == "region_features"]
+    assert row.disk == (6 * 10 + 9) * 50 * (20 + 16 + 2 * (512 + 128))
+
+
 def test_impossible_numbers_are_refused():
     for options in ({"images": (0, 5)}, {"tflops": 0.0}, {"gflops": -1.0}, {"cores": 0}):
         with pytest.raises(UsageError, match="positive"):

@@ -120,6 +120,7 @@ def plan(
     settings = read_config(config, weights=False)
     dataset, cores = settings.dataset, cores or os.cpu_count() or 1
     train, val = images or (dataset.image_count("train"), dataset.image_count("val"))
+    guessed = not images and dataset.source == "coco" and not dataset.coco.download
     rows = costs(settings, train, val)
     measured = {} if images else _measured(Path("results", settings.name, "benchmarks"))
     if measured:
@@ -143,7 +144,7 @@ def plan(
     ]
     return "\n\n".join(
         [
-            f"{train:,} training and {val:,} validation images",
+            f"{'about ' * guessed}{train:,} training and {val:,} validation images",
             text,
             "\n".join(textwrap.fill(note, 95) for note in notes if note),
         ]
@@ -221,7 +222,7 @@ def costs(config: Config, train: int, val: int) -> list[Cost]:
     embedded = train * (trains or retrieves) + val * config.evaluation.clip_on_crops  # images
     novel = len(config.classes.novel)
     classes = len(config.classes.base) + novel
-    retrieved = min(train, novel * config.pseudo_labels.k) * probes  # images
+    retrieved = novel * min(train, config.pseudo_labels.k) * probes  # images, for each class
     per_image, (decoding, shown) = proposals.per_image, loading(config)
     row = BOX + 2 * work.dimension  # bytes of an embedded region
     indexed = train * per_image * (row + 8)  # bytes
