@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lpovod.artifacts import read_json, sha256
-from lpovod.config import ClipSettings, TextEmbeddingsSettings
-from lpovod.crops import RESIZE_MODES, SUPPORT
+from lpovod.config import INTERPOLATIONS, RESIZE_MODES, ClipSettings, TextEmbeddingsSettings
 from lpovod.exceptions import LpovodError, existing, some
 from lpovod.formats.class_embeddings import ClassEmbeddings, clip_architecture
 from lpovod.importers.torchscript import is_torchscript, read_torchscript
@@ -65,8 +64,8 @@ class Preprocessing:
     image_size: int  # side of the square in pixels
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
-    interpolation: str  # a key of crops.SUPPORT
-    resize_mode: str  # one of crops.RESIZE_MODES
+    interpolation: str  # one of INTERPOLATIONS
+    resize_mode: str  # one of RESIZE_MODES
 
 
 @register_model
@@ -303,7 +302,7 @@ def _look_up_preprocessing(architecture: str, tag: str | None) -> dict:
 
 def _check_preprocessing(architecture: str, stated: dict) -> None:
     """Refuse a preprocessing that `crops` does not implement."""
-    supported = {"interpolation": SUPPORT, "resize_mode": RESIZE_MODES, "mode": ["RGB"]}
+    supported = {"interpolation": INTERPOLATIONS, "resize_mode": RESIZE_MODES, "mode": ["RGB"]}
     for key, values in supported.items():
         if stated[key] not in values:
             raise LpovodError(

@@ -36,6 +36,9 @@ BACKBONES = ("small", "resnet50", "resnet50_torchvision")
 TIMM = "timm:"
 """In front of the name of a model of timm's."""
 
+INTERPOLATIONS, RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "squash")
+"""Of CLIP's preprocessing, as far as `lpovod.crops` does it."""
+
 JSON_PER_IMAGE = 4000
 """Bytes of annotations per image; COCO's have four to five thousand, outlines included."""
 

@@ -20,7 +20,6 @@ from lpovod.exceptions import LpovodError
 SUPPORT = {"bicubic": 2, "bilinear": 1}  # radius of PIL's filter, in pixels of the smaller image
 # Bilinear sums often lie exactly between two grey levels; PIL's last bits decide the rounding.
 PRECISION = {"bicubic": torch.float32, "bilinear": torch.float64}
-RESIZE_MODES = ("shortest", "squash")
 
 FRACTION_BITS = 22  # fraction bits in PIL's fixed-point weights for 8-bit images
 CROPS_AT_ONCE = 64  # crops whose weights are computed together; bounds memory at the paper's scale

@@ -15,6 +15,13 @@ log = logging.getLogger("lpovod")
 """Every module reports here: `log.info`, `log.warning`, `log.error`."""
 
 
+def be_silent() -> None:
+    """Report nothing but errors from now on: this process is not the first of a training."""
+    global FIRST_RANK
+    FIRST_RANK = False
+    log.setLevel(logging.ERROR)
+
+
 def start_logging() -> None:
     """Send the log to standard error; each line has its time and, above info, its level."""
     handler = logging.StreamHandler(sys.stderr)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lpovod.artifacts import Identity, atomic, write_tensors
 from lpovod.config import TrainingSettings
-from lpovod.distributed import add_up_gradients, largest, rank, ranks, start_alike, total
+from lpovod.distributed import largest, rank, ranks, start_alike, state_of, total, update
 from lpovod.exceptions import LpovodError
 from lpovod.progress import log, progress
 from lpovod.schedule import rate_at
@@ -60,7 +60,7 @@ def train(
     optimizer = build_optimizer(model, settings)
     with _alone_with(checkpoint), _noting_signals() as signals:
         history, first, sums = _resume(model, optimizer, checkpoint, fingerprint)
-        start_alike(model, len(history) * steps_per_epoch + first)
+        start_alike(model, optimizer, len(history) * steps_per_epoch + first)
         for epoch in range(len(history), settings.epochs):
             started, name = time.perf_counter(), f"epoch {epoch + 1}/{settings.epochs}"
             bar = progress(batches(epoch, first), name, "step", steps_per_epoch, initial=first)
@@ -99,9 +99,7 @@ def _step(
         raise LpovodError(f"step {step}: a loss is not finite: {found}. Lower the rate.")
     optimizer.zero_grad()
     sum(named.values()).backward()
-    add_up_gradients(model)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_norm)
-    optimizer.step()
+    update(model, optimizer, settings.gradient_norm)
     return found
 
 
@@ -171,6 +169,7 @@ def write_training(
 
 def _save(model, optimizer, history, steps, sums, checkpoint: Path, fingerprint: str) -> None:
     """Write the checkpoint: `steps` of the next epoch are done, their losses add up to `sums`."""
+    state = state_of(optimizer)
     if rank() > 0:
         return
     with atomic(checkpoint) as partial:
@@ -180,7 +179,7 @@ def _save(model, optimizer, history, steps, sums, checkpoint: Path, fingerprint:
             "steps": steps,
             "sums": sums,
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": state,
         }
         torch.save(content, partial)
 

@@ -23,7 +23,7 @@ rule base_detector:
     threads: TRAINING_THREADS
     resources:
         **TRAINING_ON,
-        mem_mb=grows(NETWORK, 2 * LISTED),
+        mem_mb=grows(NETWORK + RANKS, 2 * LISTED),
         runtime=grows(60, CONFIG.base_detector.training.epochs * EPOCH),
     params:
         code=source("base_detector"),
@@ -41,4 +41,4 @@ rule base_detector:
         " --region-embeddings {input.shards} --network {input.network}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --checkpoint {params.checkpoint} --code {params.code} --detector {output.detector}"
-        " --history {output.history} --device {params.device} 2>&1 | tee {log}"
+        " --history {output.history} --device {params.device} --threads {threads} 2>&1 | tee {log}"

@@ -21,7 +21,7 @@ rule proposal_network:
     threads: TRAINING_THREADS
     resources:
         **TRAINING_ON,
-        mem_mb=grows(NETWORK, LISTED),
+        mem_mb=grows(NETWORK + RANKS, LISTED),
         runtime=grows(60, CONFIG.proposals.training.epochs * EPOCH),
     params:
         code=source("proposal_network"),
@@ -39,4 +39,4 @@ rule proposal_network:
         " --dataset {input.dataset}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --checkpoint {params.checkpoint} --code {params.code} --network {output.network}"
-        " --history {output.history} --device {params.device} 2>&1 | tee {log}"
+        " --history {output.history} --device {params.device} --threads {threads} 2>&1 | tee {log}"

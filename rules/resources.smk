@@ -29,6 +29,8 @@ PASS = 1 / (5 * 60)
 REGIONS = CONFIG.proposals.per_image
 # Memory of the modules (torch, or h5py and FAISS alone), of a process's CUDA and of Snakemake.
 NETWORK, LIGHT = 3000, 1000
+# MB of a training's ranks on a CPU, one for each thread, beside what they share.
+RANKS = 0 if CONFIG.gpu else 300 * TRAINING_THREADS
 # MB per image: its annotations (7 KB), and the places of its regions in the store.
 LISTED = 0.01 + 4e-5 * REGIONS
 # MB per image of stage evaluation: three scores of each region and class, and copies of them.

@@ -13,7 +13,7 @@ ROOMS = (
     {"artifacts", "miniature"},
     {"config"},
     {"formats"},
-    {"boxes", "crops", "distributed", "views", "training"},
+    {"boxes", "crops", "distributed", "shared_ranks", "views", "training"},
     {"networks", "measures", "drawing"},
     {"importers"},
     {"clip"},

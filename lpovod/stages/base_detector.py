@@ -18,7 +18,7 @@ from torchvision.ops import sigmoid_focal_loss
 from lpovod.artifacts import check_made_from, fingerprint, identity, sha256
 from lpovod.boxes import encode, match, sample
 from lpovod.config import BackboneSettings, BaseDetectorSettings
-from lpovod.distributed import join, total
+from lpovod.distributed import total, training_ranks
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.formats.regions import open_shards
@@ -136,6 +136,7 @@ def train_base_detector(
     detector: Path,
     history: Path,
     device: str = "cpu",
+    threads: int = 1,
 ) -> None:
     """Train the detector on base classes.
 
@@ -151,47 +152,52 @@ def train_base_detector(
         detector: output, the weights.
         history: output, one JSON line per epoch.
         device: cpu or cuda; started by a launcher, the ranks share every step.
+        threads: processors to use on a CPU, where the training starts ranks itself: as many
+            processes as there are images in a step, at most, share every step.
 
     Raises:
         LpovodError: if inputs do not belong together, or a loss is not finite.
     """
-    device = join(device)
-    data = read_dataset(dataset)
-    store = open_shards(region_embeddings)
-    check_made_from(store.paths[0], store.identity, "dataset", dataset)
-    image_ids = [i for i in data.images if len(data.boxes(i)[0]) and i not in store.skipped]
-    if not image_ids:
-        raise LpovodError(f"{dataset}: no image has an annotation to learn from")
-    classes = {category: row for row, category in enumerate(sorted(data.categories))}
-    shards = {f"region_embeddings_{n}": sha256(p) for n, p in enumerate(store.paths)}
-    made_from = identity("base_detector", settings, dataset=dataset, network=network, **shards) | {
-        "backbone": backbone.model_dump(mode="json"),
-        "seed": seed,
-        "classes": [data.categories[c]["name"] for c in classes],
-    }
-    torch.manual_seed(seed)
-    embedding = store.read(next(i for i in store.image_ids if store.count(i)))["embedding"]
-    model = Detector(backbone, settings, len(classes), embedding.shape[1])
-    start_from(model, network, backbone.architecture)
-    model = model.to(device).train()
-    freeze_statistics(model.backbone)
     schedule = settings.training
-    lines = train(
-        model,
-        lambda views: training_losses(model, data, views, classes, settings, device),
-        lambda epoch, step: load_views(
-            data,
-            training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
-            schedule.images_per_step,
-            schedule.workers,
-            extra=lambda view: store.read(view.view.image_id),
-        ),
-        -(-len(image_ids) // schedule.images_per_step),
-        schedule,
-        checkpoint,
-        fingerprint(made_from | {"code": code}),
-    )
-    write_training(model, lines, made_from, detector, history, checkpoint)
+    with training_ranks(device, threads, schedule.images_per_step) as device:
+        data = read_dataset(dataset)
+        store = open_shards(region_embeddings)
+        check_made_from(store.paths[0], store.identity, "dataset", dataset)
+        image_ids = [i for i in data.images if len(data.boxes(i)[0]) and i not in store.skipped]
+        if not image_ids:
+            raise LpovodError(f"{dataset}: no image has an annotation to learn from")
+        classes = {category: row for row, category in enumerate(sorted(data.categories))}
+        shards = {f"region_embeddings_{n}": sha256(p) for n, p in enumerate(store.paths)}
+        made_from = identity(
+            "base_detector", settings, dataset=dataset, network=network, **shards
+        ) | {
+            "backbone": backbone.model_dump(mode="json"),
+            "seed": seed,
+            "classes": [data.categories[c]["name"] for c in classes],
+        }
+        torch.manual_seed(seed)
+        embedding = store.read(next(i for i in store.image_ids if store.count(i)))["embedding"]
+        model = Detector(backbone, settings, len(classes), embedding.shape[1])
+        start_from(model, network, backbone.architecture)
+        # Convolutions on a CPU are faster so, by a sixth in the proposal network.
+        model = model.to(device, memory_format=torch.channels_last).train()
+        freeze_statistics(model.backbone)
+        lines = train(
+            model,
+            lambda views: training_losses(model, data, views, classes, settings, device),
+            lambda epoch, step: load_views(
+                data,
+                training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
+                schedule.images_per_step,
+                schedule.workers,
+                extra=lambda view: store.read(view.view.image_id),
+            ),
+            -(-len(image_ids) // schedule.images_per_step),
+            schedule,
+            checkpoint,
+            fingerprint(made_from | {"code": code}),
+        )
+        write_training(model, lines, made_from, detector, history, checkpoint)
 
 
 def training_losses(
