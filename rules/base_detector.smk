@@ -2,7 +2,7 @@
 # IN   train.json, region embeddings of its images, what it starts from: the proposal
 #      network (backbone and pyramid), or backbone.weights
 # OUT  detector.safetensors, history.jsonl
-# COST COCO: 20 epochs of 118k images, 16 per step (python -m lpovod.plan)
+# COST COCO: 20 epochs of 118k images, 16 per step (lpovod plan)
 
 
 rule base_detector:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lpovod.config import Config, Settings, documentation, load_config, slug
+from lpovod.config import Config, DatasetSettings, Settings, documentation, load_config, slug
 from lpovod.exceptions import LpovodError
 
 DEFAULT = yaml.safe_load(Path("config.yaml").read_text())
@@ -81,6 +81,17 @@ def blocks(model: type[Settings], prefix: str = ""):
 def test_every_key_is_described():
     missing = [name for name, field in blocks(Config) if not field.description]
     assert not missing
+
+
+def test_images_are_counted_without_reading_them(tmp_path):
+    drawn = DatasetSettings(miniature={"train_images": 7, "tune_images": 3})
+    assert (drawn.image_count("train"), drawn.image_count("tune")) == (7, 3)
+    coco = {"root": tmp_path, "val_annotations": "val.json"}
+    (tmp_path / "val.json").write_bytes(bytes(40_000))  # at four thousand bytes per image
+    on_disk = DatasetSettings(source="coco", coco=coco)
+    assert (on_disk.image_count("train"), on_disk.image_count("val")) == (118_287, 10)
+    downloaded = DatasetSettings(source="coco", coco=coco | {"download": True})
+    assert downloaded.image_count("val") == 5_000
 
 
 def test_slugs():

@@ -155,18 +155,22 @@ def test_the_small_networks_by_hand():
     assert operations.extraction == pytest.approx(2 * (2 * head + 512 * (128 + 4)) / 1e9)
 
 
+BOTTLENECKS = [256, 512, 1024, 2048]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "expected"),
+    ("architecture", "channels", "expected"),
     [
-        ("resnet50_torchvision", 4.09),  # torchvision's documentation
-        ("resnet50", 3.8),  # He et al. 2016, table 1
+        ("resnet50_torchvision", BOTTLENECKS, 4.09),  # torchvision's documentation
+        ("resnet50", BOTTLENECKS, 3.8),  # He et al. 2016, table 1
+        ("timm:resnet18", [64, 128, 256, 512], 1.81),  # torchvision's documentation
     ],
 )
-def test_resnet50_as_published(architecture, expected):
+def test_residual_networks_as_published(architecture, channels, expected):
     """GMAC for 224 x 224 pixels, of which the classifier has 0.002."""
-    files = (*COCO, overlay(f"backbone: {{architecture: {architecture}}}"))
+    files = (*COCO, overlay(f"backbone: {{architecture: '{architecture}'}}"))
     operations = count_operations(read_config(files, weights=False), 224, 224)
-    neck = pyramid([256, 512, 1024, 2048], 256, [56, 28, 14, 7])
+    neck = pyramid(channels, 256, [56, 28, 14, 7])
     assert operations.pyramid / 2 - neck / 1e9 == pytest.approx(expected, rel=0.02)
 
 
@@ -236,6 +240,12 @@ def test_what_is_read_from_files_costs_nothing():
         if row.stage == "region_embeddings"
     ]
     assert embedding.disk == 500 * 50 * (2 * 128 + 20)
+
+
+def test_each_class_extracts_the_features_of_its_own_images():
+    """Six classes of ten images, whatever their jobs have in common; 9 validation images."""
+    (row,) = [r for r in costs(read_config(MINIATURE), 10, 9) if r.stage == "region_features"]
+    assert row.disk == (6 * 10 + 9) * 50 * (20 + 16 + 2 * (512 + 128))
 
 
 def test_impossible_numbers_are_refused():

@@ -36,7 +36,7 @@ HEAVY_START, LIGHT_START = 3.7, 0.5  # of a job with torch, and without it
 
 # Assumed.
 TFLOPS = 20.0  # what one GPU sustains on such networks; measure yours and say --tflops
-GFLOPS = 60.0  # what one core sustains; measured: about 45 in trainings, 70 to 90 elsewhere
+GFLOPS = 60.0  # what one core sustains; measured: about 45 in trainings, 65 to 90 elsewhere
 READING = 2e9  # bytes per second
 GPUS = (1, 8, 64)
 TRAINING_CORES = 8  # at most, as in rules/resources.smk
@@ -120,6 +120,7 @@ def plan(
     settings = read_config(config, weights=False)
     dataset, cores = settings.dataset, cores or os.cpu_count() or 1
     train, val = images or (dataset.image_count("train"), dataset.image_count("val"))
+    guessed = not images and dataset.source == "coco" and not dataset.coco.download
     rows = costs(settings, train, val)
     measured = {} if images else _measured(Path("results", settings.name, "benchmarks"))
     if measured:
@@ -143,7 +144,7 @@ def plan(
     ]
     return "\n\n".join(
         [
-            f"{train:,} training and {val:,} validation images",
+            f"{'about ' * guessed}{train:,} training and {val:,} validation images",
             text,
             "\n".join(textwrap.fill(note, 95) for note in notes if note),
         ]
@@ -221,7 +222,7 @@ def costs(config: Config, train: int, val: int) -> list[Cost]:
     embedded = train * (trains or retrieves) + val * config.evaluation.clip_on_crops  # images
     novel = len(config.classes.novel)
     classes = len(config.classes.base) + novel
-    retrieved = min(train, novel * config.pseudo_labels.k) * probes  # images
+    retrieved = novel * min(train, config.pseudo_labels.k) * probes  # images, for each class
     per_image, (decoding, shown) = proposals.per_image, loading(config)
     row = BOX + 2 * work.dimension  # bytes of an embedded region
     indexed = train * per_image * (row + 8)  # bytes
