@@ -32,11 +32,11 @@ def existing(path: Path, subject: str = "") -> Path:
     return path
 
 
-def disk_full(path: Path, number: int = errno.ENOSPC) -> LpovodError:
+def disk_full(path: Path, number: int | None = errno.ENOSPC) -> LpovodError:
     """The error to raise if a file cannot be written because the disk or the quota is full."""
+    reason = os.strerror(number or errno.ENOSPC)
     return LpovodError(
-        f"{path} cannot be written: {os.strerror(number)}. Free some disk space and rerun the "
-        "command"
+        f"{path} cannot be written: {reason}. Free some disk space and rerun the command"
     )
 
 

@@ -77,7 +77,7 @@ def _splits(data: CocoDataset, base: list[str] | None, novel: list[str] | None) 
     for _, category in sorted(data.categories.items()):
         name = category["name"]
         if novel is None and base is None:
-            split = SPLITS.get(category.get("split"))
+            split = SPLITS.get(str(category.get("split")))
             if split is None:
                 raise LpovodError(
                     f"{data.path}: category {name!r} has the split {category.get('split')!r}, "

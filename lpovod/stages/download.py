@@ -85,7 +85,7 @@ def download(remote: Remote, path: Path, pause: float = 1.0) -> None:
             if error.code not in TEMPORARY:
                 raise _unreachable(remote, path, reason) from None
         except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in DISK_FULL:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise disk_full(partial, error.errno) from None
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         failures = 1 if _size(partial) > before else failures + 1
@@ -109,7 +109,7 @@ def _receive(remote: Remote, path: Path, partial: Path, version: Path) -> None:
     request = urllib.request.Request(remote.url)
     known = json.loads(version.read_text()) if version.exists() else None
     have = _size(partial) if known else 0
-    if have:
+    if known and have:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", known)
     try:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
@@ -72,8 +73,9 @@ def evaluate(
     rows = variants(settings, classes.temperature, embeddings is not None)
     tried = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]
     # A loader of variants instead of images: its processes share the scores, and keep the order.
-    loader = DataLoader(
-        [*rows.values(), *tried], batch_size=None, num_workers=workers, collate_fn=measure
+    every: Any = [*rows.values(), *tried]
+    loader: DataLoader = DataLoader(
+        every, batch_size=None, num_workers=workers, collate_fn=cast(Any, measure)
     )
     results = list(progress(loader, "evaluation", "variant"))
     measured = dict(zip(rows, results, strict=False))
@@ -82,7 +84,7 @@ def evaluate(
     by_row["without_probe_best_temperature"] = _best_temperature(
         dict(zip(TEMPERATURES, at_temperature, strict=True))
     )
-    content = {"rows": by_row}
+    content: dict[str, Any] = {"rows": by_row}
     content["per_class"] = {k: round(v, 2) for k, v in measured["full"][1].items()}
     novel = set(data.category_ids(classes.novel))
     content["evaluated"] = {

@@ -344,6 +344,7 @@ def _open_checkpoint(path: Path, run: str) -> Iterator[BinaryIO]:
 
 def _append(file: BinaryIO, block: _Block) -> None:
     """Append a block: a line of json, then its vectors."""
+    assert block.vectors is not None
     head = {"counts": list(block.counts.items()), "bad": list(block.bad.items())}
     file.write(json.dumps(head).encode() + b"\n" + block.vectors.tobytes())
     file.flush()
@@ -370,6 +371,7 @@ def _write(output: Path, ident: Identity, store: RegionStore, blocks: Iterable[_
     skipped = 0
     with write_regions(output, ident) as writer:
         for block in blocks:
+            assert block.vectors is not None
             start = 0
             for image_id, count in block.counts.items():
                 if image_id in block.bad:

@@ -24,10 +24,11 @@ def embed_classes(
         LpovodError: if the CLIP model cannot be loaded, or the file's rows are not of the classes.
     """
     inputs: dict[str, Path | str] = {}
-    if settings.file is None:
+    if settings.file is None or settings.classes is None:
         classes, source = embed_texts(names, clip, settings), f"{len(settings.templates)} prompts"
     else:
-        classes, source = _embeddings_of_file(names, clip, settings), str(settings.file)
+        classes = _embeddings_of_file(names, clip, settings.file, settings.classes)
+        source = str(settings.file)
         inputs |= {"file": settings.file, "classes": settings.classes}
     inputs |= {
         "clip_weights": classes.clip_weights,
@@ -41,13 +42,13 @@ def embed_classes(
 
 
 def _embeddings_of_file(
-    names: list[str], clip: ClipSettings, settings: TextEmbeddingsSettings
+    names: list[str], clip: ClipSettings, file: Path, classes: Path
 ) -> ClassEmbeddings:
-    """The names' rows of a file, held against what CLIP says of them if there is a CLIP."""
-    listed, model = read_rows(settings.file, settings.classes), None
+    """The names' rows of a file, compared with CLIP's own embeddings if there is a CLIP."""
+    listed, model = read_rows(file, classes), None
     if clip.weights is not None:
         model = load_clip(clip, "cpu")
-        check_rows(settings.file, listed, model.encode_texts(list(listed)).double().numpy())
+        check_rows(file, listed, model.encode_texts(list(listed)).double().numpy())
     if absent := [name for name in names if name not in listed]:
-        raise LpovodError(f"{settings.classes} does not list the class {absent[0]!r}")
+        raise LpovodError(f"{classes} does not list the class {absent[0]!r}")
     return as_class_embeddings(names, np.stack([listed[name] for name in names]), model, clip)

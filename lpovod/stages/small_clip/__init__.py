@@ -12,6 +12,7 @@ import time
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from open_clip.tokenizer import SimpleTokenizer
@@ -58,7 +59,7 @@ def train_small_clip(output_dir: Path, settings: SmallClipSettings) -> dict:
         pretrained=None,
     )
     clip = load_clip(source)
-    record = {
+    record: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
         "minutes": round(minutes, 1),
         "torch": torch.__version__,

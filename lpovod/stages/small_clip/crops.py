@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,10 +92,10 @@ def _overlap(a: Box, b: Box) -> float:
 
 def _shows(scene: Scene, box: Box, drawn: DrawnObject) -> bool:
     """Whether the object's class fills more of the crop than any other class does."""
-    areas: Counter[str] = Counter()
+    areas: dict[str, float] = defaultdict(float)
     for other in scene.objects:
         areas[other.name] += _overlap(box, other.box)
-    return areas.most_common(1)[0][0] == drawn.name
+    return max(areas, key=lambda name: areas[name]) == drawn.name
 
 
 def _background_box(rng: np.random.Generator, scene: Scene) -> Box | None:
