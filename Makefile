@@ -4,8 +4,8 @@
 # make pictures  the README's pictures, from a finished default run
 # make torture   every stage killed in every way; half an hour or more
 #
-# TORCH_INDEX=ADDRESS  a package index with CPU-only wheels of torch and torchvision: without CUDA's
-#                      libraries the environment takes 1.5 GB instead of 5.9
+# TORCH_INDEX=ADDRESS  a package index with CPU-only wheels of torch and torchvision: the environment
+#                      then lacks CUDA's libraries and Triton, 4.1 of 5.9 GB
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv

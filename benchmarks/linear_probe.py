@@ -12,7 +12,7 @@ costs it time which is not counted here. As with ours, a pseudo-label is a candi
 the given proposals it is there already.
 
 *Cached* is the stage `linear_probe`: it reads the stored features, and trains on them. What
-storing them costs is told separately, as Snakemake measured it, imports included: it is done once
+storing them costs is stated separately, as Snakemake measured it, imports included: it is done once
 for a detector and its pseudo-labels.
 """
 

@@ -47,7 +47,7 @@ def test_a_longer_training_asks_for_more_threads(images, threads):
     assert threads == asked(dataset={"miniature": {"train_images": images}}).TRAINING_THREADS
 
 
-def test_the_number_of_photographs_is_told_from_the_size_of_their_json(tmp_path):
+def test_the_number_of_photographs_follows_from_the_size_of_their_json(tmp_path):
     assert asked(dataset=photographs(tmp_path, 4_000_001)).images("train") == 1001
 
 

@@ -1,8 +1,10 @@
 """Jobs of the workflow survive kills and a full disk; `make torture` tries all of them."""
 
+import signal
+
 import pytest
 from project import snakemake, wait_until
-from torture import CONFIG, OVERLAY, STAGES, TORTURES, before, compare, finished_run
+from torture import CONFIG, OVERLAY, STAGES, TORTURES, before, compare, finished_run, killed
 
 pytestmark = pytest.mark.slow
 
@@ -38,4 +40,16 @@ def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(finishe
         with pytest.raises(AssertionError, match="Directory cannot be locked"):
             snakemake(job.folder, CONFIG, OVERLAY, *job.arguments())
         assert process.wait() == 0
+        compare(job, finished)
+
+
+def test_a_comment_does_not_cost_an_unfinished_training(finished):
+    """The checkpoint carries the digest of the code's meaning, and comments have none."""
+    with before(STAGES["base_detector"], finished) as job:
+        assert killed(job, job.under_way, signal.SIGKILL)
+        for module in ("training", "networks/detector", "stages/base_detector"):
+            path = job.folder / "lpovod" / f"{module}.py"
+            path.write_text("# A comment.\n\n" + path.read_text() + "\n\n# Another.\n")
+        job.finish()
+        assert "resuming after epoch 1" in job.path(f"logs/{job.stage.log}").read_text()
         compare(job, finished)
