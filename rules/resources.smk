@@ -8,8 +8,8 @@ from math import ceil
 def grows(fixed, per_image=0.0, split="train"):
     """An amount for a start and for every image of a split, and as much again at every attempt.
 
-    The split is the job's own, where it has one. A training that ran out of time goes on from its
-    state, so that a longer second attempt is no waste.
+    The split is the job's own, if it has one. A training that ran out of time is resumed, so a longer
+    second attempt is no waste.
     """
 
     def amount(wildcards, attempt):
@@ -19,7 +19,7 @@ def grows(fixed, per_image=0.0, split="train"):
     return amount
 
 
-# A training of a few images is over before more processors were free for it.
+# A training of a few images ends before more processors would have been free.
 TRAINING_THREADS = min(8, max(2, CONFIG.dataset.image_count("train") // 50))
 # Minutes per image of one epoch: fifteen images a second, an assumption for one GPU and the
 # paper's detector; the miniature world trains eighteen a second on two cores.

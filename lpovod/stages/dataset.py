@@ -1,14 +1,14 @@
 """Stage `dataset`: images and annotations of every split, in one layout for every source.
 
-Beside the json files lies a folder `images/` with a folder (or a link to one) for each split::
+The folder `images/` beside the json files holds a folder, or a link to one, for each split::
 
     dataset/train.json  dataset/val.json  [dataset/tune.json]  dataset/train_all_classes.json
     dataset/images/train/  dataset/images/val/  [dataset/images/tune/]
 
-The json is COCO's, each category with a ``split`` (base or novel). Training annotations hold base
-classes alone; validation annotations hold all classes the source has, so that a novel class can be
-added or left out later without touching this stage. ``train_all_classes.json`` tells right from
-wrong among retrieved regions in the report; no stage learns from it.
+The json is COCO's; each category also has a ``split`` (base or novel). Training annotations cover
+base classes only. Validation annotations cover all classes of the source, so that a novel class can
+be added or left out later without rerunning this stage. The report uses ``train_all_classes.json``
+to tell right from wrong retrieved regions; no stage learns from it.
 """
 
 from pathlib import Path
@@ -25,13 +25,13 @@ def make_dataset(output: Path, settings: DatasetSettings, base: list[str], seed:
     """Write every split's json and images to the folder `output`.
 
     Args:
-        output: folder of the layout above.
+        output: folder with the layout above.
         settings: the source.
         base: names of the classes that stay annotated in training.
-        seed: of the drawn world.
+        seed: seed of the miniature world.
 
     Raises:
-        LpovodError: if a source is missing or contradicts itself, or a base class is not in it.
+        LpovodError: if a source is missing or contradicts itself, or lacks a base class.
     """
     if settings.source == "miniature":
         splits = _draw(output, settings.miniature, seed)
@@ -40,12 +40,12 @@ def make_dataset(output: Path, settings: DatasetSettings, base: list[str], seed:
         _check_counts(splits, settings.coco, base)
     ident = identity("dataset", settings) | {"seed": seed}
     for split, content in splits.items():
-        whole = {"info": {"identity": ident}, **_with_split(content, base)}
+        complete = {"info": {"identity": ident}, **_with_split(content, base)}
         if split == "train":
-            write_json(output / "train_all_classes.json", whole)
-            whole = _base_alone(whole)
-        write_json(output / f"{split}.json", whole)
-        log.info(f"{split}: {len(whole['images'])} images, {len(whole['annotations'])} boxes")
+            write_json(output / "train_all_classes.json", complete)
+            complete = _base_only(complete)
+        write_json(output / f"{split}.json", complete)
+        log.info(f"{split}: {len(complete['images'])} images, {len(complete['annotations'])} boxes")
 
 
 def _draw(output: Path, settings: MiniatureSettings, seed: int) -> dict[str, dict]:
@@ -85,7 +85,7 @@ def _link(output: Path, files: CocoSettings) -> dict[str, dict]:
             raise LpovodError(f"{folder}: {len(missing)} images are missing, first {missing[0]}")
         splits[split] = {
             "images": list(data.images.values()),
-            "annotations": [a for kept in data.annotations.values() for a in kept],
+            "annotations": [a for of_image in data.annotations.values() for a in of_image],
             "categories": list(data.categories.values()),
         }
     return splits
@@ -95,12 +95,12 @@ def _check_counts(splits: dict[str, dict], files: CocoSettings, base: list[str])
     for split, expected in files.base_boxes.items():
         content = splits[split]
         ids = {c["id"] for c in content["categories"] if c["name"] in base}
-        found = sum(a["category_id"] in ids for a in content["annotations"])
-        if found != expected:
+        count = sum(a["category_id"] in ids for a in content["annotations"])
+        if count != expected:
             raise LpovodError(
-                f"{files.path(f'{split}_annotations')} has {found} boxes of base classes, "
-                f"dataset.coco.base_boxes states {expected}: are annotations and classes.base "
-                "those that the number is of?"
+                f"{files.path(f'{split}_annotations')} has {count} boxes of base classes, "
+                f"dataset.coco.base_boxes expects {expected}: check the annotation file and "
+                "classes.base"
             )
 
 
@@ -112,13 +112,13 @@ def _with_split(content: dict, base: list[str]) -> dict:
         {"id": c["id"], "name": c["name"], "split": "base" if c["name"] in base else "novel"}
         for c in content["categories"]
     ]
-    # Outlines are most of a COCO json, and nothing here reads them.
+    # Segmentations make up most of a COCO json, and no stage reads them.
     boxes = [{k: v for k, v in a.items() if k != "segmentation"} for a in content["annotations"]]
     return {"images": content["images"], "annotations": boxes, "categories": categories}
 
 
-def _base_alone(content: dict) -> dict:
+def _base_only(content: dict) -> dict:
     categories = [c for c in content["categories"] if c["split"] == "base"]
-    kept = {c["id"] for c in categories}
-    annotations = [a for a in content["annotations"] if a["category_id"] in kept]
+    base_ids = {c["id"] for c in categories}
+    annotations = [a for a in content["annotations"] if a["category_id"] in base_ids]
     return content | {"categories": categories, "annotations": annotations}

@@ -1,11 +1,12 @@
-"""Stage `download`: public files, resumed after an interruption, checked, whole under their name.
+"""Stage `download`: fetch public files, resume after an interruption, and verify them.
 
-A download goes on where it was cut off, unless the server's file has changed since (its ETag or
-date says so): bytes of two versions are never joined. What is in its place already is used.
+A download resumes where it was cut off, unless the server's file has changed since, by its ETag or
+date: bytes of two versions are never joined. A file gets its final name once it is complete and
+verified. Files that already exist are used.
 
-COCO publishes no digests: those here are the SHA-1 that GluonCV's download script has recorded, and
-the sizes those of other public code; neither was checked against the server. OpenAI's address of a
-CLIP model contains the file's SHA-256.
+COCO publishes no digests: `lpovod.catalogue` has the SHA-1 that GluonCV's download script records,
+and sizes from other public code; neither was checked against the server. OpenAI's address of a CLIP
+model contains the file's SHA-256.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import time
 import urllib.request
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from lpovod.artifacts import write_json
 from lpovod.catalogue import COCO, COCO_CONTENT, WEIGHTS, Remote
@@ -24,24 +26,24 @@ from lpovod.exceptions import DISK_FULL, LpovodError, disk_full
 from lpovod.progress import log, progress
 
 BLOCK = 1 << 20
-TRIES = 6  # in a row without a single new byte
+TRIES = 6  # in a row that bring no new byte
 LONGEST_PAUSE = 60.0  # seconds
 TEMPORARY = {408, 429, 500, 502, 503, 504}
 
 
 def download_coco(archive: str, root: Path, record: Path) -> None:
-    """Have the content of one of COCO's archives below a folder.
+    """Download and extract one of COCO's archives, unless its content exists.
 
     Args:
-        archive: its name, a key of `COCO`.
-        root: the folder; what is there already is used in place. The archive itself is removed
-            once it is extracted.
-        record: output, json: written when all is there.
+        archive: name of the archive, a key of `COCO`.
+        root: folder to extract to; existing content is used in place. The archive itself is removed
+            after the extraction.
+        record: output, json, written when the content is complete.
     """
     unfinished = root / f".{archive}.unfinished"
     present = all((root / path).exists() for path in COCO_CONTENT[archive])
     if present and not unfinished.exists():
-        log.info(f"{root} has {', '.join(COCO_CONTENT[archive])} already")
+        log.info(f"{root} already has {', '.join(COCO_CONTENT[archive])}")
     else:
         root.mkdir(parents=True, exist_ok=True)
         unfinished.touch()
@@ -53,21 +55,21 @@ def download_coco(archive: str, root: Path, record: Path) -> None:
 
 
 def download_weights(output: Path) -> None:
-    """Download published weights, recognised by the name of the output."""
+    """Download published weights; the output's file name selects them."""
     download(WEIGHTS[output.name], output)
 
 
 def download(remote: Remote, path: Path, pause: float = 1.0) -> None:
-    """Download a file; one that is there already is only checked.
+    """Download a file, or only verify it if it exists.
 
     Args:
-        remote: what to download.
-        path: where to; beside it lies the unfinished part.
+        remote: address, size and digest.
+        path: where to put the file; an unfinished download lies beside it.
         pause: seconds before the second attempt; every further pause is twice as long.
 
     Raises:
-        LpovodError: naming the address, what went wrong and what to do by hand: if the server
-            cannot be reached or refuses, the disk is full, or the file is not the published one.
+        LpovodError: naming the address, the problem and the manual remedy: if the server cannot be
+            reached or refuses, the disk is full, or the file is not the published one.
     """
     if path.exists():
         _check(remote, path, path)
@@ -81,7 +83,7 @@ def download(remote: Remote, path: Path, pause: float = 1.0) -> None:
             _receive(remote, path, partial, version)
             break
         except urllib.error.HTTPError as error:
-            reason = f"it answers {error.code} {error.reason}"
+            reason = f"the server answers {error.code} {error.reason}"
             if error.code not in TEMPORARY:
                 raise _unreachable(remote, path, reason) from None
         except (OSError, http.client.HTTPException) as error:
@@ -105,81 +107,84 @@ def download(remote: Remote, path: Path, pause: float = 1.0) -> None:
 
 
 def _receive(remote: Remote, path: Path, partial: Path, version: Path) -> None:
-    """Append to `partial` what is missing of it, or all if the server's file is another one."""
+    """Append the missing bytes to `partial`, or start it again if the server's file has changed."""
     request = urllib.request.Request(remote.url)
     known = json.loads(version.read_text()) if version.exists() else None
-    have = _size(partial) if known else 0
-    if known and have:
-        request.add_header("Range", f"bytes={have}-")
+    received = _size(partial) if known else 0
+    if known and received:
+        request.add_header("Range", f"bytes={received}-")
         request.add_header("If-Range", known)
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        # Nothing is left to send, or the file has become shorter; the check will tell.
-        if error.headers.get("Content-Range") != f"bytes */{have}":
+        # Nothing is left to send, or the file is shorter now; the digest will show which.
+        if error.headers.get("Content-Range") != f"bytes */{received}":
             partial.unlink()
             raise ConnectionError("the file has changed; starting again") from None
         return
     with response:
         stated = _version(response)
-        if have and (response.status != 206 or stated != known):
+        if received and (response.status != 206 or stated != known):
             if response.status == 206:
                 partial.unlink()
                 raise ConnectionError("the file has changed; starting again")
             log.info(f"{remote.url} has changed or cannot be resumed: starting again")
-            have = 0
-        if have and not response.headers["Content-Range"].startswith(f"bytes {have}-"):
+            received = 0
+        if received and not response.headers["Content-Range"].startswith(f"bytes {received}-"):
             partial.unlink()
-            raise ConnectionError("the server sent another part than it was asked for")
+            raise ConnectionError("the server sent a different range than requested")
         rest = int(response.headers.get("Content-Length", 0))
         if shutil.disk_usage(path.parent).free < rest:
             raise LpovodError(
-                f"{path}: {rest / 1e9:.1f} GB are to come, and the disk has no room for them"
+                f"{path}: {rest / 1e9:.1f} GB are still to be downloaded, and the disk has no room for "
+                "them. Free some disk space and rerun the command"
             )
-        # Without a version there is no telling whether a rest belongs to the same file.
+        # Without a version, nothing shows whether the remaining bytes belong to the same file.
         version.unlink(missing_ok=True)
-        with open(partial, "ab" if have else "wb") as file:
+        with open(partial, "ab" if received else "wb") as file:
             if stated:
                 version.write_text(json.dumps(stated))
-            _copy(response, file, path.name, have, rest)
-    if rest and _size(partial) < have + rest:
+            _copy(response, file, path.name, received, rest)
+    if rest and _size(partial) < received + rest:
         raise ConnectionError(f"the connection broke off after {_size(partial)} bytes")
 
 
-def _copy(response: http.client.HTTPResponse, file, name: str, have: int, rest: int) -> None:
-    total = have + rest if rest else None
-    with progress(None, name, "B", total, initial=have, unit_scale=True) as bar:
+def _copy(
+    response: http.client.HTTPResponse, file: BinaryIO, name: str, received: int, rest: int
+) -> None:
+    total = received + rest if rest else None
+    with progress(None, name, "B", total, initial=received, unit_scale=True) as bar:
         while block := response.read(BLOCK):
             file.write(block)
             bar.update(len(block))
 
 
 def _version(response: http.client.HTTPResponse) -> str | None:
-    """What If-Range accepts: a strong ETag, or else the date."""
+    """The value for If-Range: a strong ETag, or else the date."""
     tag = response.headers.get("ETag")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
 
 
-def _check(remote: Remote, found: Path, path: Path) -> None:
-    if remote.size is not None and found.stat().st_size != remote.size:
-        wrong = f"has {found.stat().st_size} bytes, {remote.size} are published"
+def _check(remote: Remote, downloaded: Path, path: Path) -> None:
+    if remote.size is not None and downloaded.stat().st_size != remote.size:
+        mismatch = f"has {downloaded.stat().st_size} bytes, the published file {remote.size}"
     else:
         kind = {40: "sha1", 64: "sha256"}[len(remote.digest)]
-        with open(found, "rb") as file:
+        with open(downloaded, "rb") as file:
             digest = hashlib.file_digest(file, kind).hexdigest()
         if digest == remote.digest:
             return
-        wrong = f"has the {kind} {digest}, {remote.digest} is published"
-    remedy = f"Remove {path}" if found == path else "It was removed"
-    raise LpovodError(f"{path} from {remote.url} {wrong}. {remedy}; run again to download it anew")
+        mismatch = f"has the {kind} {digest}, the published file {remote.digest}"
+    remedy = f"Remove {path} and rerun" if downloaded == path else "It was removed; rerun"
+    raise LpovodError(f"{path} from {remote.url} {mismatch}. {remedy} to download it again")
 
 
 def _unreachable(remote: Remote, path: Path, reason: str) -> LpovodError:
     return LpovodError(
         f"{remote.url} cannot be downloaded: {reason}. Download it by hand, on another machine if "
-        f"need be, put it at {path.resolve()} and run again"
+        f"necessary, save it as {path.resolve()} and rerun the command"
     )
 
 
@@ -188,13 +193,13 @@ def _size(path: Path) -> int:
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Extract a zip archive; files that are there with the stated size stay.
+    """Extract a zip archive; existing files of the stated size stay.
 
-    Every file gets its name when it is whole.
+    Every file gets its name when it is complete.
 
     Raises:
-        LpovodError: if the archive is damaged, or a member would lie outside the folder or is a
-            link; nothing is extracted then.
+        LpovodError: if the archive is damaged; or, before anything is extracted, if a member would
+            lie outside the folder or is a link.
     """
     try:
         with zipfile.ZipFile(archive) as file:
@@ -211,7 +216,7 @@ def extract(archive: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, output, BLOCK)
                 partial.replace(target)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise LpovodError(f"{archive} is damaged ({error}). Remove it and run again") from None
+        raise LpovodError(f"{archive} is damaged ({error}). Remove it and rerun the command") from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

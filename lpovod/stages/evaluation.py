@@ -22,7 +22,7 @@ from lpovod.progress import log, progress
 from lpovod.scoring import detect, read_class_weights, score_regions
 
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Tried for the row of the CLIP head at its best temperature."""
+"""Temperatures to choose from for the row of the CLIP head at its best temperature."""
 
 
 def evaluate(
@@ -41,17 +41,17 @@ def evaluate(
     """Measure AP50 of the method and of its ablations.
 
     Args:
-        dataset: the split's json, with all classes annotated.
-        region_features: of the split's proposals.
-        detector: the base detector, for its base classes' prototypes.
-        linear_probe: the novel classes' weights.
-        text_embeddings: of base and novel classes.
-        recall: of the proposals, as stage `proposals` wrote it.
-        region_embeddings: CLIP on the same regions, for comparison; may be empty.
-        settings: of this stage.
+        dataset: json of the split, with all classes annotated.
+        region_features: region store with the features of the split's proposals.
+        detector: the base detector, for the prototypes of its base classes.
+        linear_probe: weights of the novel classes.
+        text_embeddings: files that together hold all base and novel classes.
+        recall: json with the recall of the proposals, from stage `proposals`.
+        region_embeddings: CLIP's embeddings of the same regions, for comparison; may be empty.
+        settings: settings of this stage.
         metrics: output json, in percent.
         detections: output json, COCO results of the full method.
-        workers: processes that measure side by side; 0 measures in this one.
+        workers: number of processes that measure in parallel; 0 measures in this process.
     """
     data = read_dataset(dataset)
     features = RegionStore(region_features, "region_features")
@@ -65,17 +65,17 @@ def evaluate(
     base = len(classes.base)
 
     def measure(variant: Variant) -> tuple[Detections, dict[str, float], dict[str, float | None]]:
-        found = detect(scores, base, category_ids, variant, settings)
+        detections_of = detect(scores, base, category_ids, variant, settings)
         with without_garbage_collection():
-            by_class = ap50_by_class(truth, coco_results(found))
-        return found, by_class, ap50(by_class, classes.base, classes.novel)
+            by_class = ap50_by_class(truth, coco_results(detections_of))
+        return detections_of, by_class, ap50(by_class, classes.base, classes.novel)
 
     rows = variants(settings, classes.temperature, embeddings is not None)
-    tried = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]
-    # A loader of variants instead of images: its processes share the scores, and keep the order.
-    every: Any = [*rows.values(), *tried]
+    heads = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]
+    # Loads variants instead of images: the processes share the scores, and results keep the order.
+    measurements: Any = [*rows.values(), *heads]
     loader: DataLoader = DataLoader(
-        every, batch_size=None, num_workers=workers, collate_fn=cast(Any, measure)
+        measurements, batch_size=None, num_workers=workers, collate_fn=cast(Any, measure)
     )
     results = list(progress(loader, "evaluation", "variant"))
     measured = dict(zip(rows, results, strict=False))

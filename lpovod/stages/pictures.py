@@ -1,4 +1,4 @@
-"""Stage `pictures`: what the README shows, from a finished run. No part of the default run."""
+"""Stage `pictures`: the README's pictures, from a finished run. Not part of the default run."""
 
 import shutil
 import subprocess
@@ -15,8 +15,8 @@ from lpovod.formats.coco import read_dataset, read_results
 from lpovod.measures.ablations import read_metrics
 from lpovod.progress import log
 
-TILE, GAP, COLUMNS, ROWS = 300, 8, 3, 2  # of the picture of detections, in pixels
-PAGE = (1200, 1420)  # of the browser's window
+TILE, GAP, COLUMNS, ROWS = 300, 8, 3, 2  # TILE and GAP in pixels, of the picture of detections
+PAGE = (1200, 1420)  # size of the browser's window in pixels
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -28,13 +28,13 @@ def draw_pictures(
     Args:
         metrics: json of stage `evaluation`.
         detections: COCO results of the full method.
-        dataset: the split they are of.
+        dataset: json of the evaluated split.
         report: the page of stage `report`.
-        scenes: output, png.
-        page: output, png.
+        scenes: output, png, of the detections.
+        page: output, png, of the report.
 
     Raises:
-        LpovodError: if there is no browser.
+        LpovodError: if no browser is installed.
     """
     classes = read_metrics(metrics)["classes"]
     data = read_dataset(dataset)
@@ -42,9 +42,9 @@ def draw_pictures(
     results = defaultdict(list)
     for result in sorted(read_results(detections, data), key=lambda r: -r["score"]):
         results[result["image_id"]].append(result)
-    chosen = choose_images(data, classes["base"], classes["novel"], COLUMNS * ROWS)
+    selected = choose_images(data, classes["base"], classes["novel"], COLUMNS * ROWS)
     sheet = Image.new("RGB", [n * TILE + (n - 1) * GAP for n in (COLUMNS, ROWS)], "white")
-    for place, image_id in enumerate(chosen):
+    for place, image_id in enumerate(selected):
         best = results[image_id][: len(data.boxes(image_id)[0])]
         tile = draw_detections(
             data.load(image_id),
@@ -64,17 +64,17 @@ def draw_pictures(
 def _photograph(report: Path, page: Path) -> None:
     browser = next((b for b in BROWSERS if shutil.which(b)), None)
     if browser is None:
-        raise LpovodError(f"no browser to show {report} in: install one of {', '.join(BROWSERS)}")
+        raise LpovodError(f"no browser found to show {report}. Install one of {', '.join(BROWSERS)}")
     with atomic(page) as partial, tempfile.TemporaryDirectory() as profile:
-        taken = Path(profile, "page.png")
+        screenshot = Path(profile, "page.png")
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         command += [
             "--disable-background-networking",
             "--no-first-run",
             f"--user-data-dir={profile}",
         ]
-        command += [f"--window-size={PAGE[0]},{PAGE[1]}", f"--screenshot={taken}"]
+        command += [f"--window-size={PAGE[0]},{PAGE[1]}", f"--screenshot={screenshot}"]
         subprocess.run([*command, report.resolve().as_uri()], check=True, capture_output=True)
-        Image.open(taken).convert("P", palette=Image.Palette.ADAPTIVE).save(
+        Image.open(screenshot).convert("P", palette=Image.Palette.ADAPTIVE).save(
             partial, "PNG", optimize=True
         )

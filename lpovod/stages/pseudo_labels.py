@@ -19,7 +19,7 @@ from lpovod.overlaps import overlaps
 from lpovod.progress import log
 from lpovod.search import apart, check_belong, queries, top_regions
 
-SAME = 0.6  # shared part, of either of two regions, from which they show the same object
+SAME = 0.6  # two regions show one object if they share this fraction of either's area, or more
 
 
 def retrieve(
@@ -35,33 +35,33 @@ def retrieve(
     """Write the top K regions by cosine with a class's query, above the objectness floor.
 
     With an exact index (Flat, SQfp16) the result is the exact top K of all regions; equal cosines
-    are ordered by image id and place in the image. With another index, ``info`` has ``recall``, the
-    part of the exact top K that it found. Several regions of one image may be taken, unless the
-    settings limit them.
+    are ordered by image id and position in the image. With any other index, ``info`` has
+    ``recall``: the fraction of the exact top K that the index returns. One image may contribute
+    several regions, unless the settings limit them.
 
     Args:
         name: the class.
-        text_embeddings: files of which one has the class.
-        base_text_embeddings: of the base classes, which a centred query is contrasted with.
+        text_embeddings: files, one of which holds the class.
+        base_text_embeddings: file of the base classes; a centred query subtracts their mean.
         index: file of stage `region_index`.
         shards: all files of stage `region_embeddings`.
-        dataset: the training json the regions' images are of.
+        dataset: json of the training images.
         settings: K, the floor, the query, and how different the regions must be.
         output: COCO json.
 
     Raises:
-        LpovodError: if the class is not embedded, the files were not made from one another, or
-            no region reaches the floor.
+        LpovodError: if the class has no embedding, the files do not belong together, or no region
+            reaches the floor.
     """
     classes = read_text_embeddings(text_embeddings)
     if name not in classes.names:
-        raise LpovodError(f"class {name!r} has no text embedding; there are {classes.names}")
+        raise LpovodError(f"class {name!r} has no text embedding; available: {classes.names}")
     base = read_text_embeddings([base_text_embeddings])
     vector = classes.vectors[classes.names.index(name)]
-    store, searched = open_shards(shards), open_index(index)
-    check_belong([classes, base], store, searched, dataset)
+    store, region_index = open_shards(shards), open_index(index)
+    check_belong([classes, base], store, region_index, dataset)
     (vector,) = queries(vector[None], base.vectors, settings)
-    (regions,) = top_regions(searched, store, vector[None], settings)
+    (regions,) = top_regions(region_index, store, vector[None], settings)
     if not regions:
         raise LpovodError(
             f"class {name!r}: none of {len(store)} regions has an objectness of "
@@ -69,24 +69,26 @@ def retrieve(
         )
     if len(regions) < settings.k:
         log.warning(
-            f"class {name!r}: {len(regions)} regions instead of {settings.k}; no more "
-            f"have an objectness of {settings.objectness} (pseudo_labels.objectness) and are "
-            "different enough (per_image, nms)"
+            f"class {name!r}: {len(regions)} regions instead of {settings.k}; no others have an "
+            f"objectness of {settings.objectness} (pseudo_labels.objectness) and differ enough "
+            "(per_image, nms)"
         )
     ident = identity(
         STAGE,
         settings,
         dataset=dataset,
-        region_index=fingerprint(searched.identity),
+        region_index=fingerprint(region_index.identity),
         query=_digest(vector),
     )
     info: dict = {"identity": ident}
-    if not searched.exact:
-        (exact,) = top_regions(searched, store, vector[None], settings, exact=True)
+    if not region_index.exact:
+        (exact,) = top_regions(region_index, store, vector[None], settings, exact=True)
         hits = {r["key"] for r in regions} & {r["key"] for r in exact}
         info["recall"] = len(hits) / len(exact)
         log.info(f"{name}: recall {info['recall']:.3f} of the exact top {len(exact)}")
-    ignored = _others(searched, store, vector, settings, regions) if settings.ignored else []
+    ignored = []
+    if settings.ignored:
+        ignored = _further_objects(region_index, store, vector, settings, regions)
     write_json(output, as_coco(name, regions, dataset, ignored) | {"info": info})
     images, cosines = {r["image_id"] for r in regions}, [r["cosine"] for r in regions]
     log.info(
@@ -95,20 +97,20 @@ def retrieve(
     )
 
 
-def _others(
+def _further_objects(
     index: RegionIndex,
     store: RegionStore,
     vector: np.ndarray,
     settings: PseudoLabelsSettings,
     regions: list[dict],
 ) -> list[dict]:
-    """The objects to be ignored: the most similar regions, without other boxes of the same object.
+    """The objects to ignore: the most similar regions, without further boxes on the same object.
 
-    A part of a label or of such an object, or a box around it, stays a negative: that it is badly
-    placed is what the probe has to learn.
+    Parts of a labelled or ignored object, and boxes around it, stay negatives: the probe must learn
+    that they are badly placed.
     """
-    of_any_objectness = PseudoLabelsSettings(k=settings.ignored, objectness=0)
-    (similar,) = top_regions(index, store, vector[None], of_any_objectness)
+    without_floor = PseudoLabelsSettings(k=settings.ignored, objectness=0)
+    (similar,) = top_regions(index, store, vector[None], without_floor)
     return list(apart(similar, _same_object, regions))
 
 

@@ -1,4 +1,4 @@
-"""Stage `region_index`: FAISS indices over the region embeddings of all shards, in one file."""
+"""Stage `region_index`: one file of FAISS indices over the region embeddings of all shards."""
 
 from pathlib import Path
 
@@ -12,24 +12,24 @@ from lpovod.formats.index import STAGE, write_index
 from lpovod.formats.regions import RegionStore, digest_of_shards, open_shards, region_key
 from lpovod.progress import log, progress
 
-TRAINING_ROWS = 1 << 18  # sample for the factories that need training
+TRAINING_ROWS = 1 << 18  # sample size for factories that need training
 
 
 def build_region_index(shards: list[Path], settings: RegionIndexSettings, output: Path) -> None:
-    """Index all region embeddings for search by inner product; the vectors stream through.
+    """Index all region embeddings for search by inner product, one block in memory at a time.
 
     Args:
         shards: all files of stage `region_embeddings`.
         settings: factory string and block size.
-        output: the index with its footer.
+        output: the index file.
 
     Raises:
-        LpovodError: if shards are missing or do not belong together, hold no region, or FAISS
-            knows no such factory.
+        LpovodError: if shards are missing, do not belong together or hold no region, or FAISS does
+            not know the factory.
     """
     store = open_shards(shards)
     if len(store) == 0:
-        raise LpovodError(f"{store.paths[0].parent}: the shards hold no region")
+        raise LpovodError(f"{store.paths[0].parent}: the shards hold no regions")
     dimension = next(store.blocks(1, ["embedding"]))["embedding"].shape[1]
     index = _make_index(settings.factory, dimension)
     if not index.is_trained:
@@ -60,16 +60,16 @@ def _make_index(factory: str, dimension: int) -> faiss.Index:
     searchable = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexIVF)
     if not isinstance(faiss.downcast_index(index.index), searchable):
         raise LpovodError(
-            f"region_index.factory = {factory!r}: retrieval searches Flat, SQ... and IVF... "
-            "indices alone"
+            f"region_index.factory = {factory!r}: retrieval can search only Flat, SQ... and "
+            "IVF... indices"
         )
     return index
 
 
 def _sample(store: RegionStore, rows: int) -> np.ndarray:
     step = -(-len(store) // TRAINING_ROWS)
-    seen, parts = 0, []
+    rows_before, samples = 0, []
     for block in store.blocks(rows, ["embedding"]):
-        parts.append(block["embedding"][-seen % step :: step].astype(np.float32))
-        seen += len(block)
-    return np.concatenate(parts)
+        samples.append(block["embedding"][-rows_before % step :: step].astype(np.float32))
+        rows_before += len(block)
+    return np.concatenate(samples)

@@ -18,10 +18,10 @@ def embed_classes(
 ) -> None:
     """Embed class names and write ``{name: (D,) float32}`` with its identity.
 
-    The vectors are CLIP's of the names, or the names' rows of `settings.file`.
+    The vectors are CLIP's embeddings of the names, or rows of `settings.file`.
 
     Raises:
-        LpovodError: if the CLIP model cannot be loaded, or the file's rows are not of the classes.
+        LpovodError: if the CLIP model cannot be loaded, or the file's rows do not fit the classes.
     """
     inputs: dict[str, Path | str] = {}
     if settings.file is None or settings.classes is None:
@@ -44,11 +44,11 @@ def embed_classes(
 def _embeddings_of_file(
     names: list[str], clip: ClipSettings, file: Path, classes: Path
 ) -> ClassEmbeddings:
-    """The names' rows of a file, compared with CLIP's own embeddings if there is a CLIP."""
-    listed, model = read_rows(file, classes), None
+    """The rows of a file for the names, checked against CLIP's embeddings if CLIP is given."""
+    rows, model = read_rows(file, classes), None
     if clip.weights is not None:
         model = load_clip(clip, "cpu")
-        check_rows(file, listed, model.encode_texts(list(listed)).double().numpy())
-    if absent := [name for name in names if name not in listed]:
+        check_rows(file, rows, model.encode_texts(list(rows)).double().numpy())
+    if absent := [name for name in names if name not in rows]:
         raise LpovodError(f"{classes} does not list the class {absent[0]!r}")
-    return as_class_embeddings(names, np.stack([listed[name] for name in names]), model, clip)
+    return as_class_embeddings(names, np.stack([rows[name] for name in names]), model, clip)
