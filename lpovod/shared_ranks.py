@@ -123,10 +123,7 @@ class Ranks:
         raise self._lost(other)
 
     def _lost(self, other: int) -> LostRank:
-        return LostRank(
-            f"process {other + 1} of {self.count} of the training has ended: was it killed, perhaps"
-            " for want of memory? The same command resumes the training"
-        )
+        return LostRank(f"process {other + 1} of {self.count} of the training has ended")
 
     def close(self) -> None:
         """Leave the others, who notice it when they next meet."""
@@ -312,19 +309,27 @@ def _report(error: BaseException, rank: int, report: socket.socket) -> None:
 
 @contextmanager
 def _parent(ranks: Ranks, children: list[int], reports: list[socket.socket]) -> Iterator[None]:
+    """The children end with the block, or at once; the error that ended one is raised here."""
+    lost = None
     try:
         yield
-    except LostRank:
-        for error in filter(None, map(_reported, reports)):
-            if not isinstance(error, LostRank):
-                raise error from None
-        raise
+    except LostRank as error:
+        lost = error
     finally:
-        ranks.close()
+        ranks.close()  # or a child would wait for this process, which waits for it
+        signals = {os.WTERMSIG(os.waitpid(child, 0)[1]) for child in children} - {0}
+        errors = [error for report in reports if (error := _reported(report))]
         for report in reports:
             report.close()
-        for child in children:
-            os.waitpid(child, 0)
+    if lost is None:
+        return
+    for error in errors:
+        if not isinstance(error, LostRank):
+            raise error from None
+    by = " and ".join(f"signal {number}" for number in sorted(signals)) or "itself"
+    raise LostRank(
+        f"{lost}, by {by}. Is there memory enough? The same command resumes the training"
+    ) from None
 
 
 def _reported(report: socket.socket) -> Exception | None:
