@@ -175,6 +175,10 @@ def add_up_gradients(model: nn.Module) -> None:
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if current():
+        for parameter in trained:
+            parameter.grad = total(parameter.grad)
+        return
     for work in [distributed.all_reduce(p.grad, async_op=True) for p in trained]:
         work.wait()
 

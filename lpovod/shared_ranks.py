@@ -5,7 +5,7 @@ busy process beside them makes a training four times slower. Processes meet less
 while they wait. `fork_ranks` makes them; what they tell each other at every batch norm goes through
 sockets, parameters and gradients lie in shared memory (`SharedParameters`).
 
-A socket of a process that ends, however it ends, ends the others.
+When a process ends, however it ends, its sockets close, and that ends the others.
 """
 
 import io
@@ -13,7 +13,6 @@ import mmap
 import os
 import pickle
 import socket
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -98,11 +97,16 @@ class Ranks:
         if self.rank == 0:
             file = os.memfd_create("lpovod")
             os.truncate(file, size)
-            for link in self.links.values():
-                socket.send_fds(link, [b" "], [file])
+            for other, link in self.links.items():
+                try:
+                    socket.send_fds(link, [b" "], [file])
+                except OSError:
+                    raise self._lost(other) from None
         else:
-            packet, files, _, _ = socket.recv_fds(self.links[0], 1, 1)
-            if not packet:
+            files: list[int] = []
+            with suppress(ConnectionResetError):
+                _, files, _, _ = socket.recv_fds(self.links[0], 1, 1)
+            if not files:
                 raise self._lost(0)
             (file,) = files
         try:
@@ -256,8 +260,6 @@ def _fork(count: int) -> tuple[Ranks, list[int], list[socket.socket]]:
     """
     pairs = {pair: _socketpair() for pair in combinations(range(count), 2)}
     reports = [_socketpair() for _ in range(1, count)]
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()  # or every copy would print what waits there
     rank, children = 0, []
     for number in range(1, count):
         child = os.fork()
