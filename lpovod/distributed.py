@@ -176,6 +176,10 @@ def add_up_gradients(model: nn.Module) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in trained if p.grad is not None]
+    if current():
+        for gradient in gradients:
+            gradient.copy_(total(gradient))
+        return
     for work in [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
         assert work is not None
         work.wait()
@@ -199,12 +203,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or ranks() == 1:
             return super().forward(x)
-        y, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        return y
+        return _Normalise.apply(x, self.weight, self.bias, self)
 
 
 class _Normalise(torch.autograd.Function):
@@ -215,29 +214,44 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(ctx, x, weight, bias, norm):
         values = _precise(x)
         mean, variance, count = _statistics(values)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+        norm.num_batches_tracked.add_(1)
         ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, variance, count)
-        y = functional.batch_norm(values, mean, variance, weight, bias, eps=eps)
-        return y.to(x.dtype), mean, variance, count
+        ctx.eps = norm.eps
+        return functional.batch_norm(values, mean, variance, weight, bias, eps=norm.eps).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, gradient, *_):
+    def backward(ctx, gradient):
         x, weight, mean, variance, count = ctx.saved_tensors
         values, of_y = _precise(x), _precise(gradient)
-        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            of_y, values, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
-        )
-        shared_weight, shared_bias = total(torch.stack([of_weight, of_bias])) / count
-        # (of_y - shared_bias - unit * shared_weight) * weight / std, unit being (x - mean) / std
-        scale = (variance + ctx.eps).rsqrt()
-        slope = -weight * scale.square() * shared_weight
-        shift = -weight * scale * shared_bias - slope * mean
-        of_x = torch.addcmul(_wide(shift), of_y, _wide(weight * scale))
-        return of_x.addcmul_(values, _wide(slope)).to(x.dtype), of_weight, of_bias, None
+        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+        if x.numel():  # torch divides by it
+            _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+                of_y,
+                values,
+                weight,
+                mean,
+                variance,
+                None,
+                None,
+                False,
+                ctx.eps,
+                (False, True, True),
+            )
+        shared_weight, shared_bias = total(torch.stack([of_weight, of_bias])).unbind()
+        # (of_y - shared_bias / count - unit * shared_weight / count) * weight / std
+        # with unit = (x - mean) / std, as a sum of multiples of of_y, of x and of one.
+        over_std = (variance + ctx.eps).rsqrt_()
+        factor = weight * over_std
+        part = factor / -count
+        slope = part * over_std * shared_weight
+        shift = torch.addcmul(part * shared_bias, slope, mean, value=-1)
+        of_x = torch.addcmul(_wide(shift), _wide(factor), of_y).addcmul_(_wide(slope), values)
+        return of_x.to(x.dtype), of_weight, of_bias, None
 
 
 def _statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,14 +260,17 @@ def _statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Ranks' variances about their own means add up with those of the means (Chan et al. 1979,
     "Updating formulae and a pairwise algorithm for computing sample variances").
     """
-    own = values.new_zeros(3, values.shape[1])
+    channels = values.shape[1]
+    own = values.new_zeros(2 * channels + 1)
     if values.numel():
-        own[0], own[1] = torch.batch_norm_update_stats(values, None, None, 0)
-        own[2] = values[:, 0].numel()
-    mean, variance, count = gather(own).unbind(1)
-    part = count / count.sum(0)
-    whole = (part * mean).sum(0)
-    return whole, (part * (variance + (mean - whole).square())).sum(0), count[:, 0].sum()
+        statistics = torch.batch_norm_update_stats(values, None, None, 0)
+        own = torch.cat([*statistics, own.new_full((1,), values.numel() // channels)])
+    means, variances, counts = gather(own).split([channels, channels, 1], dim=1)
+    count = counts.sum()
+    part = counts / count
+    mean = (part * means).sum(0)
+    distance = means - mean
+    return mean, (part * torch.addcmul(variances, distance, distance)).sum(0), count
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -261,4 +278,4 @@ def _precise(x: Tensor) -> Tensor:
 
 
 def _wide(channels: Tensor) -> Tensor:
-    return channels[:, None, None]
+    return channels.view(-1, 1, 1)

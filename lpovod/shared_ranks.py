@@ -5,7 +5,7 @@ busy process beside them makes a training four times slower. Processes meet less
 while they wait. `fork_ranks` makes them; what they tell each other at every batch norm goes through
 sockets, parameters and gradients lie in shared memory (`SharedParameters`).
 
-A socket of a process that ends, however it ends, ends the others.
+When a process ends, however it ends, its sockets close, and that ends the others.
 """
 
 import io
@@ -13,7 +13,6 @@ import mmap
 import os
 import pickle
 import socket
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -98,11 +97,16 @@ class Ranks:
         if self.rank == 0:
             file = os.memfd_create("lpovod")
             os.truncate(file, size)
-            for link in self.links.values():
-                socket.send_fds(link, [b" "], [file])
+            for other, link in self.links.items():
+                try:
+                    socket.send_fds(link, [b" "], [file])
+                except OSError:
+                    raise self._lost(other) from None
         else:
-            packet, files, _, _ = socket.recv_fds(self.links[0], 1, 1)
-            if not packet:
+            files: list[int] = []
+            with suppress(ConnectionResetError):
+                _, files, _, _ = socket.recv_fds(self.links[0], 1, 1)
+            if not files:
                 raise self._lost(0)
             (file,) = files
         try:
@@ -123,10 +127,7 @@ class Ranks:
         raise self._lost(other)
 
     def _lost(self, other: int) -> LostRank:
-        return LostRank(
-            f"process {other + 1} of {self.count} of the training has ended: was it killed, perhaps"
-            " for want of memory? The same command resumes the training"
-        )
+        return LostRank(f"process {other + 1} of {self.count} of the training has ended")
 
     def close(self) -> None:
         """Leave the others, who notice it when they next meet."""
@@ -259,8 +260,6 @@ def _fork(count: int) -> tuple[Ranks, list[int], list[socket.socket]]:
     """
     pairs = {pair: _socketpair() for pair in combinations(range(count), 2)}
     reports = [_socketpair() for _ in range(1, count)]
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()  # or every copy would print what waits there
     rank, children = 0, []
     for number in range(1, count):
         child = os.fork()
@@ -312,19 +311,27 @@ def _report(error: BaseException, rank: int, report: socket.socket) -> None:
 
 @contextmanager
 def _parent(ranks: Ranks, children: list[int], reports: list[socket.socket]) -> Iterator[None]:
+    """The children end with the block, or at once; the error that ended one is raised here."""
+    lost = None
     try:
         yield
-    except LostRank:
-        for error in filter(None, map(_reported, reports)):
-            if not isinstance(error, LostRank):
-                raise error from None
-        raise
+    except LostRank as error:
+        lost = error
     finally:
-        ranks.close()
+        ranks.close()  # or a child would wait for this process, which waits for it
+        signals = {os.WTERMSIG(os.waitpid(child, 0)[1]) for child in children} - {0}
+        errors = [error for report in reports if (error := _reported(report))]
         for report in reports:
             report.close()
-        for child in children:
-            os.waitpid(child, 0)
+    if lost is None:
+        return
+    for error in errors:
+        if not isinstance(error, LostRank):
+            raise error from None
+    by = " and ".join(f"signal {number}" for number in sorted(signals)) or "itself"
+    raise LostRank(
+        f"{lost}, by {by}. Is there memory enough? The same command resumes the training"
+    ) from None
 
 
 def _reported(report: socket.socket) -> Exception | None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,17 @@ def _noting_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def ready(model: Network, device: str) -> Network:
+    """The model on a device, in training mode, in the layout of memory that is fastest there."""
+    # A step on a CPU takes a tenth less time; the gradient of the proposal network is off by 2e-6
+    # of its norm then, instead of 2e-7.
+    layout = torch.channels_last if device == "cpu" else torch.preserve_format
+    return model.to(device).to(memory_format=layout).train()
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

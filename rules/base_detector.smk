@@ -41,4 +41,5 @@ rule base_detector:
         " --region-embeddings {input.shards} --network {input.network}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --checkpoint {params.checkpoint} --code {params.code} --detector {output.detector}"
-        " --history {output.history} --device {params.device} --threads {threads} 2>&1 | tee {log}"
+        " --history {output.history} --device {params.device} --threads {threads}"
+        " 2>&1 | tee {log}"

@@ -39,4 +39,5 @@ rule proposal_network:
         " --dataset {input.dataset}"
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --checkpoint {params.checkpoint} --code {params.code} --network {output.network}"
-        " --history {output.history} --device {params.device} --threads {threads} 2>&1 | tee {log}"
+        " --history {output.history} --device {params.device} --threads {threads}"
+        " 2>&1 | tee {log}"

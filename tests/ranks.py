@@ -40,6 +40,7 @@ def learn_proposals(
     data: Path,
     output: Path,
     schedule: TrainingSettings = STEP,
+    threads: int = 1,
     backbone: BackboneSettings = BACKBONE,
     stem: str = "proposals",
 ) -> None:
@@ -47,16 +48,22 @@ def learn_proposals(
     settings = ProposalsSettings(box_iou=0.3, samples_per_image=20, training=schedule)
     outputs = [output / f"{stem}.{name}" for name in ("checkpoint", "safetensors", "jsonl")]
     torch.set_default_dtype(torch.float64)
-    train_proposal_network(data / "train.json", backbone, settings, 0, outputs[0], "", *outputs[1:])
+    train_proposal_network(
+        data / "train.json", backbone, settings, 0, outputs[0], "", *outputs[1:], threads=threads
+    )
     torch.set_default_dtype(torch.float32)
 
 
-def learn_with_timm(data: Path, output: Path, schedule: TrainingSettings = STEP) -> None:
+def learn_with_timm(
+    data: Path, output: Path, schedule: TrainingSettings = STEP, threads: int = 1
+) -> None:
     """One step of the proposal network on a model of timm's, with norms that have activations."""
-    learn_proposals(data, output, schedule, TIMM, "timm")
+    learn_proposals(data, output, schedule, threads, TIMM, "timm")
 
 
-def learn_detector(data: Path, output: Path, schedule: TrainingSettings = STEP) -> None:
+def learn_detector(
+    data: Path, output: Path, schedule: TrainingSettings = STEP, threads: int = 1
+) -> None:
     """One step of the detector, from the proposal network in the folder of the data."""
     settings = BaseDetectorSettings(
         training=schedule,
@@ -69,9 +76,8 @@ def learn_detector(data: Path, output: Path, schedule: TrainingSettings = STEP) 
     shards = [data / f"{number}.h5" for number in range(2)]
     outputs = [output / f"base_detector.{name}" for name in ("checkpoint", "safetensors", "jsonl")]
     network = data / "proposals.safetensors"
-    train_base_detector(
-        data / "train.json", shards, network, BACKBONE, settings, 0, outputs[0], "", *outputs[1:]
-    )
+    data, inputs = data / "train.json", (shards, network, BACKBONE, settings, 0, outputs[0], "")
+    train_base_detector(data, *inputs, *outputs[1:], threads=threads)
 
 
 def fit(checkpoint: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:

@@ -80,10 +80,11 @@ def test_a_norm_has_the_statistics_of_all_ranks(folder, norm, reference):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("forked", [None, 2, 3])
 @pytest.mark.parametrize(
     ("stage", "tolerance"), [("proposals", 1e-9), ("timm", 1e-9), ("base_detector", 1e-4)]
 )
-def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance):
+def test_a_step_of_several_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance, forked):
     learn = {
         "proposals": learn_proposals,
         "timm": learn_with_timm,
@@ -92,9 +93,14 @@ def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance
     learn(folder, tmp_path)
     (tmp_path / "start").mkdir()
     learn(folder, tmp_path / "start", STEP.model_copy(update={"learning_rate": 1e-30}))
+    several = folder / "two"
+    if forked:
+        several = tmp_path / "forked"
+        several.mkdir()
+        learn(folder, several, threads=forked)
     start, one, two = (
         read_tensors(path / f"{stage}.safetensors", stage.replace("timm", "proposals"))[0]
-        for path in (tmp_path / "start", tmp_path, folder / "two")
+        for path in (tmp_path / "start", tmp_path, several)
     )
     names = [name for name in one if "running" not in name and "tracked" not in name]
     steps, errors = (
@@ -105,7 +111,7 @@ def test_a_step_of_two_ranks_is_a_step_of_one(folder, tmp_path, stage, tolerance
     for name in one.keys() - set(names):
         close(torch.tensor(two[name]), torch.tensor(one[name]), 10 * tolerance)
     losses, expected = (
-        json.loads((path / f"{stage}.jsonl").read_text()) for path in (folder / "two", tmp_path)
+        json.loads((path / f"{stage}.jsonl").read_text()) for path in (several, tmp_path)
     )
     assert len(expected) == {"proposals": 3, "timm": 3, "base_detector": 6}[stage]
     assert losses == pytest.approx(expected, rel=1e-5)

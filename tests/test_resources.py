@@ -48,7 +48,9 @@ def test_a_longer_training_asks_for_more_threads(images, threads):
 
 
 def test_the_number_of_photographs_follows_from_the_size_of_their_json(tmp_path):
-    assert asked(dataset=photographs(tmp_path, 4_000_001)).CONFIG.dataset.image_count("train") == 1001
+    assert (
+        asked(dataset=photographs(tmp_path, 4_000_001)).CONFIG.dataset.image_count("train") == 1001
+    )
 
 
 def test_photographs_that_are_not_there_yet_count_as_coco_s(tmp_path):

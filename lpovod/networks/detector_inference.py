@@ -45,5 +45,5 @@ def load_detector(
         raise LpovodError(
             f"{path} does not fit the settings of backbone and base_detector: {error}"
         ) from None
-    # Saves a fifth of the time on a CPU; in training its sums of gradients are less exact.
+    # Saves a fifth of the time on a CPU.
     return model.eval().to(memory_format=torch.channels_last), ident

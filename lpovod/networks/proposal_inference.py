@@ -21,7 +21,7 @@ def load_network(
     tensors, _ = read_tensors(path, "proposals")
     model = ProposalNetwork(backbone, settings.anchor_scale)
     model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
-    # Saves a fifth of the time on a CPU; in training its sums of gradients are less exact.
+    # Saves a fifth of the time on a CPU.
     return model.eval().to(memory_format=torch.channels_last)
 
 
