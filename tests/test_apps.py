@@ -43,7 +43,7 @@ def test_every_command_explains_its_options(command):
     [
         ((), 2, "usage: lpovod COMMAND"),
         (("serch",), 2, "there is no command 'serch'; did you mean search?"),
-        pytest.param(("search",), 2, "error: name what to look for", marks=pytest.mark.slow),
+        pytest.param(("search",), 2, "error: name something to search for", marks=pytest.mark.slow),
         (("score", "--ground-truth", "gt.json"), 2, "--detections"),
         (("config", "--print", "nothing"), 2, "--print"),
         (("score", "--ground-truth", "gt.json", "--detections", "dt.json"), 1, "gt.json: no such"),

@@ -164,7 +164,8 @@ def test_no_server_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(OTHER, "has the sha256"), (CONTENT[:9], "has 9 bytes, 256000 are")]
+    ("content", "message"),
+    [(OTHER, "has the sha256"), (CONTENT[:9], "has 9 bytes, the published file 256000")],
 )
 def test_wrong_bytes_are_refused_and_removed(server, tmp_path, content, message):
     server.content = content

@@ -464,7 +464,10 @@ def test_contradictions_are_named(run, name, damage, words):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{broken", "line 2 is no history"), ('{"epoch": 2, "box": 1}', "line 2 has other entries")],
+    [
+        ("{broken", "line 2 is not an epoch's json"),
+        ('{"epoch": 2, "box": 1}', "line 2 lacks the epoch or has other losses"),
+    ],
 )
 def test_a_broken_history_is_named(run, line, words):
     with run["proposals_history"].open("w") as file:

@@ -1,4 +1,4 @@
-"""`lpovod config`: check a configuration, print it whole, or describe every key."""
+"""`lpovod config`: check a configuration, print it, or describe every key."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,10 @@ def config(
         Literal["values", "documentation", "schema"], tyro.conf.arg(name="print")
     ] = "values",
 ) -> None:
-    """Check a configuration and print it with all defaults, as the stages get it.
+    """Check a configuration and print it with all defaults, as the stages receive it.
 
     Args:
-        files: config.yaml and the overlays laid over it, in order.
+        files: config.yaml and the overlays on top of it, in order.
         print_: "values": every key with its value, as yaml; "documentation": every key with its
             default and meaning, as markdown; "schema": a json schema, for editors.
     """

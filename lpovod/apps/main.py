@@ -1,4 +1,4 @@
-"""The console command `lpovod`: one subcommand per program, imported only when it is asked for."""
+"""The console command `lpovod`: one subcommand per program, imported only when needed."""
 
 import sys
 from difflib import get_close_matches
@@ -6,16 +6,19 @@ from importlib import import_module
 
 COMMANDS = {
     "search": ("lpovod.apps.search", "show the regions of a finished run that match any words"),
-    "score": ("lpovod.apps.score", "AP50 of any detector's results, base and novel classes apart"),
+    "score": (
+        "lpovod.apps.score",
+        "AP50 of any detector's results, for base and novel classes separately",
+    ),
     "plan": ("lpovod.apps.plan", "hours, disk and memory of a run, before it starts"),
-    "config": ("lpovod.apps.config", "check a configuration, print it whole, or list every key"),
+    "config": ("lpovod.apps.config", "check a configuration, print it, or list every key"),
 }
-"""Module and one line of help; the module's function has the command's name. Text that it returns
-is printed."""
+"""Module and one line of help. The module's function has the command's name; `main` prints the text
+that it returns."""
 
 USAGE = """usage: lpovod COMMAND [OPTIONS]
 
-Programs beside the workflow; the workflow itself is run by `snakemake --cores all`.
+Programs beside the workflow; to run the workflow itself: `snakemake --cores all`.
 
 commands:
 {commands}
@@ -24,7 +27,7 @@ commands:
 
 
 def main() -> None:
-    """Run the subcommand that the command line names.
+    """Run the subcommand named on the command line.
 
     Raises:
         SystemExit: 0 after help, 1 for wrong data or settings, 2 for wrong usage.

@@ -12,7 +12,7 @@ from lpovod.measures.average_precision import (
 )
 
 SPLITS = {"base": "base", "novel": "novel", "seen": "base", "unseen": "novel"}
-"""What a category's ``split`` may say; the original's files say seen and unseen."""
+"""Values that a category's ``split`` may have; the original's files use seen and unseen."""
 
 
 def score(
@@ -25,12 +25,12 @@ def score(
     """Print AP50 of any detector's results: pycocotools' numbers, by class and by split.
 
     Args:
-        ground_truth: COCO json of the images that were searched.
+        ground_truth: COCO json of the images that the detector ran on.
         detections: COCO's results format: a json list of image_id, category_id, bbox and score.
-        novel: the novel classes; without them, the categories whose "split" says so.
-        base: the base classes; without them, the categories whose "split" says so, or all others.
-        annotated_images: leave out images without any of the classes, as OV-COCO does and this
-            workflow's own metrics do; otherwise every image counts, as with pycocotools.
+        novel: the novel classes; by default the categories whose "split" is novel.
+        base: the base classes; by default the categories whose "split" is base, or all others.
+        annotated_images: leave out images without any of the classes, as OV-COCO and this
+            workflow's metrics do; by default every image counts, as in pycocotools.
     """
     print(score_table(ground_truth, detections, base, novel, annotated_images))
 
@@ -42,13 +42,13 @@ def score_table(
     novel: list[str] | None = None,
     annotated_images: bool = False,
 ) -> str:
-    """The table that `score` prints, with its arguments.
+    """The table that `score` prints; arguments as there.
 
-    Detections of classes that are not evaluated are ignored.
+    Detections of other classes are ignored.
 
     Raises:
-        LpovodError: if the split is not known, or a detection is not of the format or of an image
-            that is not listed.
+        LpovodError: if the split is unknown, or a detection has a wrong format or names an image
+            that the annotations lack.
     """
     data = read_dataset(truth)
     splits = _splits(data, base, novel)
@@ -56,8 +56,8 @@ def score_table(
     results = [r for r in read_results(detections, data) if r.get("category_id") in categories]
     with without_garbage_collection():
         by_class = ap50_by_class(ground_truth(data, [*splits], not annotated_images), results)
-    named = {s: [n for n, split in splits.items() if split == s] for s in ("base", "novel")}
-    means = ap50(by_class, named["base"], named["novel"])
+    names = {s: [n for n, split in splits.items() if split == s] for s in ("base", "novel")}
+    means = ap50(by_class, names["base"], names["novel"])
     rows = [(f"{'class':24}{'split':>8}", "AP50")]
     rows += [
         (f"{name:24}{split:>8}", f"{by_class[name]:.2f}" if name in by_class else "-")
@@ -71,7 +71,7 @@ def score_table(
 
 
 def _splits(data: CocoDataset, base: list[str] | None, novel: list[str] | None) -> dict[str, str]:
-    """The evaluated classes with their split, in the order of their ids."""
+    """The evaluated classes and their splits, in the order of category ids."""
     data.category_ids([*(base or []), *(novel or [])])
     splits = {}
     for _, category in sorted(data.categories.items()):
@@ -81,7 +81,7 @@ def _splits(data: CocoDataset, base: list[str] | None, novel: list[str] | None) 
             if split is None:
                 raise LpovodError(
                     f"{data.path}: category {name!r} has the split {category.get('split')!r}, "
-                    'expected "base" or "novel". Write it there, or name the novel classes: '
+                    'expected "base" or "novel". Correct the file, or name the novel classes: '
                     "--novel CLASS CLASS ... (and --base, if not all others are base classes)"
                 )
         elif novel is not None and name in novel:

@@ -1,6 +1,6 @@
 """`lpovod search`: the regions of a finished run that are most similar to any words.
 
-Any number of texts takes one pass over the index.
+All texts together take one pass over the index.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from lpovod.formats.regions import open_shards
 from lpovod.progress import log
 from lpovod.search import check_belong, queries, top_regions
 
-TILE, CAPTION, COLUMNS = 192, 16, 5  # of the sheet, in pixels
+TILE, CAPTION, COLUMNS = 192, 16, 5  # TILE and CAPTION in pixels of the sheet
 
 
 def search(
@@ -33,26 +33,26 @@ def search(
 ) -> list[list[dict]]:
     """Print and draw the regions of the training images that are most similar to any words.
 
-    Ranks as stage `pseudo_labels` would for a class of that name. Nothing of the run is changed; to
-    make a class of the words, add them to classes.novel.
+    The ranking is that of stage `pseudo_labels` for a class of that name. The run does not change;
+    to make the words a class, add them to classes.novel.
 
     Args:
-        texts: what to look for: "a star" "a fish"
-        configfile: overlays of config.yaml, as the run had them
-        results: folder of the run; without it results/<name of the configuration>
-        k: regions per text
-        objectness: lowest objectness of a region; without it the configuration's
-        output: picture to draw the regions in
+        texts: words to search for: "a star" "a fish"
+        configfile: overlays of config.yaml that the run used
+        results: folder of the run; by default results/<name of the configuration>
+        k: number of regions per text
+        objectness: minimum objectness of a region; by default the configuration's
+        output: picture of the regions
 
     Returns:
-        For each text its regions, best first: ``image_id``, ``bbox``, ``score``, ``cosine``.
+        For each text, its regions, best first: ``image_id``, ``bbox``, ``score``, ``cosine``.
 
     Raises:
-        UsageError: if no text is given, or a limit is impossible.
+        UsageError: if no text is given, or a limit is out of range.
         LpovodError: if the run has no index yet, or its files do not belong together.
     """
     if not texts:
-        raise UsageError('name what to look for: lpovod search "a star"')
+        raise UsageError('name something to search for: lpovod search "a star"')
     config = read_config([Path("config.yaml"), *configfile])
     results = results or Path("results") / config.name
     dataset, index = results / "dataset" / "train.json", results / "region_index" / "train.index"
@@ -95,13 +95,15 @@ def _print(text: str, regions: list[dict]) -> None:
         print(f"{region['image_id']:12}  {box}  {region['score']:10.3f}  {region['cosine']:6.4f}")
 
 
-def _draw(texts: tuple[str, ...], found: list[list[dict]], data: CocoDataset, output: Path) -> None:
-    """One sheet: under each text its regions, marked in their images."""
-    lines = [max(-(-len(regions) // COLUMNS), 1) for regions in found]
+def _draw(
+    texts: tuple[str, ...], regions_of: list[list[dict]], data: CocoDataset, output: Path
+) -> None:
+    """Draw one sheet: each text, and below it its regions, marked in their images."""
+    lines = [max(-(-len(regions) // COLUMNS), 1) for regions in regions_of]
     height = sum(CAPTION + line * (TILE + CAPTION) for line in lines)
     sheet = Image.new("RGB", (COLUMNS * TILE, height), "white")
     pen, top = ImageDraw.Draw(sheet), 0
-    for text, regions, line in zip(texts, found, lines, strict=True):
+    for text, regions, line in zip(texts, regions_of, lines, strict=True):
         pen.text((2, top + 2), text, "black")
         for place, region in enumerate(regions):
             row, column = divmod(place, COLUMNS)

@@ -1,6 +1,6 @@
 """The pictograms of the miniature world: polygons in unit coordinates, filled with tones.
 
-Needs numpy alone, because the class names are read while the workflow's graph is built.
+Imports only numpy, because Snakemake reads the class names while it builds the graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TONES = 4
 class Part(NamedTuple):
     """One polygon of a pictogram: unit coordinates with y down, (n, 2), and the tone that fills it.
 
-    A later part covers an earlier one; the tone `HOLE` cuts through to what lies behind.
+    Later parts cover earlier ones; the tone `HOLE` is transparent.
     """
 
     outline: np.ndarray
@@ -113,7 +113,7 @@ PICTOGRAMS: dict[str, list[Part]] = {
         Part(_ellipse(-0.4, -0.3, 0.15), DETAIL),
         Part(_ellipse(0.35, -0.4, 0.18), DETAIL),
     ],
-    # Novel. Every part covers less than half of the whole's box, so that it is a false detection.
+    # Novel. Every part covers less than half of the object's box: detecting a part is a mistake.
     "star": _star(),
     "ring": [
         Part(_ellipse(0, 0.25, 0.78), MAIN),
@@ -143,8 +143,8 @@ PICTOGRAMS: dict[str, list[Part]] = {
     ],
 }
 
-# Of no class and never annotated, like most things in a photograph. They share their parts with the
-# novel classes, and CLIP, which has never seen them, names them all the same.
+# Things of no class, never annotated, like most things in a photograph. They share their parts with
+# the novel classes. CLIP has never seen them and still gives them one of its names.
 _DISTRACTORS: dict[str, list[Part]] = {
     "cone": [
         Part(_polygon((-0.6, -0.1), (0.6, -0.1), (0, 1)), ACCENT),
@@ -178,7 +178,7 @@ _DISTRACTORS: dict[str, list[Part]] = {
 CLASSES, DISTRACTORS = tuple(PICTOGRAMS), tuple(_DISTRACTORS)
 PICTOGRAMS |= _DISTRACTORS
 
-# One array of corners per pictogram, so that it is turned and scaled in one go.
+# One array of corners per pictogram, so that one operation rotates or scales all of it.
 POINTS = {
     name: np.concatenate([part.outline for part in parts]) for name, parts in PICTOGRAMS.items()
 }

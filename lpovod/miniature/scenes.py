@@ -1,15 +1,15 @@
 """The miniature world: drawn images of pictograms with exact boxes, in place of COCO.
 
-An image holds a few *items* on a cluttered ground. An item is one pictogram or a cluster of two to
-four touching ones of the same class; some pictograms carry a smaller copy of themselves. So every
-kind of badly placed box exists that a detector meets in photographs: too tight (the copy, or one
-part), too loose, and around a group.
+An image holds a few *items* on a cluttered ground. An item is one pictogram, or a cluster of two to
+four touching pictograms of one class; some pictograms carry a smaller copy of themselves. So the
+world has every kind of badly placed box that a detector meets in photographs: too tight (the copy,
+or one part), too loose, and around a group.
 
-Novel classes are built of parts that look like whole base objects: a house is a square under a
+Novel classes consist of parts that look like whole base objects: a house is a square under a
 triangle, a fish a disk before a triangle. A class-agnostic proposal network that was trained on
-base objects therefore fires on the parts of novel ones, as OLN does on photographs.
+base objects therefore fires on the parts of novel objects, as OLN does on photographs.
 
-Needs numpy and Pillow alone, because it is imported while the workflow's graph is built.
+Imports only numpy and Pillow, because Snakemake imports it while it builds the graph.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from lpovod.miniature.pictograms import (
 Box = tuple[float, float, float, float]
 Colour = tuple[float, float, float]
 IMAGE_SIZE = 160
-CLUSTER_PROBABILITY = 0.52  # half of the items once some members have found no room
+CLUSTER_PROBABILITY = 0.52  # half of the items in the end, since some members find no room
 SINGLE_SIDES = (28, 72)  # longest side in pixels
 MEMBER_SIDES = (22, 44)
-LARGEST_OCCLUSION = 0.08  # of a cluster member, by the members drawn after it
+LARGEST_OCCLUSION = 0.08  # fraction of a cluster member that later members may hide
 PLACEMENT_TRIES = 14
 CONTRAST = 170  # sum over RGB of the absolute difference between neighbouring colours
 
-# Twice the resolution, averaged down at the end: smooth outlines at the price of a plain polygon.
+# Scenes are drawn at twice the resolution and averaged at the end, which smooths the outlines.
 _SUPERSAMPLING = 2
 
 _CANVAS = IMAGE_SIZE * _SUPERSAMPLING
@@ -58,12 +58,12 @@ class DrawnObject:
     """One pictogram of a scene. Boxes are xyxy, whole pixels of the image, half-open."""
 
     name: str
-    box: Box  # tight around what is visible of the whole object
-    area: float  # visible pixels of the image, in quarters
-    item: int  # objects of one cluster share it
-    parts: tuple[Box, ...]  # of its polygons as drawn, holes left out; empty for one-part classes
-    copy: Box | None  # of the smaller copy inside
-    colour: Colour  # of its main part, RGB
+    box: Box  # tight around the visible pixels of the object
+    area: float  # visible area in pixels of the image, in steps of 0.25
+    item: int  # number of the item; objects of one cluster share it
+    parts: tuple[Box, ...]  # of the drawn polygons, without holes; empty for classes of one part
+    copy: Box | None  # of the smaller copy inside the object
+    colour: Colour  # RGB of the main part
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Scene:
 
 
 class _Stamp(NamedTuple):
-    """A pictogram rasterised at canvas resolution, before it has a place."""
+    """A pictogram rasterised at canvas resolution, not placed yet."""
 
-    tones: np.ndarray  # (h, w) uint8: 0 transparent, 1-3 own tones, 4-7 those of the copy
+    tones: np.ndarray  # (h, w) uint8: 0 transparent, 1-3 the object's tones, 4-7 the copy's
     parts: np.ndarray  # (parts, 4) xyxy within the stamp
     copy: np.ndarray | None
 
@@ -84,7 +84,7 @@ class _Stamp(NamedTuple):
 def _canvas_points(
     name: str, side: float, rotation: float, aspect: float, flipped: bool
 ) -> np.ndarray:
-    """All corners of a pictogram, (n, 2), turned; the whole's longest side is `side`, origin 0."""
+    """All corners of a rotated pictogram, (n, 2), from the origin; its longest side is `side`."""
     stretch = np.array([aspect * (-1 if flipped else 1), 1 / aspect])
     points = turned(POINTS[name] * stretch, rotation)
     points -= points.min(0)
@@ -93,7 +93,7 @@ def _canvas_points(
 
 
 def _fill(name: str, points: np.ndarray) -> np.ndarray:
-    """The tone of each pixel, (h, w) uint8, with the parts drawn in their order."""
+    """The tone of each pixel, (h, w) uint8; parts are drawn in order."""
     width, height = points.max(0).tolist()
     tones = Image.new("L", (math.ceil(width) + 1, math.ceil(height) + 1))
     brush = ImageDraw.Draw(tones)
@@ -104,7 +104,7 @@ def _fill(name: str, points: np.ndarray) -> np.ndarray:
 
 
 def _part_boxes(name: str, points: np.ndarray) -> np.ndarray:
-    """xyxy of each part that is no hole and no detail, (parts, 4), in the coordinates given."""
+    """xyxy of each part except holes and details, (parts, 4), in the coordinates of `points`."""
     low = np.floor(np.minimum.reduceat(points, STARTS[name]))
     high = np.floor(np.maximum.reduceat(points, STARTS[name])) + 1
     solid = [part.tone in (MAIN, ACCENT) for part in PICTOGRAMS[name]]
@@ -130,7 +130,7 @@ def _stamp(
 def _nest(rng: np.random.Generator, tones: np.ndarray, small: np.ndarray) -> np.ndarray:
     """Draw the copy into `tones` near the middle and return its xyxy within the stamp."""
     room = np.array(tones.shape) - small.shape
-    # Near the middle, for the extremes of the whole must stay its own: they are what its box fits.
+    # Near the middle, so that the copy never reaches the object's outline, which defines its box.
     y, x = (np.maximum(room, 2) * rng.uniform(0.35, 0.65, 2)).astype(int)
     window = tones[y : y + small.shape[0], x : x + small.shape[1]]
     small = small[: window.shape[0], : window.shape[1]]
@@ -139,7 +139,7 @@ def _nest(rng: np.random.Generator, tones: np.ndarray, small: np.ndarray) -> np.
 
 
 def _contrasting(rng: np.random.Generator, *others: Colour) -> Colour:
-    """A random RGB colour that stands out from each of `others`: the first of ten that does."""
+    """A random RGB colour in contrast to all `others`: the first of ten, or the best of them."""
     best, widest = (0, 0, 0), -1.0
     for candidate in rng.integers(0, 256, (10, 3)).tolist():
         r, g, b = candidate
@@ -152,7 +152,7 @@ def _contrasting(rng: np.random.Generator, *others: Colour) -> Colour:
 
 
 def _palette(rng: np.random.Generator, ground: Colour) -> np.ndarray:
-    """Colours of the tones, (2 * TONES, 4) uint8 RGBA; the second half is the copy's."""
+    """Colours of the tones, (2 * TONES, 4) uint8 RGBA; the second half colours the copy."""
     main = _contrasting(rng, ground)
     accent = _contrasting(rng, ground, main)
     detail = _contrasting(rng, main, accent)
@@ -166,7 +166,7 @@ def _palette(rng: np.random.Generator, ground: Colour) -> np.ndarray:
 def _shading(
     rng: np.random.Generator, shape: tuple[int, int], nuisance: float
 ) -> np.ndarray | None:
-    """A texture that multiplies the colours, (h, w, 1) float32: stripes, a gradient, or none."""
+    """A texture that multiplies the colours, (h, w, 1) float32: stripes or a gradient; or None."""
     kind = rng.random()
     if kind < 1 - 0.55 * nuisance:
         return None
@@ -182,8 +182,8 @@ def _shading(
 
 
 def _draw_ground(rng: np.random.Generator, nuisance: float) -> Image.Image:
-    """A colour gradient with clutter lines and irregular blobs, all of them unlabelled."""
-    # With less nuisance the ground is darker, and so objects are mostly lighter than it.
+    """A colour gradient with cluttering lines and irregular blobs, all unlabelled."""
+    # With less nuisance the ground is darker, so most objects are lighter than the ground.
     patches = 40 + nuisance * (rng.uniform(40, 215, 3) - 40 + rng.normal(0, 26, (3, 3, 3)))
     ground = Image.fromarray(np.clip(patches, 0, 255).astype(np.uint8))
     ground = ground.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
@@ -212,7 +212,7 @@ def _blob(rng: np.random.Generator) -> np.ndarray:
 def _beside(
     rng: np.random.Generator, neighbour: np.ndarray, shape: tuple[int, int]
 ) -> tuple[int, int]:
-    """Where a stamp of `shape` (h, w) touches the box of `neighbour` on a random side: x, y."""
+    """The x and y at which a stamp of `shape` (h, w) touches a random side of a neighbour's box."""
     x1, y1, x2, y2 = neighbour
     height, width = shape
     overlap = rng.uniform(0, 0.12) * min(height, width)
@@ -228,21 +228,21 @@ def _beside(
 
 
 class _Canvas:
-    """The image under construction, with the map of which object is visible where."""
+    """The image under construction, and a map of the object visible at each pixel."""
 
     def __init__(self, rng: np.random.Generator, nuisance: float) -> None:
         self.rng, self.nuisance = rng, nuisance
-        # Four bytes per pixel let numpy copy each as one word, at a third of the time.
+        # With four bytes per pixel numpy copies each as one word, in a third of the time.
         self.pixels = np.array(_draw_ground(rng, nuisance).convert("RGBA"))
         self.visible = np.zeros((_CANVAS, _CANVAS), dtype=np.uint8)
         self.placed: list[tuple[str, int, _Stamp, int, int]] = []
         self.colours: list[Colour] = []
-        # Area of the ground (unused, 0) and of each placed object: drawn, and still visible.
+        # Areas, drawn and still visible: of the ground (unused, 0) and of each placed object.
         self.drawn = np.zeros(1, dtype=np.int64)
         self.seen = np.zeros(1, dtype=np.int64)
 
     def place(self, name: str, item: int, stamp: _Stamp, neighbour: int | None) -> bool:
-        """Find room for the stamp, anywhere or touching object `neighbour`; False if none."""
+        """Place the stamp anywhere, or touching object `neighbour`; False if there is no room."""
         height, width = stamp.tones.shape
         limit = 0 if neighbour is None else LARGEST_OCCLUSION
         for _ in range(PLACEMENT_TRIES):
@@ -259,9 +259,9 @@ class _Canvas:
         return False
 
     def _put(self, tones: np.ndarray, x: int, y: int, limit: float) -> bool:
-        """Enter the stamp in the map unless it hides more than `limit` of an earlier object."""
+        """Add the stamp to the map unless it hides more than `limit` of an earlier object."""
         window = self.visible[y : y + tones.shape[0], x : x + tones.shape[1]]
-        # Areas are counted on every other pixel of every other row, at a quarter of the cost.
+        # Counting every other pixel of every other row costs a quarter.
         covered = np.bincount(window[::2, ::2][tones[::2, ::2] > 0], minlength=len(self.seen))
         hit = covered > 0
         hit[0] = False
@@ -303,18 +303,18 @@ def compose_scene(
     nested: float = 0.4,
     distractors: float = 0.0,
 ) -> Scene:
-    """Draw one image with all that is known of it; `draw_scene` returns the short form.
+    """Draw one image and return it with all annotations; `draw_scene` returns the short form.
 
     Args:
-        rng: the only source of chance; equal states give equal scenes.
-        classes: what may be drawn, each with equal probability per item.
+        rng: the only source of randomness; equal states give equal scenes.
+        classes: classes to draw; each item has one of them with equal probability.
         nuisance: strength, 0 to 1, of rotation, aspect, texture, ground and clutter.
         nested: probability that an object carries a smaller copy of itself.
-        distractors: probability, for each of three items more, that it is there; they are drawn
-            from `DISTRACTORS`.
+        distractors: probability of each of three further items, which are drawn from
+            `DISTRACTORS`.
 
     Raises:
-        ValueError: a class is not one of `CLASSES`.
+        ValueError: if a class is not one of `CLASSES`.
     """
     unknown = sorted(set(classes) - set(CLASSES))
     if unknown or not classes:
@@ -323,7 +323,7 @@ def compose_scene(
     items = int(rng.integers(2, 5))
     for item in range(items):
         _place_item(rng, canvas, item, str(rng.choice(classes)), nested)
-    # No chance is used up where there are none: a world without them stays as it is.
+    # Draw no random number without distractors, so that a world without them does not change.
     for item in range(items, items + (int(rng.binomial(3, distractors)) if distractors else 0)):
         _place_item(rng, canvas, item, str(rng.choice(DISTRACTORS)), nested)
     _paint_all(rng, canvas)
@@ -342,15 +342,15 @@ def _place_item(
     side = rng.uniform(low, high)
     first = len(canvas.placed)
     for _ in range(members):
-        own_side, copied = side * rng.uniform(0.85, 1.15), rng.random() < nested
-        stamp = _stamp(rng, name, own_side, copied, canvas.nuisance)
+        member_side, with_copy = side * rng.uniform(0.85, 1.15), rng.random() < nested
+        stamp = _stamp(rng, name, member_side, with_copy, canvas.nuisance)
         count = len(canvas.placed)
         neighbour = int(rng.integers(first, count)) if count > first else None
         canvas.place(name, item, stamp, neighbour)
 
 
 def _paint_all(rng: np.random.Generator, canvas: _Canvas) -> None:
-    """Paint in order of placement; half of the clusters have one palette, half one per member."""
+    """Paint in order of placement; half of the further members of a cluster get a new palette."""
     shared: dict[int, np.ndarray] = {}
     for index, (_, item, *_) in enumerate(canvas.placed):
         palette = shared.get(item)
@@ -360,7 +360,7 @@ def _paint_all(rng: np.random.Generator, canvas: _Canvas) -> None:
 
 
 def _image_box(x1: float, y1: float, x2: float, y2: float) -> Box:
-    """Canvas xyxy → whole image pixels that are touched at all."""
+    """Canvas xyxy → the whole image pixels that the box touches."""
     scale = _SUPERSAMPLING
     return (
         float(x1 // scale),
@@ -391,7 +391,7 @@ def draw_scene(
 
     Returns:
         The image, (160, 160, 3) uint8 RGB, and for each object its class name and its box: xyxy,
-        absolute pixels, half-open, tight around what is visible of the whole object.
+        absolute pixels, half-open, tight around the visible pixels of the object.
     """
     scene = compose_scene(rng, classes)
     return scene.image, [(drawn.name, drawn.box) for drawn in scene.objects]

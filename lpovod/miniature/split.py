@@ -1,4 +1,4 @@
-"""A split of the miniature world: its images as JPEG files, and their COCO annotations."""
+"""A split of the miniature world: JPEG files and their COCO annotations."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SPLITS = ("train", "val", "tune", "clip")
 
 
 def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """The stream of image `index` of a split: independent of how many images are drawn.
+    """The random stream of image `index` of a split, independent of the number of images drawn.
 
     Raises:
-        ValueError: the split is not one of `SPLITS`.
+        ValueError: if the split is not one of `SPLITS`.
     """
-    return np.random.default_rng([seed, zlib.crc32(_known(split).encode()), index])
+    return np.random.default_rng([seed, zlib.crc32(_checked(split).encode()), index])
 
 
-def _known(split: str) -> str:
+def _checked(split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of the miniature world; choose from {SPLITS}")
     return split
@@ -46,23 +46,23 @@ def draw_split(
     """Draw the images of a split as JPEG files and return their COCO annotations.
 
     Args:
-        directory: where the files go, named by the twelve digits of their image id.
-        images: how many.
-        seed: of the world; the splits of one seed share no stream.
+        directory: folder for the files, which are named by the twelve digits of their image id.
+        images: number of images.
+        seed: seed of the world; the splits of one seed share no random stream.
         split: one of `SPLITS`.
-        nuisance: see `compose_scene`; nested: likewise; distractors: likewise.
+        nuisance: see `compose_scene`, as for `nested` and `distractors`.
 
     Returns:
         COCO's `images`, `annotations` (bbox xywh in absolute pixels) and `categories` (all of
-        `CLASSES`, base and novel alike). Ids are unique over the splits and have gaps.
+        `CLASSES`, base and novel). Ids are unique across splits and have gaps.
 
     Raises:
-        ValueError: the split is not one of `SPLITS`.
+        ValueError: if the split is not one of `SPLITS`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # Gaps, as in COCO: code that takes an id for a row number fails here instead of at full scale.
+    # Gaps, as in COCO: code that mistakes an id for a row number fails here, not at full scale.
     category_ids = {name: 3 * position + 2 for position, name in enumerate(CLASSES)}
-    first_id = 1_000_000 * (SPLITS.index(_known(split)) + 1)
+    first_id = 1_000_000 * (SPLITS.index(_checked(split)) + 1)
     records, annotations = [], []
     for index in range(images):
         scene = compose_scene(

@@ -138,7 +138,7 @@ def _receive(remote: Remote, path: Path, partial: Path, version: Path) -> None:
         rest = int(response.headers.get("Content-Length", 0))
         if shutil.disk_usage(path.parent).free < rest:
             raise LpovodError(
-                f"{path}: {rest / 1e9:.1f} GB are still to be downloaded, and the disk has no room for "
+                f"{path}: {rest / 1e9:.1f} GB are left to download, and the disk has no room for "
                 "them. Free some disk space and rerun the command"
             )
         # Without a version, nothing shows whether the remaining bytes belong to the same file.
@@ -216,7 +216,9 @@ def extract(archive: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, output, BLOCK)
                 partial.replace(target)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise LpovodError(f"{archive} is damaged ({error}). Remove it and rerun the command") from None
+        raise LpovodError(
+            f"{archive} is damaged ({error}). Remove it and rerun the command"
+        ) from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

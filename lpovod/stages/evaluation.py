@@ -65,10 +65,10 @@ def evaluate(
     base = len(classes.base)
 
     def measure(variant: Variant) -> tuple[Detections, dict[str, float], dict[str, float | None]]:
-        detections_of = detect(scores, base, category_ids, variant, settings)
+        detected = detect(scores, base, category_ids, variant, settings)
         with without_garbage_collection():
-            by_class = ap50_by_class(truth, coco_results(detections_of))
-        return detections_of, by_class, ap50(by_class, classes.base, classes.novel)
+            by_class = ap50_by_class(truth, coco_results(detected))
+        return detected, by_class, ap50(by_class, classes.base, classes.novel)
 
     rows = variants(settings, classes.temperature, embeddings is not None)
     heads = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]

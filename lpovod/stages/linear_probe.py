@@ -1,13 +1,13 @@
 """Stage `linear_probe`: a sigmoid linear classifier per novel class, on frozen features.
 
-Retrieved regions are positives; regions of the same images that overlap them too little are
-negatives, and so the probe learns to reject the badly placed boxes that CLIP scores as highly as
-good ones (Sec. 3.3 of the paper). As in the original all classes are trained together: a region
-retrieved for one class is a negative of the others. Regions on what retrieval marks as ignored are
-neither: an object that did not make it into the K is no example of what the class is not.
+Retrieved regions are positives. Regions of the same images that overlap them too little are
+negatives, so the probe learns to reject the badly placed boxes that CLIP scores as highly as good
+ones (Sec. 3.3 of the paper). As in the original, all classes are trained together: a region
+retrieved for one class is a negative of the others. Regions on objects that retrieval marks as
+ignored are neither: an object that missed the top K may still belong to the class.
 
-The features being given, a step is two small matrix products: numpy does it in a fraction of the
-time that torch's bookkeeping takes, and without torch's import.
+On stored features a step is two small matrix products: numpy computes them in a fraction of the
+time of torch's overhead, and without importing torch.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class Candidates:
     """The candidate regions of one image.
 
     Attributes:
-        feature: (n, dimension) float32, of the region head.
-        label: (n,) class of the pseudo-label that it overlaps most, if their IoU is .5 or more;
-            otherwise -1.
+        feature: (n, dimension) float32, from the region head.
+        label: (n,) class of the pseudo-label that the region overlaps most, if their IoU is 0.5 or
+            more; otherwise -1.
     """
 
     feature: np.ndarray
@@ -41,12 +41,12 @@ class Candidates:
 
     @cached_property
     def positive(self) -> np.ndarray:
-        """Rows with a class."""
+        """Rows with a class, (positives,) int64."""
         return np.flatnonzero(self.label >= 0)
 
     @cached_property
     def negative(self) -> np.ndarray:
-        """Rows without one."""
+        """Rows without a class, (negatives,) int64."""
         return np.flatnonzero(self.label < 0)
 
 
@@ -61,10 +61,11 @@ def train_linear_probe(
 
     Args:
         pseudo_labels: one json per class.
-        region_features: for each of them, in the same order, the features of its images' regions.
+        region_features: one store per class, in the same order, with the features of the regions in
+            the images that the class retrieved.
         settings: sampling and schedule.
-        seed: of order and sampling.
-        output: {class name: (dimension,) float32}.
+        seed: seed of the order of images and of sampling.
+        output: safetensors, {class name: (dimension,) float32}.
 
     Raises:
         LpovodError: if features and pseudo-labels do not belong together.
@@ -88,32 +89,36 @@ def train_linear_probe(
 def gather_candidates(
     retrieved: PseudoLabels, ignored: dict[int, np.ndarray], region_features: list[Path]
 ) -> dict[int, Candidates]:
-    """Candidates of every image that a class retrieved a region of, labelled by all classes.
+    """Candidates of every image with a retrieved region, labelled by all classes.
 
     Args:
-        retrieved: as `read_pseudo_labels` returns it.
-        ignored: as `read_ignored` does; what overlaps them is no candidate, unless as a positive.
-        region_features: stores that hold those images.
+        retrieved: result of `read_pseudo_labels`.
+        ignored: result of `read_ignored`; a region that overlaps one of these boxes is a candidate
+            only if it is a positive.
+        region_features: stores that together hold those images.
+
+    Returns:
+        Candidates by image id, in ascending order.
     """
     objects: dict[int, list[tuple[int, np.ndarray]]] = {}
     for label, of_image in enumerate(retrieved.values()):
         for image_id, (boxes, _) in of_image.items():
             objects.setdefault(image_id, []).append((label, boxes))
     stores = [RegionStore(path, "region_features") for path in region_features]
-    found = {}
+    candidates = {}
     for image_id, labelled in sorted(objects.items()):
-        here = [s.read(image_id, ["feature"]) for s in stores if image_id in s]
-        # An image that two classes retrieved has its proposals in both stores: count each once.
-        box, rows = np.unique(np.concatenate([r.box for r in here]), axis=0, return_index=True)
-        feature = np.concatenate([r["feature"] for r in here])[rows].astype(np.float32)
+        regions = [s.read(image_id, ["feature"]) for s in stores if image_id in s]
+        # The proposals of an image that two classes retrieved are in both stores: use each once.
+        box, rows = np.unique(np.concatenate([r.box for r in regions]), axis=0, return_index=True)
+        feature = np.concatenate([r["feature"] for r in regions])[rows].astype(np.float32)
         boxes = np.concatenate([b for _, b in labelled])
         labels = np.array([label for label, b in labelled for _ in b])
         iou = overlaps(box, boxes)[0]
         label = np.where(iou.max(axis=1) >= 0.5, labels[iou.argmax(axis=1)], -1)
-        others = ignored.get(image_id, np.empty((0, 4), np.float32))
-        kept = (label >= 0) | ~overlapping(box, others)
-        found[image_id] = Candidates(feature[kept], label[kept])
-    return found
+        ignored_boxes = ignored.get(image_id, np.empty((0, 4), np.float32))
+        usable = (label >= 0) | ~overlapping(box, ignored_boxes)
+        candidates[image_id] = Candidates(feature[usable], label[usable])
+    return candidates
 
 
 def fit(
@@ -125,10 +130,13 @@ def fit(
         images: the candidates of each image.
         classes: number of novel classes.
         settings: sampling and schedule.
-        seed: of order and sampling.
+        seed: seed of the order of images and of sampling.
 
     Returns:
-        (classes, dimension) float32.
+        The weights, (classes, dimension) float32.
+
+    Raises:
+        LpovodError: if training diverges.
     """
     random = np.random.default_rng(seed)
     weights = np.zeros((classes, images[0].feature.shape[1]), np.float32)
@@ -139,8 +147,8 @@ def fit(
         for order in (random.permutation(len(images)) for _ in range(settings.epochs))
         for i in range(per_epoch)
     ]
-    for number, chosen in enumerate(progress(steps, "linear probe", "step")):
-        feature, label = draw([images[i] for i in chosen], settings, random)
+    for number, batch in enumerate(progress(steps, "linear probe", "step")):
+        feature, label = draw([images[i] for i in batch], settings, random)
         loss, gradient = focal_loss(feature @ weights.T, label)
         velocity *= np.float32(settings.momentum)
         velocity += gradient.T @ feature + np.float32(settings.weight_decay) * weights
@@ -156,7 +164,7 @@ def draw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and labels of the sampled regions of a batch of images.
 
-    The rule is the detector's (`lpovod.boxes.sample`).
+    The rule is the same as the detector's (`lpovod.boxes.sample`).
     """
     features, labels = [], []
     for image in images:
@@ -172,26 +180,26 @@ def draw(
 
 
 def take(rows: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """At most `count` of the rows at random."""
+    """Sample at most `count` rows, without replacement."""
     return rows if len(rows) <= count else random.choice(rows, count, replace=False, shuffle=False)
 
 
 def focal_loss(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
-    """Sigmoid focal loss (gamma 2, alpha .25) over the number of positives, and its gradient.
+    """Sigmoid focal loss (gamma 2, alpha 0.25) over the number of positives, and its gradient.
 
     Args:
         logits: (n, classes).
         labels: (n,) class, or -1 for background.
 
     Returns:
-        The sum over all regions and classes, and its derivative by the logits, (n, classes).
+        The sum over all regions and classes, and its gradient by the logits, (n, classes).
     """
     positive = labels[:, None] == np.arange(logits.shape[1])
     sign = np.where(positive, np.float32(-1), np.float32(1))
-    wrong = logits * sign  # the logit of naming it falsely
-    log_right = -np.logaddexp(np.float32(0), wrong)
-    falsely = -np.expm1(log_right)
+    wrong_logit = logits * sign  # of the false answer
+    log_right = -np.logaddexp(np.float32(0), wrong_logit)
+    wrong = -np.expm1(log_right)
     weight = np.where(positive, np.float32(0.25), np.float32(0.75)) / max(1, positive.sum())
-    weight = weight.astype(np.float32) * falsely
-    gradient = sign * weight * (falsely - 2 * (1 - falsely) * log_right) * falsely
-    return float(-(weight * falsely * log_right).sum()), gradient
+    weight = weight.astype(np.float32) * wrong
+    gradient = sign * weight * (wrong - 2 * (1 - wrong) * log_right) * wrong
+    return float(-(weight * wrong * log_right).sum()), gradient

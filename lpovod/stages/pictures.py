@@ -64,7 +64,9 @@ def draw_pictures(
 def _photograph(report: Path, page: Path) -> None:
     browser = next((b for b in BROWSERS if shutil.which(b)), None)
     if browser is None:
-        raise LpovodError(f"no browser found to show {report}. Install one of {', '.join(BROWSERS)}")
+        raise LpovodError(
+            f"no browser found to show {report}. Install one of {', '.join(BROWSERS)}"
+        )
     with atomic(page) as partial, tempfile.TemporaryDirectory() as profile:
         screenshot = Path(profile, "page.png")
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]

@@ -1,12 +1,12 @@
 """Stage `region_embeddings`: a CLIP vector for every proposal, in shards that never split an image.
 
-A region is seen at several scales (its box and 1.5 times its box): the raw CLIP features of the
-crops are summed and brought to unit length, as in the original. Each image is decoded once, equal
-crops of it are encoded once, and images are decoded and cropped in threads while CLIP encodes.
+CLIP sees a region at several scales (its box and 1.5 times its box): the raw features of the crops
+are summed and normalised, as in the original. Each image is decoded once and its equal crops are
+encoded once; threads decode and crop while CLIP encodes.
 
-The work is done in blocks of whole images that share no batch. A block's vectors are appended to
-the shard's checkpoint, so that a killed shard resumes after its last whole block; no vector depends
-on where the shard was killed, so it ends with the same bytes.
+The work is divided into blocks of whole images; no batch crosses blocks. A block's vectors are
+appended to the shard's checkpoint, and a killed shard resumes after its last complete block. No
+vector depends on where the shard was killed, so the finished shard has the same bytes.
 """
 
 import json
@@ -32,10 +32,10 @@ from lpovod.formats.regions import RegionStore, read_proposals, write_regions
 from lpovod.progress import log, progress
 
 STAGE = "region_embeddings"
-BATCHES_AHEAD = 2  # of crops, waiting to be encoded
-IMAGES_AHEAD = 2  # decoded, waiting to be cropped, beside one in each thread
-BLOCK_BATCHES = 8  # what a kill may cost
-MARGIN = 1.0  # pixels that a proposal may reach beyond its image, for other people's rounding
+BATCHES_AHEAD = 2  # of crops that wait to be encoded
+IMAGES_AHEAD = 2  # decoded images that wait to be cropped, beyond one per thread
+BLOCK_BATCHES = 8  # a kill loses at most one block
+MARGIN = 1.0  # pixels that a proposal may reach beyond its image: imported proposals may be rounded
 Item = TypeVar("Item")
 
 
@@ -44,8 +44,8 @@ class _Block:
     """Whole images that are embedded together.
 
     Attributes:
-        counts: regions by image id, in the order of the shard.
-        bad: reasons by image id; these images have no vectors.
+        counts: number of regions by image id, in the order of the shard.
+        bad: reasons for skipping, by image id; these images have no vectors.
         vectors: (regions of the images, D) float16 of unit norm.
     """
 
@@ -71,25 +71,25 @@ def embed_regions(
 ) -> None:
     """Embed the proposals of one shard's images and write them with their boxes and objectness.
 
-    The output is a region store with the column ``embedding``, (n, D) float16 of unit norm, and
-    with all images of the shard, those without proposals and skipped ones included.
+    The output is a region store with the column ``embedding``, (n, D) float16 of unit norm. It has
+    all images of the shard, including skipped ones and those without proposals.
 
     Args:
         dataset: json of the images.
         proposals: region store of stage `proposals` for exactly these images.
         clip: the model.
-        settings: scales, crops per batch, number of shards, precision, what to do at bad images.
-        shard: which one, from 0.
-        checkpoint: file of an unfinished shard, which is resumed; removed at the end.
+        settings: scales, crops per batch, number of shards, precision, handling of bad images.
+        shard: number of the shard, from 0.
+        checkpoint: file of the unfinished shard, to resume from; removed at the end.
         code: digest of the source code; a checkpoint written by different code is not resumed.
         output: the shard.
-        device: of the model and of the crops; images are decoded on the CPU.
-        threads: of torch, and for decoding. Several shards of one thread each beat one shard of
-            several threads.
+        device: device for the model and the crops; images are decoded on the CPU.
+        threads: number of threads for torch, and for decoding. Several shards of one thread each
+            are faster than one shard of several threads.
 
     Raises:
-        LpovodError: if the proposals are of other images; and, unless such images are to be
-            skipped, if one has no area or lies outside its image (before the first image is
+        LpovodError: if the proposals belong to other images; and, unless the settings skip bad
+            images, if a proposal has no area or lies outside its image (before the first image is
             decoded), or an image cannot be read.
     """
     if not 0 <= shard < settings.shards:
@@ -99,8 +99,8 @@ def embed_regions(
     store = read_proposals(proposals, dataset)
     _check_images(data, store)
     counts = {image_id: store.count(image_id) for image_id in data.images}
-    mine = {i: counts[i] for i in divide_images(counts, settings.shards)[shard]}
-    bad = _check_boxes(data, store, mine, settings)
+    of_shard = {i: counts[i] for i in divide_images(counts, settings.shards)[shard]}
+    bad = _check_boxes(data, store, of_shard, settings)
     model = load_clip(clip, device, settings.precision)
     ident = identity(
         STAGE,
@@ -112,20 +112,21 @@ def embed_regions(
         clip_preprocessing=fingerprint(asdict(model.preprocessing)),
     )
     log.info(
-        f"shard {shard} of {settings.shards}: {len(mine)} images, {sum(mine.values())} regions"
+        f"shard {shard} of {settings.shards}: {len(of_shard)} images, "
+        f"{sum(of_shard.values())} regions"
     )
-    if empty := [i for i, count in mine.items() if count == 0]:
+    if empty := [i for i, count in of_shard.items() if count == 0]:
         log.info(f"{len(empty)} images have no proposals: {str(empty[:10])[1:-1]}")
-    blocks = _divide_into_blocks(mine, bad, BLOCK_BATCHES * settings.batch_size, settings)
+    blocks = _divide_into_blocks(of_shard, bad, BLOCK_BATCHES * settings.batch_size, settings)
     run = {"settings": settings.model_dump(), "shard": shard, "device": device, "threads": threads}
     run = fingerprint(ident | run | {"code": code})
     with (
         _open_checkpoint(checkpoint, run) as file,
-        progress(None, "region embeddings", " regions", sum(mine.values())) as bar,
+        progress(None, "region embeddings", " regions", sum(of_shard.values())) as bar,
     ):
         for block in _read_blocks(file, model.dimension):
             bar.update(sum(block.counts.values()))
-            bar.initial = bar.n  # or these would count in the rate
+            bar.initial = bar.n  # or these regions would count in the rate
             blocks.pop(0)
         if bar.n:
             log.info(f"resuming after {bar.n} regions of {checkpoint}")
@@ -142,8 +143,8 @@ def divide_images(counts: dict[int, int], shards: int) -> list[list[int]]:
     """Divide images over shards with about equal numbers of regions.
 
     Args:
-        counts: regions by image id; the order does not matter.
-        shards: how many.
+        counts: number of regions by image id, in any order.
+        shards: number of shards.
 
     Returns:
         The image ids of each shard, ascending, and ascending from shard to shard.
@@ -160,11 +161,12 @@ def divide_images(counts: dict[int, int], shards: int) -> list[list[int]]:
 def _check_images(data: CocoDataset, store: RegionStore) -> None:
     listed, proposed = set(data.images), set(store.image_ids)
     if listed != proposed:
-        odd = min(listed ^ proposed)
-        where, other = (data.path, store.paths[0]) if odd in listed else (store.paths[0], data.path)
+        first = min(listed ^ proposed)
+        dataset, proposals = data.path, store.paths[0]
+        holder, other = (dataset, proposals) if first in listed else (proposals, dataset)
         raise LpovodError(
             f"{data.path} has {len(listed)} images, {store.paths[0]} has {len(proposed)}; image "
-            f"{odd} is in {where} but not in {other}. Make the proposals again: snakemake "
+            f"{first} is in {holder} but not in {other}. Make the proposals again: snakemake "
             "--forcerun proposals"
         )
 
@@ -175,7 +177,7 @@ def _check_boxes(
     image_ids: Iterable[int],
     settings: RegionEmbeddingsSettings,
 ) -> dict[int, str]:
-    """What is wrong with the proposals of images, by image id."""
+    """Problems of the images' proposals, by image id."""
     bad = {}
     for image_id in progress(image_ids, "checking proposals", " images"):
         try:
@@ -210,7 +212,7 @@ def _crops_of(
 def _divide_into_blocks(
     counts: dict[int, int], bad: dict[int, str], crops: int, settings: RegionEmbeddingsSettings
 ) -> list[_Block]:
-    """Blocks of at least so many crops; where they end depends on the proposals alone."""
+    """Blocks of at least `crops` crops; their boundaries depend on the proposals alone."""
     blocks, filled = [_Block({})], 0
     for image_id, count in counts.items():
         if filled >= crops:
@@ -240,7 +242,7 @@ def _vectors(features: np.ndarray, rows: list[np.ndarray]) -> np.ndarray:
 
     Args:
         features: (crops, D) float32.
-        rows: for each image, (scales, regions) int64: which crops.
+        rows: for each image, the rows of its crops, (scales, regions) int64.
     """
     parts = [np.empty((0, features.shape[1]), np.float32)]
     parts += [features[of_image].sum(axis=0) for of_image in rows]
@@ -262,8 +264,8 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Batches of different crops, filled across the images of a block.
 
-    With the last batch of a block comes the block, and for each of its images that is not bad the
-    places of its crops among those of the block, (scales, regions) int64.
+    The last batch of a block brings the block and, for each image that is not bad, the rows of its
+    crops among those of the block, (scales, regions) int64.
     """
     shape = (settings.batch_size, 3, model.image_size, model.image_size)
     to_decode = [i for b in blocks for i, n in b.counts.items() if n and i not in b.bad]
@@ -285,7 +287,7 @@ def _batches(
                 total, start = total + len(crops), 0
                 while start < len(crops):
                     part = crops[start : start + len(batch) - filled]
-                    made = crop_and_resize(
+                    resized = crop_and_resize(
                         pixels,
                         part,
                         model.preprocessing.image_size,
@@ -293,7 +295,7 @@ def _batches(
                         model.preprocessing.interpolation,
                         model.preprocessing.resize_mode,
                     )
-                    batch[filled : filled + len(part)] = made
+                    batch[filled : filled + len(part)] = resized
                     start, filled = start + len(part), filled + len(part)
                     if filled == len(batch):
                         yield batch, None
@@ -308,7 +310,7 @@ def _empty(shape: tuple[int, ...], device: str) -> torch.Tensor:
 def _decode(
     data: CocoDataset, image_ids: list[int], pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[Future]:
-    """The images in order, `ahead` of them being decoded before they are asked for."""
+    """The images in order; up to `ahead` are decoded before they are needed."""
     pending: deque[Future] = deque()
     for image_id in image_ids:
         pending.append(pool.submit(data.load, image_id))
@@ -318,7 +320,7 @@ def _decode(
 
 
 def _ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, made in a thread a few ahead of their use."""
+    """The same items; a thread makes them `BATCHES_AHEAD` ahead of their use."""
     iterator = iter(items)
     with ThreadPoolExecutor(1) as pool:
         pending = deque(pool.submit(next, iterator, None) for _ in range(BATCHES_AHEAD))
@@ -329,7 +331,7 @@ def _ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 @contextmanager
 def _open_checkpoint(path: Path, run: str) -> Iterator[BinaryIO]:
-    """Open the checkpoint of an unfinished shard behind its first line, or begin a new one."""
+    """Open a shard's checkpoint, positioned after its first line, or start a new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         file.seek(0)
@@ -351,7 +353,7 @@ def _append(file: BinaryIO, block: _Block) -> None:
 
 
 def _read_blocks(file: BinaryIO, dimension: int) -> Iterator[_Block]:
-    """The whole blocks from here on; half a block behind them, of a killed job, is cut off."""
+    """Read the complete blocks from the current position; truncate an incomplete one at the end."""
     end = file.tell()
     while (line := file.readline()).endswith(b"\n"):
         head = json.loads(line)

@@ -1,8 +1,8 @@
-"""Stage `report`: everything that a run found out, on one page that opens offline.
+"""Stage `report`: all results of a run on one page that opens offline.
 
-This module gathers numbers, crops and overlays; `template.html.jinja` beside it lays them
-out. Images are inline JPEGs under SVG overlays, charts are SVG or plain boxes: the page loads
-nothing, needs no script, and the same inputs give the same bytes. Needs no torch.
+This package gathers numbers, crops and overlays; its `template.html.jinja` lays them out. Images
+are inline JPEGs under SVG overlays, charts are SVG or plain boxes: the page loads nothing and needs
+no script, and the same inputs give the same bytes. Needs no torch.
 """
 
 from pathlib import Path
@@ -49,15 +49,15 @@ def write_report(
     Args:
         metrics: json of stage `evaluation`, in percent.
         detections: COCO results of the full method on `val`.
-        val: the split that was measured, with all classes annotated.
-        train: the training split; retrieved regions are cut out of its images.
-        truth: annotations of the training images for all classes, to tell right from wrong.
-        pseudo_labels: a file per novel class; none, if nothing was retrieved.
+        val: json of the evaluated split, with all classes annotated.
+        train: json of the training split; retrieved regions are cropped from its images.
+        truth: annotations of all classes in the training images, to judge retrieved regions.
+        pseudo_labels: one file per novel class; empty if nothing was retrieved.
         detector_history: one JSON line per epoch: ``epoch`` and named losses.
-        benchmarks: folder of Snakemake's benchmark files (seconds, MiB), searched with all below.
-        settings: of this stage.
+        benchmarks: folder with Snakemake's benchmark files (seconds, MiB), read recursively.
+        settings: settings of this stage.
         output: one html file.
-        proposals_history: the same of the proposal network, if there is one.
+        proposals_history: history of the proposal network, if one was trained.
 
     Raises:
         LpovodError: if files contradict one another or cannot be read.
@@ -65,7 +65,7 @@ def write_report(
     measured = read_measured(metrics, val)
     data = read_dataset(val)
     novel, base = measured["classes"]["novel"], measured["classes"]["base"]
-    found = read_detections(detections, data)
+    by_image = read_detections(detections, data)
     page = {
         "run": metrics.resolve().parent.parent.name,
         "measured": measured,
@@ -79,9 +79,9 @@ def write_report(
             ("Detector", loss_curves(detector_history)),
         ],
         "retrieved": retrieved(pseudo_labels, novel, train, truth, settings.crops_per_class),
-        "anything_found": bool(found),
+        "anything_found": bool(by_image),
         "scenes": [
-            draw_scene(data, image_id, found.get(image_id, []), base, novel)
+            draw_scene(data, image_id, by_image.get(image_id, []), base, novel)
             for image_id in choose_images(data, base, novel, settings.images)
         ],
         "val_images": len(data.images),
@@ -107,12 +107,12 @@ def render(page: dict[str, Any]) -> str:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A number, or a dash where there is none."""
+    """A number, or a dash if there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float | None) -> str:
-    """A difference with its sign; a zero has none."""
+    """A difference with its sign; zero has no sign."""
     if value is None:
         return "–"
     rounded = round(value, 1)
@@ -120,7 +120,7 @@ def signed(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two units that fit."""
+    """Seconds in the one or two largest units that fit."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -10,13 +10,13 @@ from lpovod.measures.ablations import ROWS, read_metrics
 from lpovod.measures.mistakes import KINDS
 
 METHODS = ("full", "without_probe", "without_clip_head")
-"""Whose mistakes are shown, by their row in the metrics."""
+"""Rows of the metrics whose mistakes are shown."""
 
 # --- numbers
 
 
 def read_measured(path: Path, val: Path) -> dict[str, Any]:
-    """Metrics, checked to be of this split."""
+    """Read metrics and check that they were measured on this split."""
     content = read_metrics(path)
     if made_from := content.get("made_from"):
         ident = {"stage": "evaluation", "inputs": made_from}
@@ -25,9 +25,9 @@ def read_measured(path: Path, val: Path) -> dict[str, Any]:
 
 
 def table_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the AP table: name, why, novel, base, all, and the difference in novel AP50.
+    """Rows of the AP table: name, explanation, novel, base, all, and the difference in novel AP50.
 
-    Rows that the metrics lack are left out; rows that only the metrics know come last.
+    Rows that the metrics lack are left out; rows without an entry in `ROWS` come last.
     """
     measured_rows = measured["rows"]
     full, rows = measured_rows["full"]["novel"], []
@@ -37,8 +37,9 @@ def table_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
         row = measured_rows[key]
         if "temperature" in row:
             why = f"temperature {row['temperature']:g}: {why}"
-        less = None if full is None or row["novel"] is None else row["novel"] - full
-        rows.append({**row, "key": key, "name": _title(name), "why": why, "difference": less})
+        difference = None if full is None or row["novel"] is None else row["novel"] - full
+        labels = {"key": key, "name": _title(name), "why": why}
+        rows.append({**row, **labels, "difference": difference})
     return rows
 
 
@@ -47,7 +48,7 @@ def _title(name: str) -> str:
 
 
 def class_rows(measured: dict[str, Any]) -> dict[str, list[tuple[str, float | None]]]:
-    """AP50 by split and class, best first; None for a class without an object."""
+    """AP50 by split and class, best first; None for a class without objects."""
     by_class = measured.get("per_class", {})
     return {
         split: sorted(
@@ -60,7 +61,7 @@ def class_rows(measured: dict[str, Any]) -> dict[str, list[tuple[str, float | No
 
 
 def mistake_columns(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """Percent of every kind of mistake, for each method that was measured."""
+    """Percent of every kind of mistake, for each measured method."""
     counted = measured.get("novel_mistakes", {})
     return [
         (_title(ROWS[name][0]), {kind: counted[name].get(kind, 0.0) for kind in KINDS})
@@ -70,10 +71,10 @@ def mistake_columns(measured: dict[str, Any]) -> list[tuple[str, dict[str, float
 
 
 def loss_curves(history: Path) -> list[dict[str, Any]]:
-    """One curve per named loss, after their sum if there are several.
+    """One curve per named loss, preceded by their sum if there are several.
 
     Returns:
-        name, values by epoch, epochs, and points of the unit square (y downwards, zero at 1).
+        name, values by epoch, epochs, and points in the unit square (y downwards, zero at 1).
     """
     lines = _read_lines(history)
     names = [name for name in (lines[0] if lines else {}) if name != "epoch"]
@@ -92,12 +93,16 @@ def _read_lines(path: Path) -> list[dict[str, float]]:
     lines: list[dict[str, float]] = []
     for place, line in enumerate(filter(str.strip, text.splitlines()), start=1):
         try:
-            read = {name: float(value) for name, value in json.loads(line).items()}
+            losses = {name: float(value) for name, value in json.loads(line).items()}
         except (ValueError, AttributeError, TypeError):
-            raise LpovodError(f"{path}: line {place} is no history: {line[:60]!r}") from None
-        if "epoch" not in read or (lines and read.keys() != lines[0].keys()):
-            raise LpovodError(f"{path}: line {place} has other entries than an epoch's losses")
-        lines.append(read)
+            raise LpovodError(
+                f"{path}: line {place} is not an epoch's json: {line[:60]!r}"
+            ) from None
+        if "epoch" not in losses or (lines and losses.keys() != lines[0].keys()):
+            raise LpovodError(
+                f"{path}: line {place} lacks the epoch or has other losses than line 1"
+            )
+        lines.append(losses)
     return lines
 
 

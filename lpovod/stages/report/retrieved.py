@@ -1,4 +1,4 @@
-"""The report's crops: what was retrieved for each novel class, and how much of it is right."""
+"""The report's crops: regions retrieved for each novel class, and the share that is right."""
 
 import base64
 import io
@@ -28,18 +28,18 @@ JPEG_QUALITY = 84
 def retrieved(
     pseudo_labels: Iterable[Path], novel: list[str], train: Path, truth: Path, shown: int
 ) -> list[dict[str, Any]]:
-    """What was retrieved for each novel class, and how much of it is right.
+    """The regions retrieved for each novel class, and the share that is right.
 
     Args:
         pseudo_labels: files of stage `pseudo_labels`.
         novel: names of the classes.
-        train: the training split, for its images.
+        train: json of the training split, for its images.
         truth: annotations of all classes in the same images.
-        shown: crops per class.
+        shown: number of crops per class.
 
     Returns:
-        by class: name, regions (best cosine first), counts by mark, purity in percent (None if
-        it cannot be told) and the first crops.
+        For each class: name, regions (best cosine first), counts by mark, purity in percent (None
+        if unknown) and the first crops.
     """
     labels = _labels_by_class(pseudo_labels, train)
     images, known = read_dataset(train), read_dataset(truth)
@@ -49,14 +49,14 @@ def retrieved(
         judge = _Judge(known, name)
         marks = [judge(region) for region in regions]
         counts = Counter(mark for mark, _ in marks)
-        told = judge.can_tell and bool(regions)
+        judged = judge.can_judge and bool(regions)
         pairs = list(zip(regions, marks, strict=True))[:shown]
         classes.append(
             {
                 "name": name,
                 "regions": regions,
                 "counts": {mark: counts[mark] for mark in (RIGHT, BADLY_PLACED, WRONG)},
-                "purity": 100 * counts[RIGHT] / len(regions) if told else None,
+                "purity": 100 * counts[RIGHT] / len(regions) if judged else None,
                 "crops": [draw_crop(images, name, region, *mark) for region, mark in pairs],
             }
         )
@@ -64,54 +64,53 @@ def retrieved(
 
 
 def _labels_by_class(paths: Iterable[Path], train: Path) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    labels: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in paths:
         if ident := read_json(path).get("info", {}).get("identity"):
             check_made_from(path, ident, "dataset", train)
         content = read_dataset(path)
-        of_images = content.annotations.values()
-        for label in (a for kept in of_images for a in kept if not a.get("iscrowd", 0)):
+        annotations = (a for of_image in content.annotations.values() for a in of_image)
+        for label in (a for a in annotations if not a.get("iscrowd", 0)):
             if "cosine" not in label:
                 raise LpovodError(
                     f"{path}: annotation {label['id']} has no cosine. Make it again: "
                     "snakemake --forcerun pseudo_labels"
                 )
-            found[content.categories[label["category_id"]]["name"]].append(label)
-    return found
+            labels[content.categories[label["category_id"]]["name"]].append(label)
+    return labels
 
 
 class _Judge:
-    """Tells right from wrong among the regions of a class: the mark, and a word on why."""
+    """Judges the regions of a class: a mark and a short reason."""
 
     def __init__(self, truth: CocoDataset, name: str) -> None:
         self.truth = truth
         self.names = {i: category["name"] for i, category in truth.categories.items()}
-        self.category = next((i for i, known in self.names.items() if known == name), None)
-        self.can_tell = any(
-            a["category_id"] == self.category for kept in truth.annotations.values() for a in kept
-        )
+        self.category = next((i for i, other in self.names.items() if other == name), None)
+        annotations = (a for of_image in truth.annotations.values() for a in of_image)
+        self.can_judge = any(a["category_id"] == self.category for a in annotations)
 
     def __call__(self, region: dict[str, Any]) -> tuple[str, str]:
-        if not self.can_tell:
+        if not self.can_judge:
             return UNKNOWN, "no annotation to compare with"
         if region["image_id"] not in self.truth.images:
             raise LpovodError(f"{self.truth.path} has no image {region['image_id']}")
         boxes, categories = self.truth.boxes(region["image_id"])
-        own = categories == self.category
+        same = categories == self.category
         iou, inside, covered = overlaps(corners(region["bbox"]), boxes)
-        if iou[own].max(initial=0) >= 0.5:
-            return RIGHT, f"IoU {iou[own].max():.2f}"
-        if iou[~own].max(initial=0) >= 0.5:
-            return WRONG, self.names[int(categories[np.where(own, 0, iou).argmax()])]
-        if iou[own].max(initial=0) > 0:
-            return BADLY_PLACED, placement(iou[own], inside[own], covered[own]) or "shifted"
+        if iou[same].max(initial=0) >= 0.5:
+            return RIGHT, f"IoU {iou[same].max():.2f}"
+        if iou[~same].max(initial=0) >= 0.5:
+            return WRONG, self.names[int(categories[np.where(same, 0, iou).argmax()])]
+        if iou[same].max(initial=0) > 0:
+            return BADLY_PLACED, placement(iou[same], inside[same], covered[same]) or "shifted"
         return WRONG, "background"
 
 
 def draw_crop(
     images: CocoDataset, name: str, region: dict[str, Any], mark: str, why: str
 ) -> dict[str, Any]:
-    """A square around a region, with its box in percent of the square, and what to say of it."""
+    """A square around a region, with the box in percent of the square, mark and reason."""
     if region["image_id"] not in images.images:
         raise LpovodError(
             f"{images.path} has no image {region['image_id']}, which the pseudo-labels of "
@@ -134,7 +133,7 @@ def draw_crop(
 
 
 def _window(box: np.ndarray, width: int, height: int) -> tuple[int, int, int]:
-    """Left, top and side of a square around a box, kept inside the image where it fits in."""
+    """Left, top and side of a square around a box, inside the image if it fits."""
     side = max(8, round(1.35 * float((box[2:] - box[:2]).max())))
     corner = (box[:2] + box[2:] - side) / 2
     limits = [(size - side) for size in (width, height)]

@@ -12,7 +12,7 @@ from lpovod.formats.coco import CocoDataset, read_results
 from lpovod.stages.report.retrieved import jpeg_uri
 
 SCENE_PIXELS = 960
-SCENE_UNITS = 400  # width of a scene's overlay: lines and letters are sized in these
+SCENE_UNITS = 400  # width of a scene's overlay; lines and letters are sized in these units
 
 
 # --- detections on images
@@ -22,7 +22,7 @@ def read_detections(path: Path, data: CocoDataset) -> dict[int, list[dict[str, A
     """Detections by image id, best first.
 
     Raises:
-        LpovodError: if one names an image or a category that the split does not have.
+        LpovodError: if a detection names an image or a category that the split lacks.
     """
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for place, result in enumerate(read_results(path, data)):
@@ -42,10 +42,10 @@ def draw_scene(
     base: list[str],
     novel: list[str],
 ) -> dict[str, Any]:
-    """An image with its annotated boxes and as many of its best detections, and two more.
+    """An image with its n annotated boxes and its n + 2 best detections.
 
     Returns:
-        the image as a data URI, and boxes in the overlay's units with the places of their labels.
+        The image as a data URI, and boxes in the overlay's units with their labels' positions.
     """
     size = data.images[image_id]
     scale = SCENE_UNITS / size["width"]

@@ -1,8 +1,8 @@
-"""The small CLIP: trained on crops of the miniature world with captions, and given as files.
+"""The small CLIP: trained on crops of the miniature world with captions, and written as files.
 
-Like a large CLIP it has seen the world: all classes, at every looseness. It is trained to name what
-a crop shows whether the crop holds the whole object, a part of it, a group or much ground beside
-it, so it scores some badly placed boxes as high as good ones; `record.json` has the cosines.
+Like a large CLIP it has seen all classes, in crops of every tightness. It learns to name the object
+whether the crop holds all of it, a part, a group or much ground beside it, so it scores some badly
+placed boxes as high as good ones; `record.json` has the cosines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def train_small_clip(output_dir: Path, settings: SmallClipSettings) -> dict:
     Args:
         output_dir: gets `architecture.json`, `weights.safetensors`, `vocabulary.txt.gz` (which
             `load_clip` reads) and `record.json` (settings, versions, loss, zero-shot accuracy).
-        settings: same settings, machine and number of threads, same files.
+        settings: equal settings on one machine, with one number of threads, give equal files.
 
     Returns:
         The record.
@@ -75,13 +75,13 @@ def train_small_clip(output_dir: Path, settings: SmallClipSettings) -> dict:
         },
     }
     _write_document(output_dir / "record.json", record)
-    for (strength, found), kind in product(record["zero_shot"].items(), KINDS):
-        accuracy, cosine = found[kind]["accuracy"], found[kind]["cosine"]
+    for (strength, scores), kind in product(record["zero_shot"].items(), KINDS):
+        accuracy, cosine = scores[kind]["accuracy"], scores[kind]["cosine"]
         log.info(f"{strength}, {kind}: accuracy {accuracy:.3f}, cosine {cosine:.3f}")
     return record
 
 
 def _write_document(path: Path, content: dict) -> None:
-    """Json for people to read: indented, in the order given."""
+    """Write json for people: indented, in the order of `content`."""
     with atomic(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")

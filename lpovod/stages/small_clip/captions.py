@@ -14,11 +14,11 @@ from lpovod.miniature.pictograms import CLASSES
 
 # ---------------------------------------------------------------------------------- captions
 
-BACKGROUND = len(CLASSES)  # caption class of crops that hold no object
+BACKGROUND = len(CLASSES)  # caption class of crops without an object
 
 TEMPLATES = (
     "{}",
-    "{}",  # twice, for it is the prompt at test time
+    "{}",  # twice, since it is the prompt at test time
     "a {}",
     "the {}",
     "a photo of a {}",
@@ -48,7 +48,7 @@ COLOUR_VALUES = np.array(list(COLOURS.values()), dtype=np.float64)
 
 
 def caption(class_index: int, colour: int | None, template: int) -> str:
-    """The text of a crop; `colour` counts `COLOURS`, None leaves it out."""
+    """The text of a crop; `colour` is an index of `COLOURS`, None leaves it out."""
     if class_index == BACKGROUND:
         return BACKGROUND_WORDS[template % len(BACKGROUND_WORDS)]
     name = CLASSES[class_index]
@@ -64,7 +64,7 @@ def all_captions() -> list[str]:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent first, until each of the words is one token.
+    """Byte-pair merges, most frequent first, until each word is one token.
 
     Sennrich et al. 2016, algorithm 1, with ties broken by the alphabet.
     """
@@ -91,7 +91,7 @@ def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def write_vocabulary(path: Path) -> None:
-    """Merges in the format of open_clip's `SimpleTokenizer`: gzip, one header line, no last one."""
+    """Merges in the format of open_clip's `SimpleTokenizer`: gzip, a header, no final newline."""
     words = sorted({word for text in all_captions() for word in text.split()})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in learn_merges(words))]
     with atomic(path) as partial:

@@ -1,4 +1,4 @@
-"""Training crops of the small CLIP, cut from drawn scenes at every looseness."""
+"""Training crops of the small CLIP, cut from drawn scenes, from tight to loose."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
 
 
 def scaled(box: Box, scale: float, shift: tuple[float, float] = (0.0, 0.0)) -> Box:
-    """The box `scale` times as large about its centre, then shifted by parts of its own size."""
+    """The box scaled about its centre, then shifted by fractions of its original size."""
     width, height = box[2] - box[0], box[3] - box[1]
     x = (box[0] + box[2]) / 2 + shift[0] * width
     y = (box[1] + box[3]) / 2 + shift[1] * height
@@ -52,8 +52,8 @@ def scaled(box: Box, scale: float, shift: tuple[float, float] = (0.0, 0.0)) -> B
     return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 
 
-def _any_looseness(rng: np.random.Generator, box: Box) -> Box:
-    """0.4 to 2 times the box, anywhere that keeps the object within or the crop on it."""
+def _random_tightness(rng: np.random.Generator, box: Box) -> Box:
+    """0.4 to 2 times the box, placed so that it holds the object or lies on it."""
     scale = math.exp(rng.uniform(math.log(0.4), math.log(2)))
     reach = abs(scale - 1) / 2 * 0.9 + 0.06
     return scaled(box, scale, tuple(rng.uniform(-reach, reach, 2)))
@@ -80,11 +80,11 @@ def _training_box(rng: np.random.Generator, scene: Scene, drawn: DrawnObject) ->
         return scaled(inner[rng.integers(len(inner))], rng.uniform(0.9, 1.6))
     if kind > 0.7:
         return scaled(drawn.box, rng.choice((1.0, 1.5)))  # the two scales of inference
-    return _any_looseness(rng, drawn.box)
+    return _random_tightness(rng, drawn.box)
 
 
 def _overlap(a: Box, b: Box) -> float:
-    """Area that two boxes share, in pixels."""
+    """Area of the intersection of two boxes, in pixels."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     return max(width, 0.0) * max(height, 0.0)
@@ -114,19 +114,19 @@ def usable(box: Box) -> bool:
 
 
 def _scene_crops(rng: np.random.Generator, scene: Scene) -> list[tuple[Box, int, int]]:
-    """Box, class and colour of what to cut from one scene: two of each object, one of the rest."""
-    found = []
+    """Box, class and colour of the crops of one scene: two per object, one of the background."""
+    crops = []
     for drawn in (*scene.objects, *scene.objects):
         box = _training_box(rng, scene, drawn)
         if usable(box) and _shows(scene, box, drawn):
             distances = np.abs(COLOUR_VALUES - drawn.colour).sum(1)
-            found.append((box, CLASSES.index(drawn.name), int(distances.argmin())))
+            crops.append((box, CLASSES.index(drawn.name), int(distances.argmin())))
     ground = _background_box(rng, scene)
-    return [*found, (ground, BACKGROUND, -1)] if ground else found
+    return [*crops, (ground, BACKGROUND, -1)] if ground else crops
 
 
 def draw_crops(count: int, seed: int, size: int) -> Crops:
-    """Cut `count` training crops from scenes of the split "clip", which no data set uses."""
+    """Cut `count` training crops from scenes of the split "clip", which no dataset uses."""
     pixels = np.empty((count, size, size, 3), dtype=np.uint8)
     labels = np.empty((count, 2), dtype=np.int64)
     filled, index = 0, 0

@@ -43,8 +43,9 @@ def architecture(settings: SmallClipSettings, vocabulary_size: int) -> dict:
 def initial_model(config: dict, seed: int) -> CLIP:
     torch.manual_seed(seed)
     model = CLIP(**config, init_logit_scale=math.log(10))
-    # A text is read off its end token, which attends to the words. Words of CLIP's own .02, or an
-    # end as loud as they are, leave all texts alike for the first epochs, and nothing is learned.
+    # The end token, which attends to the words, represents the text. With CLIP's own 0.02 for the
+    # words, or an end token as strong as they are, all texts look alike for the first epochs, and
+    # the model learns nothing.
     torch.nn.init.normal_(model.token_embedding.weight, std=0.5)
     with torch.no_grad():
         model.token_embedding.weight[-2:].normal_(std=0.02)
@@ -52,7 +53,7 @@ def initial_model(config: dict, seed: int) -> CLIP:
 
 
 class _CaptionSampler:
-    """Random captions of crops as tokens, from a table of all there are."""
+    """Random captions of crops as tokens, from a table of all captions."""
 
     def __init__(self, tokenizer: SimpleTokenizer, generator: torch.Generator) -> None:
         self.generator = generator
@@ -65,7 +66,7 @@ class _CaptionSampler:
         self.table = tokenizer(texts).view(shape)
 
     def __call__(self, classes: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (N, L) and which colour each caption names (N,), -1 for none."""
+        """Tokens (N, L), and the colour that each caption names (N,), -1 for none."""
         count = len(classes)
         named = torch.rand(count, generator=self.generator) < 0.25
         colours = torch.where(named, colours, -1)
@@ -76,16 +77,16 @@ class _CaptionSampler:
 def contrastive_loss(
     logits: Tensor, classes: Tensor, colours: Tensor, caption_colours: Tensor
 ) -> Tensor:
-    """CLIP's symmetric cross-entropy, with every caption that is true of a crop as its target.
+    """CLIP's symmetric cross-entropy; every caption that is true of a crop is its target.
 
-    With so few classes a batch holds many pairs of the same meaning; CLIP's loss would count
-    them as mistakes.
+    With few classes a batch holds many pairs of equal meaning; CLIP's loss would count them as
+    mistakes.
 
     Args:
-        logits: (N, N) crops by captions.
-        classes: (N,) of crops and, in the same order, of captions.
-        colours: (N,) of crops.
-        caption_colours: (N,) that the captions name, -1 for none.
+        logits: (N, N), crops by captions.
+        classes: (N,) of the crops and, in the same order, of the captions.
+        colours: (N,) of the crops.
+        caption_colours: (N,) as the captions name them, -1 for none.
     """
     same_class = classes[:, None] == classes[None]
     right_colour = (colours[:, None] == caption_colours[None]) | (caption_colours[None] < 0)
@@ -96,7 +97,7 @@ def contrastive_loss(
 
 
 def _rate(step: int, steps: int) -> float:
-    """Part of the highest learning rate: linear warm-up over a twentieth, then cosine to zero."""
+    """Fraction of the peak learning rate: linear warm-up over 5 % of steps, then cosine to 0."""
     warm_up = max(steps // 20, 1)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -114,7 +115,7 @@ def _optimizer(model: CLIP, settings: SmallClipSettings) -> torch.optim.AdamW:
 
 
 def _normalised(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops as CLIP's input, (N, 3, S, S) float32, half of them mirrored."""
+    """Crops as CLIP's input, (N, 3, S, S) float32, each mirrored with probability 0.5."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     mirrored = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5
@@ -130,7 +131,7 @@ def train(
     """Train in place; returns the mean loss of each epoch.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: if the loss is not finite.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     captions = _CaptionSampler(tokenizer, generator)
@@ -180,7 +181,7 @@ def _step(
 
 
 def write_weights(path: Path, model: CLIP) -> None:
-    """Matrices in half precision; vectors, among them the variances of norms, in full."""
+    """Write matrices in half precision, and vectors (among them the variances of norms) in full."""
     state = {
         name: (tensor.half() if tensor.ndim > 1 else tensor).contiguous()
         for name, tensor in model.state_dict().items()

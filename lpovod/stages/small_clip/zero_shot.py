@@ -35,20 +35,21 @@ def _kind_box(rng: np.random.Generator, scene: Scene, drawn: DrawnObject, kind: 
 
 
 def zero_shot(clip: Clip, scenes: int, seed: int, nuisance: float) -> dict:
-    """How well bare class names name crops of unseen scenes, by kind of box.
+    """Zero-shot accuracy of bare class names on crops of unseen scenes, by kind of box.
 
     Args:
         clip: any CLIP.
-        scenes: drawn images to measure on.
-        seed: of the split "clip"; another one than the training's.
-        nuisance: of the scenes.
+        scenes: number of images to draw and measure on.
+        seed: seed of the split "clip", different from the training's.
+        nuisance: strength of the nuisance in the scenes, 0 to 1.
 
     Returns:
-        For each of `KINDS`: `accuracy` over all classes, `cosine` with the own class's name, and
-        `per_class` accuracy. Kinds: the true box; half of it; twice it; one part; its cluster.
+        For each of `KINDS`: `crops`, their number; `accuracy` over all classes; `cosine` with the
+        name of the true class; and `per_class` accuracy. The kinds: the true box; half its side;
+        twice its side; one part; the box of the cluster.
     """
     names = F.normalize(clip.encode_texts(list(CLASSES)), dim=1)
-    found: dict[str, list[tuple[np.ndarray, int]]] = {kind: [] for kind in KINDS}
+    crops: dict[str, list[tuple[np.ndarray, int]]] = {kind: [] for kind in KINDS}
     for index in range(scenes):
         rng = scene_rng(seed, "clip", index)
         scene = compose_scene(rng, nuisance=nuisance)
@@ -57,8 +58,8 @@ def zero_shot(clip: Clip, scenes: int, seed: int, nuisance: float) -> dict:
             box = _kind_box(rng, scene, drawn, kind)
             if box is not None and usable(box):
                 pixels = crop(image, box, clip.image_size)
-                found[kind].append((pixels, CLASSES.index(drawn.name)))
-    return {kind: _score(clip, names, pairs) for kind, pairs in found.items() if pairs}
+                crops[kind].append((pixels, CLASSES.index(drawn.name)))
+    return {kind: _score(clip, names, pairs) for kind, pairs in crops.items() if pairs}
 
 
 def _score(clip: Clip, names: Tensor, pairs: list[tuple[np.ndarray, int]]) -> dict:
