@@ -1,6 +1,6 @@
 # Stage base_detector
-# IN   train.json, region embeddings of its images, what it starts from: the proposal
-#      network (backbone and pyramid), or backbone.weights
+# IN   train.json, region embeddings of its images, and the start: the proposal network (backbone
+#      and pyramid), or backbone.weights
 # OUT  detector.safetensors, history.jsonl
 # COST COCO: 20 epochs of 118k images, 16 per step (lpovod plan)
 

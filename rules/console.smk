@@ -1,5 +1,5 @@
-# What a run prints about itself, kept short enough to follow: what runs, why in a few words, how far.
-# Snakemake's own reason names every file. Without this file a run does the same.
+# Shortens a run's messages: the job, the reason in a few words, the progress. Snakemake's own
+# reasons name every file. Without this file a run does the same work.
 
 import logging
 import re
@@ -9,7 +9,7 @@ from snakemake.logging import logger
 REASONS = (
     (r"^Missing output files: .*", "not made yet"),
     (r"^Incomplete output files: .*", "interrupted before"),
-    (r"^Input files updated by another job: .*", "its input was made anew"),
+    (r"^Input files updated by another job: .*", "its input was made again"),
     (r"^Updated input files: (.*)", r"changed: \1"),
     (r"^Set of input files has changed.*", "other input files"),
     (r"^Code has changed.*", "its rule changed"),
@@ -30,7 +30,7 @@ def few_words(reason):
 
 
 class ShortReasons(logging.Filter):
-    """Shortens the reason of every job that is announced."""
+    """Shortens the reason of every announced job."""
 
     def filter(self, record):
         if hasattr(record, "reason"):

@@ -1,9 +1,9 @@
 # Stage dataset
 # IN   nothing (miniature), or COCO json and images on disk or downloaded (coco)
-# OUT  train.json: base annotations alone; val.json and, miniature only, tune.json: all classes;
-#      train_all_classes.json: for marking retrieved regions in the report, never learned from;
+# OUT  train.json: base annotations only; val.json and, miniature only, tune.json: all classes;
+#      train_all_classes.json: to judge retrieved regions in the report, never for training;
 #      images/: a folder, or a link to one, per split
-# COST seconds; nothing is copied from disk
+# COST seconds; images on disk are linked, not copied
 
 
 rule dataset:

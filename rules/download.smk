@@ -1,8 +1,8 @@
-# Stage download: what of COCO 2017, and of CLIP's weights, is asked for and not there
+# Stage download: the missing parts of COCO 2017 and of CLIP's weights
 # IN   nothing
-# OUT  COCO's images and annotations, below dataset.coco.root (undeclared: Snakemake removes a rule's
-#      outputs before it runs it, and the folder may be the user's own); a record of each archive;
-#      CLIP's weights
+# OUT  COCO's images and annotations, below dataset.coco.root (undeclared: Snakemake removes the
+#      outputs of a rule before running it, and the folder may belong to the user); a record of each
+#      archive; CLIP's weights
 # COST COCO: 20.4 GB to download, as much again on disk while an archive is extracted
 
 COCO_DOWNLOADS = []
@@ -19,7 +19,7 @@ rule download:
         f"{RESULTS}/benchmarks/download/{{archive}}.tsv"
     wildcard_constraints:
         archive="|".join(COCO),
-    # Compute nodes often have no way out.
+    # Compute nodes often have no internet access.
     localrule: True
     conda:
         "../envs/light.yaml"
@@ -37,7 +37,7 @@ rule download:
         " --root {params.root:q} --record {output} 2>&1 | tee {log}"
 
 
-# Weights that are there are never an output: they may be the user's own.
+# Existing weights are never an output: they may belong to the user.
 if CONFIG.clip.weights and not CONFIG.clip.weights.is_file():
 
     rule download_weights:

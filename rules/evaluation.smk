@@ -2,7 +2,7 @@
 # IN   region features of the split, base prototypes, novel weights, text embeddings; CLIP's own
 #      embeddings of the same regions, for comparison
 # OUT  metrics.json: AP50 in percent, with ablations; detections.json: COCO results;
-#      below evaluation/ on the val images, below evaluation_tune/ on the tune images
+#      in evaluation/ for the val images, in evaluation_tune/ for the tune images
 # COST 33 s for 25,000 regions of 500 images and 17 variants, on two cores
 
 

@@ -1,6 +1,6 @@
 # Stage base_detector, read from the original's checkpoint (base_detector.checkpoint).
 # IN   the checkpoint; dataset, for the order of classes
-# OUT  detector.safetensors; history.jsonl without a line
+# OUT  detector.safetensors; history.jsonl, empty
 # COST seconds
 
 

@@ -1,7 +1,7 @@
-# Stage proposals, read from files in place of learning (proposals.files).
+# Stage proposals, read from files instead of a trained network (proposals.files).
 # IN   dataset; an OpenMMLab pickle or COCO results of the split
 # OUT  {split}.h5: region store of box and objectness, best first; {split}.recall.json
-# COST a pickle is read whole into memory: 3.5 GB for 1,500 boxes on each image of COCO train
+# COST a pickle is read into memory as a whole: 3.5 GB for 1,500 boxes on each image of COCO train
 
 
 rule proposals:

@@ -1,4 +1,4 @@
-# Stage pseudo_labels, read from a file of all classes in place of retrieval (pseudo_labels.file).
+# Stage pseudo_labels, read from one file for all classes instead of retrieval (pseudo_labels.file).
 # IN   the file, train.json
 # OUT  {novel}.json: COCO json, annotations with score (objectness) and cosine
 # COST seconds

@@ -1,5 +1,5 @@
 # Stage linear_probe
-# IN   pseudo-labels of every novel class and the features of the regions of their images
+# IN   pseudo-labels of every novel class, features of all regions in their images
 # OUT  weights.safetensors: (dimension,) float32 per novel class, keyed by name
 # COST seconds
 

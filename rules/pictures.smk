@@ -1,4 +1,4 @@
-# Stage pictures: what the README shows; no part of the default run (make pictures)
+# Stage pictures: the README's pictures; not part of the default run (make pictures)
 # IN   metrics, detections and report of a finished run
 # OUT  docs/pictures/detections.png, docs/pictures/report.png
 # COST seconds; needs a browser (Debian's chromium)

@@ -1,6 +1,6 @@
 # Stage region_features
 # IN   the trained detector, images, proposals (and, for training regions, pseudo-labels)
-# OUT  {split}.h5: all proposals of a split; retrieved/{novel}.h5: the regions of the images that
+# OUT  {split}.h5: all proposals of a split; retrieved/{novel}.h5: all regions in the images that
 #      one novel class retrieved. Region stores with the columns feature (float16), embedding
 #      (float16, unit rows) and refined (float32 xyxy)
 # COST COCO: one pass over 5,000 images, 3 KB per region; at most K images per novel class

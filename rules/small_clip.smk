@@ -1,4 +1,4 @@
-# The miniature world's CLIP, as it is shipped in resources/small_clip; no part of the default run.
+# The miniature world's CLIP, as shipped in resources/small_clip; not part of the default run.
 # IN   nothing: crops are drawn
 # OUT  architecture.json, weights.safetensors, vocabulary.txt.gz, record.json
 # COST twelve minutes on two cores

@@ -1,5 +1,5 @@
 # Stage text_embeddings
-# IN   class names, CLIP (or, with text_embeddings.file, rows made elsewhere)
+# IN   class names, CLIP (or, with text_embeddings.file, rows from another project)
 # OUT  safetensors: a unit vector (D,) float32 per class, keyed by name;
 #      one file for the base classes, one per novel class
 # COST seconds

@@ -1,4 +1,4 @@
-"""Command line of the export: our weights in the original's layout."""
+"""Command line of the export: this project's weights in the original's layout."""
 
 from lpovod.importers.checkpoints import export_checkpoint
 from workflow_scripts import run
