@@ -2,9 +2,9 @@
 
     python -m benchmarks.default_run --reference ../reference --busy
 
-Runs `snakemake --cores all` from nothing in a copy of each checkout, one after the other, on a
-machine that does nothing else; with `--busy` once more beside a process that never sleeps. Prints
-AP50 beside the seconds, and ends with one JSON line.
+Runs `snakemake --cores all` from scratch in a copy of each checkout, one after the other; use an
+idle machine. With `--busy` runs it again beside a process that never sleeps. Prints AP50 beside the
+seconds, and ends with one JSON line.
 """
 
 import json
@@ -26,18 +26,18 @@ def main(reference: Path | None = None, busy: bool = False, repeats: int = 1) ->
     """Time the default run.
 
     Args:
-        reference: another checkout of this project, of any commit.
+        reference: another checkout of this project, at any commit.
         busy: also time both beside a process that uses one core.
-        repeats: runs of each; the fastest counts.
+        repeats: runs of each checkout; the fastest counts.
     """
     checkouts = {"this": Path(), **({"reference": reference} if reference else {})}
     seconds: dict[str, dict[str, float]] = {name: {} for name in checkouts}
     for way in ("alone", *(["busy"] if busy else [])):
         for _ in range(repeats):
             for name, checkout in checkouts.items():
-                taken, ap = run(checkout, way == "busy")
-                seconds[name][way] = min(taken, seconds[name].get(way, taken))
-                print(f"{name:10} {way:6} {taken:6.0f} s   AP50 {ap}", flush=True)
+                elapsed, ap = run(checkout, way == "busy")
+                seconds[name][way] = min(elapsed, seconds[name].get(way, elapsed))
+                print(f"{name:10} {way:6} {elapsed:6.0f} s   AP50 {ap}", flush=True)
     if reference:
         ratio = seconds["this"]["alone"] / seconds["reference"]["alone"]
         print(f"this over reference, alone: {ratio:.2f}")
@@ -59,9 +59,10 @@ def run(checkout: Path, busy: bool) -> tuple[float, dict]:
             started = time.perf_counter()
             command = ["snakemake", "--cores", "all"]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
-            taken = time.perf_counter() - started
+            elapsed = time.perf_counter() - started
         metrics = json.loads((folder / "results/mini/evaluation/metrics.json").read_text())
-    return taken, metrics.get("rows", {}).get("full") or metrics["AP50"]
+    # Checkouts of earlier versions name the full method's row "AP50".
+    return elapsed, metrics.get("rows", {}).get("full") or metrics["AP50"]
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Time of AP50 at COCO's scale: pycocotools and ours, on the same made-up detections.
+"""Time of AP50 at COCO's scale: pycocotools and this project, on the same generated detections.
 
-Run as ``python -m benchmarks.evaluation``. pycocotools is measured twice: asked for an IoU of .5
-alone, which is the work that ours does, and as it comes, with its twelve numbers. Ends with one
-JSON line; the ratio in it is of the former.
+Run as ``python -m benchmarks.evaluation``. pycocotools is measured twice: at an IoU of 0.5 only,
+which is the work that this project does, and with its default twelve numbers. Ends with one JSON
+line; `ratio_to_reference` refers to the former.
 """
 
 import argparse
@@ -58,14 +58,14 @@ def made_up(images: int) -> tuple[dict, list[dict]]:
     }, results
 
 
-def reference(content: dict, results: list[dict], whole: bool) -> dict[str, float]:
+def reference(content: dict, results: list[dict], twelve_numbers: bool) -> dict[str, float]:
     """pycocotools' AP50 by class."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = content
         truth.createIndex()
         evaluator = COCOeval(truth, truth.loadRes(results), "bbox")
-        if not whole:
+        if not twelve_numbers:
             evaluator.params.iouThrs = np.array([0.5])
             evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
             evaluator.params.maxDets = [100]
@@ -90,23 +90,23 @@ def main() -> None:
     images = parser.parse_args().images
     seconds, values = {}, {}
     for name, run in (
-        ("pycocotools, as it comes", lambda *files: reference(*files, True)),
-        ("pycocotools, IoU .5 alone", lambda *files: reference(*files, False)),
+        ("pycocotools, by default", lambda *files: reference(*files, True)),
+        ("pycocotools, IoU 0.5 only", lambda *files: reference(*files, False)),
         ("ours", ours),
     ):
-        files = made_up(images)  # anew: the evaluators write into it
+        files = made_up(images)  # again, since the evaluators modify it
         start = time.process_time()
         values[name] = run(*files)
         seconds[name] = time.process_time() - start
         print(f"{name:26} {seconds[name]:7.2f} s of CPU time")
-    expected, found = values["pycocotools, IoU .5 alone"], values["ours"]
-    assert max(abs(found[c] - expected[c]) for c in expected) < 1e-6
+    expected, actual = values["pycocotools, IoU 0.5 only"], values["ours"]
+    assert max(abs(actual[c] - expected[c]) for c in expected) < 1e-6
     ratios = {k: seconds["ours"] / seconds[k] for k in seconds}
     print(
         json.dumps(
             {
-                "ratio_to_reference": round(ratios["pycocotools, IoU .5 alone"], 3),
-                "ratio_to_twelve_numbers": round(ratios["pycocotools, as it comes"], 3),
+                "ratio_to_reference": round(ratios["pycocotools, IoU 0.5 only"], 3),
+                "ratio_to_twelve_numbers": round(ratios["pycocotools, by default"], 3),
                 "images": images,
             }
         )

@@ -1,19 +1,19 @@
-"""Novel AP50 and time of the linear probe: ours on stored features, and the original's training.
+"""Novel AP50 and time of the linear probe: on stored features, and by the original's training.
 
-Run as ``python -m benchmarks.linear_probe results/mini`` when the workflow has run. Ends with one
-JSON line. Times are CPU time in one thread, so that other jobs of the machine count for little.
+Run as ``python -m benchmarks.linear_probe results/mini`` after the workflow. Ends with one JSON
+line. Times are CPU time in one thread, so other jobs on the machine matter little.
 
 *Online* is the original's fine-tuning (`StandardRoIHeadSigmoidFinetune.forward_train` in its
-mmdet/models/roi_heads/standard_roi_head_sigmoid_ft.py): every step loads images, shows them at a
-random size and flip, runs the frozen backbone, pyramid and region head on sampled regions, and
-moves the novel weights alone. Settings, number of steps and schedule are those of our probe, and
-the candidates are the given proposals, where the original asks its region proposal network: that
-costs it time which is not counted here. As with ours, a pseudo-label is a candidate once: among
-the given proposals it is there already.
+mmdet/models/roi_heads/standard_roi_head_sigmoid_ft.py): every step loads images, resizes and flips
+them at random, runs the frozen backbone, pyramid and region head on sampled regions, and updates
+only the novel weights. Settings, number of steps and schedule are those of stage `linear_probe`.
+Candidates are the given proposals; the original runs its region proposal network, whose time is not
+counted here. As in the stage, a pseudo-label is a candidate only once, since it is one of the given
+proposals.
 
-*Cached* is the stage `linear_probe`: it reads the stored features, and trains on them. What
-storing them costs is stated separately, as Snakemake measured it, imports included: it is done once
-for a detector and its pseudo-labels.
+*Cached* is the stage `linear_probe`: it reads the stored features and trains on them. The cost of
+storing them, which arises once per detector and set of pseudo-labels, is printed separately, as
+Snakemake measured it, including imports.
 """
 
 import csv
@@ -55,17 +55,17 @@ class Options:
     config: tuple[Path, ...] = (Path("config.yaml"),)
     """its configuration, and overlays"""
     seeds: int = 3
-    """trainings of each kind"""
+    """number of trainings of each kind"""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """An image's boxes in its own pixels.
+    """Boxes of one image, in pixels of the original image.
 
     Attributes:
-        candidates: (n, 4) float32, each once.
+        candidates: (n, 4) float32, without duplicates.
         objects: (m, 4) float32 pseudo-labels.
-        labels: (m,) their classes.
+        labels: (m,) classes of the objects.
     """
 
     candidates: Tensor
@@ -76,29 +76,30 @@ class Labelled:
 def label_images(
     retrieved: PseudoLabels, ignored: dict[int, np.ndarray], proposals: RegionStore
 ) -> dict[int, Labelled]:
-    """The boxes of every image that a class retrieved a region of, without what is ignored."""
-    found, none = {}, np.empty((0, 4), np.float32)
+    """The boxes of every image with a retrieved region, without candidates on ignored objects."""
+    labelled, none = {}, np.empty((0, 4), np.float32)
     for image_id in sorted(set().union(*retrieved.values())):
-        here = [of_class.get(image_id, (none, None))[0] for of_class in retrieved.values()]
-        objects = np.concatenate(here)
-        labels = np.repeat(np.arange(len(here)), [len(boxes) for boxes in here])
+        by_class = [of_class.get(image_id, (none, None))[0] for of_class in retrieved.values()]
+        objects = np.concatenate(by_class)
+        labels = np.repeat(np.arange(len(by_class)), [len(boxes) for boxes in by_class])
         candidates = np.unique(np.concatenate([objects, proposals.read(image_id).box]), axis=0)
         positive = overlapping(candidates, objects)
         candidates = candidates[positive | ~overlapping(candidates, ignored.get(image_id, none))]
-        found[image_id] = Labelled(*(torch.from_numpy(a) for a in (candidates, objects, labels)))
-    return found
+        arrays = candidates, objects, labels
+        labelled[image_id] = Labelled(*(torch.from_numpy(array) for array in arrays))
+    return labelled
 
 
 def online_loss(
     weights: Tensor, model: Detector, views: list[LoadedView], settings: LinearProbeSettings
 ) -> Tensor:
-    """The loss of one step, with everything that is frozen computed anew.
+    """The loss of one step, including the computation of everything frozen.
 
     Args:
         weights: (classes, dimension) of the novel classes.
         model: the detector, in evaluation mode.
-        views: the images as shown, each with its `Labelled` boxes as `extra`.
-        settings: of sampling.
+        views: the resized and flipped images, each with its `Labelled` boxes as `extra`.
+        settings: settings of the sampling.
     """
     regions, labels = [], []
     for view in views:
@@ -127,7 +128,7 @@ def fit_online(
     config: Config,
     seed: int,
 ) -> Tensor:
-    """The novel weights, (classes, dimension), of the original's fine-tuning."""
+    """The novel weights, (classes, dimension), from the original's fine-tuning."""
     settings, shown = config.linear_probe, config.base_detector.training
     schedule = TrainingSettings(
         images_per_step=settings.images_per_step, short_sides=shown.short_sides, flip=shown.flip
@@ -194,7 +195,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def scorer(run: Path, config: Config) -> Callable[[Tensor], dict[str, float]]:
-    """A function from novel weights, classes in alphabetical order, to the variants' novel AP50."""
+    """A function that returns the variants' novel AP50 for novel weights, in alphabetical order."""
     texts = ["base", *(f"novel/{slug(name)}" for name in config.classes.novel)]
     classes = read_class_weights(
         run / "base_detector/detector.safetensors",
@@ -210,12 +211,12 @@ def scorer(run: Path, config: Config) -> Callable[[Tensor], dict[str, float]]:
 
     def score(weights: Tensor) -> dict[str, float]:
         of_all = replace(classes, weights=torch.cat([classes.weights[:base], weights]))
-        scores, found = score_regions(features, None, of_all), {}
+        scores, novel_ap = score_regions(features, None, of_all), {}
         for way in VARIANTS:
             results = coco_results(detect(scores, base, category_ids, ways[way], config.evaluation))
             by_class = ap50_by_class(truth, results)
-            found[way] = ap50(by_class, classes.base, classes.novel)["novel"]
-        return found
+            novel_ap[way] = ap50(by_class, classes.base, classes.novel)["novel"]
+        return novel_ap
 
     return score
 

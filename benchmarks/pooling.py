@@ -1,6 +1,6 @@
-"""Time of pooling with one sample per bin: torchvision's operator and ours, forward and backward.
+"""Time of pooling with one sample per bin: torchvision's operator and `pool_regions`.
 
-Run as ``python -m benchmarks.pooling``. Ends with one JSON line.
+Run as ``python -m benchmarks.pooling``. Times forward and backward passes; ends with one JSON line.
 """
 
 import json
@@ -17,7 +17,7 @@ IMAGES, REGIONS, CHANNELS, SIDE = 8, 78, 64, 160
 
 
 def milliseconds(pool: Callable[[], torch.Tensor], repeats: int = 5) -> tuple[float, float]:
-    """Least time of a forward and of a backward pass."""
+    """Minimum time of a forward and of a backward pass."""
     forward, backward = [], []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -51,10 +51,10 @@ def _through_torchvision(pyramid, image, box, level):
     for number, stride in enumerate(STRIDES[: pooling.POOLED_LEVELS]):
         rows = (level == number).nonzero().flatten()
         if len(rows):
-            here = pooling.roi_align(
+            level_regions = pooling.roi_align(
                 pyramid[number], rois[rows], pooling.POOLED, 1 / stride, 1, aligned=True
             )
-            pooled = pooled.index_copy(0, rows, here)
+            pooled = pooled.index_copy(0, rows, level_regions)
     return pooled
 
 

@@ -1,15 +1,15 @@
-"""Regions embedded per second: ours, the original's design, and the bare model.
+"""Regions embedded per second: this project, the original's design, and the bare model.
 
-Run as ``python -m benchmarks.region_embeddings --images FOLDER``, on a machine that does nothing
-else. ViT-B/32 with random weights, which costs what the real one does. Ends with one JSON line.
+Run as ``python -m benchmarks.region_embeddings --images FOLDER`` on an idle machine. ViT-B/32 has
+random weights, which cost the same time as real ones. Ends with one JSON line.
 
-*Ours* is the stage as the workflow runs it: on a CPU a shard of one thread per core, side by side.
-*The original's design* is that of its extraction script: a data loader of two workers that decodes
-the image and crops it through PIL for every region and scale, batches of 128, float32, all cores.
-*The bare model* encodes crops that lie in memory, in the precision and the processes of ours; a
-region needs two.
+*Ours* is the stage as the workflow runs it: on a CPU one shard of one thread per core, in parallel.
+*The original's design* is that of its extraction script: a data loader with two workers that
+decodes the image and crops it with PIL for every region and scale, batches of 128, float32, all
+cores. *The bare model* encodes crops in memory, with the precision and number of processes of ours;
+a region needs two.
 
-Starting (imports, model) is left out everywhere: all processes wait for one another.
+All times leave out start-up (imports, model): the processes wait for one another.
 """
 
 import json
@@ -54,12 +54,12 @@ class Options:
     images: Path
     """folder of photographs"""
     count: int = 4
-    """how many of them"""
+    """number of photographs"""
     proposals: int = 50
-    """regions of each"""
+    """regions per photograph"""
     precision: Literal["float32", "bfloat16"] | None = None
-    """of ours; without it the one in which this machine multiplies matrices faster"""
-    device: Annotated[str, tyro.conf.arg(help="cuda where there is one")] = (
+    """precision of ours; by default the one in which this machine multiplies matrices faster"""
+    device: Annotated[str, tyro.conf.arg(help="default: cuda if available")] = (
         "cuda" if torch.cuda.is_available() else "cpu"
     )
 
@@ -67,17 +67,17 @@ class Options:
 def make_inputs(folder: Path, options: Options) -> ClipSettings:
     """A dataset with proposals, and a CLIP with random weights."""
     random = np.random.default_rng(0)
-    found = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".png"))
-    if len(found) < options.count:
-        raise SystemExit(f"{options.images} holds {len(found)} images, {options.count} are needed")
+    paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".png"))
+    if len(paths) < options.count:
+        raise SystemExit(f"{options.images} holds {len(paths)} images, {options.count} are needed")
     (folder / "images").mkdir()
     (folder / "images" / "train").symlink_to(options.images.resolve())
     listed, boxes = [], {}
-    for number, path in enumerate(found[: options.count]):
+    for number, path in enumerate(paths[: options.count]):
         width, height = Image.open(path).size
         name = str(path.relative_to(options.images))
         listed.append({"id": number, "file_name": name, "width": width, "height": height})
-        # Sides from a tenth of the image's to all of it, equally many of each octave.
+        # Sides from a tenth of the image's side to all of it, equally many per octave.
         size = 0.1 ** random.uniform(0, 1, (options.proposals, 2)) * [width, height]
         low = random.uniform(0, 1, size.shape) * ([width, height] - size)
         boxes[number] = np.concatenate([low, low + size], axis=1).astype(np.float32)
@@ -108,36 +108,36 @@ def side_by_side(work, count: int, *args) -> tuple[list, float]:
     ]
     for process in processes:
         process.start()
-    found = [results.get() for _ in processes]
+    reports = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    for result, _ in found:
+    for result, _ in reports:
         if isinstance(result, Exception):
             raise result
-    return [result for result, _ in found], max(size for _, size in found)
+    return [result for result, _ in reports], max(size for _, size in reports)
 
 
 def _report(results, work, number, ready, *args) -> None:
     try:
         result = work(number, ready, *args)
     except Exception as error:
-        ready.abort()  # or the others would wait for this one
+        ready.abort()  # or the other processes would wait for this one
         result = error
     results.put((result, peak_gib()))
 
 
 def peak_gib() -> float:
-    """Of this process alone; getrusage also counts what its parent had when it was forked."""
+    """Peak memory of this process; getrusage would include its parent's at the time of the fork."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
 def embed(number, ready, folder, clip, settings, device) -> tuple[float, float]:
-    """Start and end of one shard, from when the models of all are loaded."""
+    """Start and end of one shard; it starts when all processes have loaded their models."""
     started = []
 
-    def load(*given):
-        model = load_clip(*given)
+    def load(*arguments):
+        model = load_clip(*arguments)
         model.encode_crops(torch.zeros(8, 3, 224, 224, dtype=torch.uint8))  # warm
         ready.wait()
         started.append(time.time())
@@ -160,7 +160,7 @@ def embed(number, ready, folder, clip, settings, device) -> tuple[float, float]:
 
 
 def bare(number, ready, clip, precision, device, crops) -> tuple[float, float]:
-    """Start and end of encoding so many crops."""
+    """Start and end of encoding `crops` crops."""
     torch.set_num_threads(1)
     model = load_clip(clip, device, precision)
     pixels = torch.randint(0, 256, (crops, 3, 224, 224), dtype=torch.uint8, device=device)
@@ -172,7 +172,7 @@ def bare(number, ready, clip, precision, device, crops) -> tuple[float, float]:
 
 
 class OriginalRegions(torch.utils.data.Dataset):
-    """Both crops of a region, from a freshly decoded image."""
+    """Both crops of a region, from an image that is decoded for each region."""
 
     def __init__(self, folder: Path):
         self.regions = [

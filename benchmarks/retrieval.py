@@ -3,11 +3,11 @@
 Run as ``python -m benchmarks.retrieval``; 5 million regions need 11 GB in the temporary folder.
 Ends with one JSON line.
 
-Every measured run begins with the files out of the page cache (posix_fadvise, DONTNEED), as they
-are where they exceed the memory: reads are cold, ours and the sequential one alike. Times are
-the least of several, one kind after the other. A retrieval opens index and shards, applies the
-objectness floor and returns the top 100 of each query with their boxes, in a process of its own
-with one thread beside the one that reads, as a job of the workflow does.
+Every run starts with the files out of the page cache (posix_fadvise, DONTNEED), as if they exceeded
+the memory: retrieval and the sequential read are both cold. Times are the minimum of several runs
+of alternating kinds. A retrieval opens index and shards, applies the objectness floor and returns
+the top 100 of each query with their boxes, in a separate process with one thread beside the reading
+thread, like a job of the workflow.
 """
 
 import json
@@ -41,9 +41,9 @@ BLOCK_IMAGES, BLOCK_TOP = 5000, 300  # of the original
 @dataclass
 class Options:
     millions: tuple[int, ...] = (1, 2, 5)
-    """regions"""
+    """numbers of regions, in millions"""
     repeats: int = 3
-    """of each measurement"""
+    """runs of each measurement"""
 
 
 def make_files(folder: Path, rows: int) -> None:
@@ -92,7 +92,7 @@ def read_once(folder: Path) -> float:
 
 
 def retrieve(folder: Path, count: int) -> tuple[float, float, list[list[int]]]:
-    """Seconds and GiB of a retrieval in a process of its own, and the keys of the regions."""
+    """Seconds and GiB of a retrieval in a separate process, and the keys of the regions."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_retrieve, (folder, count))
 
@@ -101,19 +101,19 @@ def _retrieve(folder: Path, count: int) -> tuple[float, float, list[list[int]]]:
     make_cold(folder)
     start = time.perf_counter()
     store, index = open_shards(shards_of(folder)), open_index(folder / "index")
-    found = top_regions(index, store, queries(count), SETTINGS)
+    regions_of = top_regions(index, store, queries(count), SETTINGS)
     seconds = time.perf_counter() - start
-    return seconds, peak_gib(), [[region["key"] for region in regions] for regions in found]
+    return seconds, peak_gib(), [[region["key"] for region in regions] for regions in regions_of]
 
 
 def peak_gib() -> float:
-    """Of this process alone; getrusage also counts what its parent had when it was forked."""
+    """Peak memory of this process; getrusage would include its parent's at the time of the fork."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
 def flat_index(store: RegionStore) -> tuple[float, np.ndarray]:
-    """Seconds of FAISS's IndexFlatIP, filled and in memory, and the rows it finds."""
+    """Seconds of FAISS's IndexFlatIP, filled and in memory, and the rows that it returns."""
     index = faiss.IndexFlatIP(DIMENSION)
     reached = []
     for block in store.blocks(1 << 16, ["embedding"]):
@@ -127,10 +127,10 @@ def flat_index(store: RegionStore) -> tuple[float, np.ndarray]:
 
 
 def original(store: RegionStore) -> tuple[float, np.ndarray]:
-    """Seconds of the original's block procedure, and the rows it finds.
+    """Seconds of the original's block procedure, and the rows that it returns.
 
-    A flat index for every 5,000 images, of its regions above the floor, the best 300 of each, of
-    these the best 300, of these the first 100 (prepare/, retrieval by blocks).
+    A flat index per 5,000 images holds their regions above the floor; the best 300 of each index
+    are merged to the best 300, and the first 100 of these count (prepare/, retrieval by blocks).
     """
     start, before = time.perf_counter(), 0
     scores, rows = [], []
@@ -144,12 +144,12 @@ def original(store: RegionStore) -> tuple[float, np.ndarray]:
         before += len(block)
     merged, rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
     best = np.argsort(-merged, axis=1)[:, :BLOCK_TOP]
-    found = np.take_along_axis(rows, best, axis=1)[:, : SETTINGS.k]
-    return time.perf_counter() - start, found
+    top = np.take_along_axis(rows, best, axis=1)[:, : SETTINGS.k]
+    return time.perf_counter() - start, top
 
 
 def main(options: Options) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # in the retrieving processes, as in the workflow's jobs
+    os.environ["OMP_NUM_THREADS"] = "1"  # in the retrieving processes, like the workflow's jobs
     ratios, peak = {}, 0.0
     for millions in options.millions:
         with tempfile.TemporaryDirectory() as name:
@@ -175,7 +175,7 @@ def main(options: Options) -> None:
 
 
 def compare(folder: Path, keys: list[list[int]], seconds: float) -> None:
-    """Other ways to the same regions, and more queries."""
+    """Compare with more queries, and with other ways to the same regions."""
     many, memory, _ = retrieve(folder, LVIS_QUERIES)
     print(f"    {LVIS_QUERIES} queries: {many:.1f} s, {memory:.2f} GiB")
     store = open_shards(shards_of(folder))

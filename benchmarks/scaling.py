@@ -1,9 +1,9 @@
-"""How memory and time of every stage grow with the number of images.
+"""Growth of each stage's memory and time with the number of images.
 
-Runs the workflow on the miniature world at 1, 4 and 16 times a small number of images, all other
-settings being the default run's, and reads Snakemake's benchmark files. Time is taken as
-``start + rate * images ** exponent``: with sizes at a constant ratio the differences of successive
-times are at the ratio to the power of the exponent, whatever the start costs.
+Runs the workflow on the miniature world at 1, 4 and 16 times a small number of images, with the
+default run's other settings, and reads Snakemake's benchmark files. The model of time is
+``start + rate * images ** exponent``: at sizes of a constant ratio, successive differences of times
+have that ratio to the power of the exponent, whatever the start costs.
 
 Run as ``python -m benchmarks.scaling``. Ends with one JSON line.
 """
@@ -23,14 +23,14 @@ SMALLEST_GROWTH = 2.0  # seconds; below it an exponent is noise
 
 
 def run(images: int) -> Path:
-    """Run the workflow on so many training images, from nothing; the folder of its benchmarks."""
+    """Run the workflow on `images` training images from scratch; return its benchmark folder."""
     name = f"scaling_{images}"
     results = Path("results", name)
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     counts = {"train_images": images, "val_images": max(4, images // 2), "tune_images": 4}
     overlay = results / "overlay.yaml"
-    # The floor is one of a well-trained network's objectness.
+    # The default floor suits the objectness of a well-trained network.
     overlay.write_text(
         yaml.safe_dump({"dataset": {"miniature": counts}, "pseudo_labels": {"objectness": 0}})
     )
@@ -40,23 +40,23 @@ def run(images: int) -> Path:
 
 
 def by_stage(benchmarks: Path) -> dict[str, dict[str, float]]:
-    """Seconds of all jobs of a stage, and the most memory in MB that one of them held.
+    """Total seconds of a stage's jobs, and the peak memory in MB of the largest job.
 
-    Of processor time Snakemake knows no more than a sample every half minute.
+    Processor time is left out, since Snakemake samples it only every half minute.
     """
-    found: dict[str, dict[str, float]] = {}
+    stages: dict[str, dict[str, float]] = {}
     for path in sorted(benchmarks.rglob("*.tsv")):
         stage = path.relative_to(benchmarks).parts[0].removesuffix(".tsv")
         with open(path) as file:
             row = list(csv.DictReader(file, delimiter="\t"))[-1]
-        here = found.setdefault(stage, {"s": 0.0, "mb": 0.0})
-        here["s"] += float(row["s"])
-        here["mb"] = max(here["mb"], float(row["max_rss"]))
-    return found
+        totals = stages.setdefault(stage, {"s": 0.0, "mb": 0.0})
+        totals["s"] += float(row["s"])
+        totals["mb"] = max(totals["mb"], float(row["max_rss"]))
+    return stages
 
 
 def exponent(times: list[float]) -> float | None:
-    """The exponent of three times at sizes of a constant ratio; None if they hardly grow."""
+    """The exponent of three times at sizes of a constant ratio; None if the times hardly grow."""
     small, large = times[1] - times[0], times[2] - times[1]
     if small <= 0 or large < SMALLEST_GROWTH:
         return None
@@ -68,7 +68,7 @@ def measure(base: int, factors: list[int]) -> dict:
     runs = [by_stage(run(images)) for images in sizes]
     stages = {}
     for stage in runs[-1]:
-        seconds, mb = ([r[stage][what] for r in runs] for what in ("s", "mb"))
+        seconds, mb = ([r[stage][quantity] for r in runs] for quantity in ("s", "mb"))
         stages[stage] = {
             "s": seconds,
             "mb": mb,

@@ -1,8 +1,8 @@
-"""Time of a training step of both networks on two processors, alone and beside a busy process.
+"""Time of both networks' training steps on two processors, alone and beside a busy process.
 
-Run as ``python -m benchmarks.training`` after the default run. Compared are a process of two
-OpenMP threads (the reference), one of one thread, and two ranks of one thread each, which is what
-`--threads 2` starts. Ends with one JSON line; each ratio in it is of the two ranks' median.
+Run as ``python -m benchmarks.training`` after the default run. Compares a process of two OpenMP
+threads (the reference), a process of one thread, and two ranks of one thread each, which
+`--threads 2` starts. Ends with one JSON line; its ratios refer to the two ranks' median.
 """
 
 import argparse
@@ -66,12 +66,15 @@ def threads(way: str) -> int:
 
 
 def learn(stage: str, config: Config, results: Path, folder: Path, threads: int) -> None:
-    """The stage as the workflow runs it, with outputs in another folder."""
+    """Run the stage as the workflow does, with outputs in another folder."""
     outputs = {"checkpoint": folder / "checkpoint", "history": folder / "history", "code": ""}
-    given = {"seed": 0, "threads": threads, "dataset": results / "dataset/train.json"} | outputs
+    arguments = {"seed": 0, "threads": threads, "dataset": results / "dataset/train.json"} | outputs
     if stage == "proposal_network":
         proposal_network.train_proposal_network(
-            backbone=config.backbone, settings=config.proposals, network=folder / "network", **given
+            backbone=config.backbone,
+            settings=config.proposals,
+            network=folder / "network",
+            **arguments,
         )
     else:
         base_detector.train_base_detector(
@@ -80,7 +83,7 @@ def learn(stage: str, config: Config, results: Path, folder: Path, threads: int)
             backbone=config.backbone,
             settings=config.base_detector,
             detector=folder / "detector",
-            **given,
+            **arguments,
         )
 
 
@@ -95,7 +98,7 @@ def busy_process() -> Iterator[None]:
 
 
 def in_own_process(stage: str, way: str, arguments: argparse.Namespace, busy: bool) -> float:
-    """`median_step`, the number of OpenMP's threads being set where the process starts."""
+    """`median_step` in a separate process, which starts with the right number of OpenMP threads."""
     command = [sys.executable, "-m", "benchmarks.training", "--only", stage, way]
     command += ["--results", str(arguments.results), "--steps", str(arguments.steps)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads(way))}
@@ -108,9 +111,13 @@ def in_own_process(stage: str, way: str, arguments: argparse.Namespace, busy: bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path("results/mini"), help="of a whole run")
-    parser.add_argument("--steps", type=int, default=40, help="that are timed")
-    parser.add_argument("--only", nargs=2, metavar=("STAGE", "WAY"), help="one, in this process")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/mini"), help="folder of a finished run"
+    )
+    parser.add_argument("--steps", type=int, default=40, help="number of timed steps")
+    parser.add_argument(
+        "--only", nargs=2, metavar=("STAGE", "WAY"), help="time one, in this process"
+    )
     arguments = parser.parse_args()
     if arguments.only:
         print(median_step(*arguments.only, arguments.results, arguments.steps))
