@@ -212,7 +212,7 @@ def _crops_of(
 def _divide_into_blocks(
     counts: dict[int, int], bad: dict[int, str], crops: int, settings: RegionEmbeddingsSettings
 ) -> list[_Block]:
-    """Blocks of at least `crops` crops; their boundaries depend on the proposals alone."""
+    """Blocks of at least `crops` crops; their boundaries depend only on the proposals."""
     blocks, filled = [_Block({})], 0
     for image_id, count in counts.items():
         if filled >= crops:
