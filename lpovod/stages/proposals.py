@@ -32,7 +32,7 @@ def propose(
         backbone: as in training.
         settings: as in training.
         output: a region store without vectors, best objectness first within an image.
-        recall: json of the recall (percent, at an IoU of .5) of base and novel objects.
+        recall: json of the recall (percent, at an IoU of 0.5) of base and novel objects.
         device: where to run.
     """
     data = read_dataset(dataset)
