@@ -74,8 +74,8 @@ def make_anchors(pyramid: list[Tensor]) -> list[Tensor]:
 def match_anchors(anchors: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which anchors are positive or negative, (n,) bool each, and each one's object, (n,) rows.
 
-    Positive are anchors with an IoU of 0.7 with an object and, for an object no anchor meets so
-    well, those that meet it best (with 0.3 at least); negative the others below 0.3 with all objects.
+    Anchors with an IoU of 0.7 with an object are positive; for an object that no anchor meets so
+    well, those that meet it best, with 0.3 at least. Others below 0.3 with all objects are negative.
 
     Args:
         anchors: (n, 4).

@@ -69,7 +69,7 @@ def sample_regions(
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sigmoid focal loss (gamma 2, alpha 0.25), summed, over the number of positives (of all ranks).
+    """Sigmoid focal loss (gamma 2, alpha 0.25), summed over regions, by all ranks' positives.
 
     Args:
         logits: (n, classes).
