@@ -279,6 +279,7 @@ def test_help_and_errors_need_no_torch(argument, code, words):
     assert done.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_plan():
     done = command("config.yaml", "--images", "10", "5")
     assert done.returncode == 0, done.stderr

@@ -72,7 +72,9 @@ def checkpoint(tmp_path):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", [*NAMES, "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize(
+    "name", [*NAMES, pytest.param("swinv2_tiny_window8_256", marks=pytest.mark.slow)]
+)
 def test_maps_of_an_image_are_those_of_timm_s_model(checkpoint, name):
     """Swin's come with channels last, and without an option of its own of one size alone."""
     whole, path = checkpoint(name)
@@ -320,6 +322,7 @@ def test_both_networks_learn_and_resume_where_they_were_ended(files, name, tmp_p
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext"])
 def test_every_stage_shows_the_network_pixels_as_timm_does(files, name, tmp_path):
     """What comes into the backbone, taken back to grey levels with timm's numbers: whole ones."""
