@@ -75,7 +75,8 @@ def match_anchors(anchors: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Ten
     """Which anchors are positive or negative, (n,) bool each, and each one's object, (n,) rows.
 
     Anchors with an IoU of 0.7 with an object are positive; for an object that no anchor meets so
-    well, those that meet it best, with 0.3 at least. Others below 0.3 with all objects are negative.
+    well, those that meet it best, with 0.3 at least. Others, below 0.3 with all objects, are
+    negative.
 
     Args:
         anchors: (n, 4).
