@@ -64,6 +64,7 @@ def test_a_stage_takes_no_less_than_one_core_needs_for_its_images():
     assert float(rows(text)["proposals"][1]) == pytest.approx(123_287 * 0.0276 / 60, abs=0.06)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_images_can_be_planned():
     few, many = (
         float(rows(text)["region_embeddings"][3])
@@ -72,6 +73,7 @@ def test_other_numbers_of_images_can_be_planned():
     assert many == pytest.approx(2 * few, abs=0.15)  # both are rounded
 
 
+@pytest.mark.slow
 def test_more_proposals_cost_more():
     few, many = (
         hours(plan(files), "region_embeddings")
@@ -218,6 +220,7 @@ def test_a_finished_run_has_a_ratio_for_the_whole():
     assert float(ratio) == pytest.approx(float(total) / float(measured), abs=0.006)
 
 
+@pytest.mark.slow
 def test_a_run_on_gpus_is_compared_with_its_own_number_of_them():
     on_one = hours(plan(COCO), "base_detector")
     benchmark("coco/benchmarks/base_detector.tsv", 9 * 3600)
