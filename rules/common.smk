@@ -77,7 +77,7 @@ def option(flag, value):
 
 
 def rules_of(stage, files):
-    """The rule file of a stage: the one that imports its artifacts, if the user gives files."""
+    """Where the rules of a stage are: with the ones that import its artifacts, if files are given."""
     return f"rules/imported_{stage}.smk" if files else f"rules/{stage}.smk"
 
 
