@@ -77,7 +77,7 @@ def option(flag, value):
 
 
 def rules_of(stage, files):
-    """Where the rules of a stage are: with the ones that import its artifacts, if files are given."""
+    """The file with the rules of a stage, which imports its artifacts if the user gives files."""
     return f"rules/imported_{stage}.smk" if files else f"rules/{stage}.smk"
 
 
