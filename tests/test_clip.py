@@ -279,6 +279,7 @@ def test_a_pickle_that_would_run_code_is_refused(tiny, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_vit_b_32_by_name(tmp_path):
     with torch.device("meta"):
         model = CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu"))

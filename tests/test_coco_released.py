@@ -130,12 +130,21 @@ def test_the_released_model_is_evaluated_without_training(project):
     ("overlay", "message"),
     [
         ({"clip": {"weights": None}}, "without CLIP this is needed: text_embeddings.file"),
-        (
+        pytest.param(
             {"backbone": {"weights": None}, "proposals": {"files": {"val": "x.pkl"}}},
             "nothing to start from: give backbone.weights",
+            marks=pytest.mark.slow,
         ),
-        ({"proposals": {"files": {"test": "x.pkl"}}}, "proposals.files.test"),
-        ({"text_embeddings": {"file": "x.npy"}}, "file and classes belong together"),
+        pytest.param(
+            {"proposals": {"files": {"test": "x.pkl"}}},
+            "proposals.files.test",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"text_embeddings": {"file": "x.npy"}},
+            "file and classes belong together",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["without CLIP", "nothing to start from", "of no split", "rows without names"],
 )

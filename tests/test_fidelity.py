@@ -152,10 +152,15 @@ def test_the_inputs_are_those_the_original_was_given():
     assert digests == INPUTS
 
 
-def test_every_parameter_has_its_place(original):
+@pytest.fixture(scope="module")
+def parameters() -> set[str]:
+    """By the original's names; the detector with the recorded weights takes seconds to build."""
+    return {original_name(key) for key, _ in build_detector().named_parameters()}
+
+
+def test_every_parameter_has_its_place(original, parameters):
     """Those of the original, of their shape; its gradients' names list them all."""
-    named = {original_name(key) for key, _ in build_detector().named_parameters()}
-    assert named == {k.split("/")[1] for k in original if k.startswith("gradient_norms/")}
+    assert parameters == {k.split("/")[1] for k in original if k.startswith("gradient_norms/")}
 
 
 def test_images_and_boxes_are_shown_as_in_the_original(original):

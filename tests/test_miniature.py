@@ -93,6 +93,7 @@ def test_objects_stay_mostly_visible(scenes):
     assert LARGEST_OCCLUSION <= 0.1
 
 
+@pytest.mark.slow
 def test_all_classes_are_about_equally_frequent():
     items = Counter()
     for index in range(400):

@@ -82,6 +82,7 @@ def test_more_proposals_cost_more():
     assert many == pytest.approx(2 * few, abs=0.15)  # both are rounded
 
 
+@pytest.mark.slow
 def test_the_configured_clip_is_planned_without_its_weights():
     """ViT-L/14 needs 81.1 GMAC for a crop of 224 pixels, ViT-B/32 4.4; its space has 768 axes."""
     mine = overlay("clip: {architecture: ViT-L-14-quickgelu, weights: nowhere.pt}")

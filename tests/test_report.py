@@ -362,6 +362,7 @@ PROBE = """<script>addEventListener("load", async () => {
 })</script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 500])  # a browser's window is no narrower
 def test_a_browser_shows_every_picture_and_nothing_sticks_out(run, tmp_path, width):
     """Needs Chromium, which is installed under CI or with LPOVOD_INSTALL=1; otherwise skipped."""

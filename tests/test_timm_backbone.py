@@ -99,7 +99,14 @@ def test_maps_of_an_image_are_those_of_timm_s_model(checkpoint, name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "vgg11_bn.tv_in1k"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_convnext",
+        "test_efficientnet",
+        pytest.param("vgg11_bn.tv_in1k", marks=pytest.mark.slow),
+    ],
+)
 def test_mean_and_deviation_are_those_of_the_name(name):
     expected, normalisation = (
         timm.get_pretrained_cfg(name),
