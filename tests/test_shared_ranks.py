@@ -136,6 +136,16 @@ def test_several_ranks_learn_what_one_learns(tmp_path, optimizer, threads):
     same(fit(tmp_path / "several", threads, optimizer), expected)
 
 
+def test_parameters_keep_their_layout():
+    """Or convolutions would lose theirs, and an optimizer's state from a checkpoint be misread."""
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    before = model.weight.detach().clone()
+    with fork_ranks(2):
+        start_alike(model, torch.optim.SGD(model.parameters()), 0)
+        assert model.weight.stride() == before.stride()
+        assert torch.equal(model.weight, before)
+
+
 def test_a_gradient_that_a_rank_lacks_is_zero_and_one_that_all_lack_changes_nothing():
     def step(gradients: list[tuple[int, float]]) -> list[float]:
         """Of parameters 0 ... 3 these have these gradients; two steps, for the momentum."""
