@@ -1,6 +1,6 @@
 """Time until Snakemake knows what is stale, with as many images as COCO has.
 
-Makes a folder of small JPEG files and COCO json of COCO's size, and times two dry-runs: the first one
+Makes a folder of small JPEG files and COCO json of COCO's size, and times two dry-runs: the first
 checks the data and digests them, the second costs what every later call costs.
 
 Run as ``python -m benchmarks.sources [--train 118287] [--val 5000]``. Ends with one JSON line.
