@@ -33,6 +33,7 @@ from lpovod.config import INTERPOLATIONS, RESIZE_MODES, ClipSettings, TextEmbedd
 from lpovod.exceptions import LpovodError, existing, some
 from lpovod.formats.class_embeddings import ClassEmbeddings, clip_architecture
 from lpovod.importers.torchscript import is_torchscript, read_torchscript
+from lpovod.progress import progress
 
 # Crops per forward pass, however many a caller passes. A CPU is fastest if the activations of a
 # pass fit its caches; an accelerator needs many crops.
@@ -473,11 +474,14 @@ def embed_texts(
     Raises:
         LpovodError: if the CLIP model cannot be loaded.
     """
-    model = load_clip(clip, "cpu")
-    prompts = [template.format(name) for name in names for template in settings.templates]
-    vectors = _unit(model.encode_texts(prompts).double().numpy())
-    vectors = _unit(vectors.reshape(len(names), len(settings.templates), -1).mean(axis=1))
-    return as_class_embeddings(names, vectors, model, clip)
+    model, vectors = load_clip(clip, "cpu"), []
+    # One name at a time: the bits of a matrix product depend on its size, and a name's vector may
+    # not depend on the names beside it.
+    for name in progress(names, "text embeddings", "name"):
+        prompts = [template.format(name) for template in settings.templates]
+        units = _unit(model.encode_texts(prompts).double().numpy())
+        vectors.append(_unit(units.mean(axis=0)))
+    return as_class_embeddings(names, np.stack(vectors), model, clip)
 
 
 def as_class_embeddings(

@@ -1,8 +1,7 @@
 # Stage text_embeddings
 # IN   class names, CLIP (or, with text_embeddings.file, rows from another project)
-# OUT  safetensors: a unit vector (D,) float32 per class, keyed by name;
-#      one file for the base classes, one per novel class
-# COST seconds
+# OUT  safetensors: a unit vector (D,) float32 per class, keyed by name; base and novel classes
+# COST seconds; only names that the store lacks are embedded
 
 
 rule text_embeddings:
@@ -11,13 +10,12 @@ rule text_embeddings:
         file=given(CONFIG.text_embeddings.file),
         classes=given(CONFIG.text_embeddings.classes),
     output:
-        f"{RESULTS}/text_embeddings/{{classes}}.safetensors",
+        base=f"{RESULTS}/text_embeddings/base.safetensors",
+        novel=f"{RESULTS}/text_embeddings/novel.safetensors",
     log:
-        f"{RESULTS}/logs/text_embeddings/{{classes}}.log",
+        f"{RESULTS}/logs/text_embeddings.log",
     benchmark:
-        f"{RESULTS}/benchmarks/text_embeddings/{{classes}}.tsv"
-    wildcard_constraints:
-        classes="base|novel/[a-z0-9_]+",
+        f"{RESULTS}/benchmarks/text_embeddings.tsv"
     conda:
         ENVIRONMENT
     threads: 1
@@ -26,13 +24,14 @@ rule text_embeddings:
         runtime=grows(30),
     params:
         code=source("text_embeddings"),
-        names=names_of,
-        prompts=prompts_of,
+        classes=block("classes"),
         clip=block("clip"),
         clip_files=CLIP_DIGESTS,
         settings=block("text_embeddings"),
+        store=f"{STORE}/text_embeddings",
     message:
-        "Text embeddings of {wildcards.classes}"
+        "Text embeddings of the classes"
     shell:
-        "python -m workflow_scripts.text_embeddings --names {params.names:q}"
-        " {params.prompts} --clip {params.clip:q} --settings {params.settings:q} --output {output} 2>&1 | tee {log}"
+        "python -m workflow_scripts.text_embeddings --classes {params.classes:q}"
+        " --clip {params.clip:q} --settings {params.settings:q} --base {output.base}"
+        " --novel {output.novel} --store {params.store} --code {params.code} 2>&1 | tee {log}"

@@ -5,77 +5,69 @@ query). They are followed by objects with ``iscrowd`` 1: too uncertain for label
 to the name for negatives. As in COCO, they count as neither positive nor negative.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lpovod.exceptions import LpovodError
-from lpovod.formats.coco import CocoDataset, corners, read_dataset
+from lpovod.formats.coco import corners, read_dataset
 
 STAGE = "pseudo_labels"
-CATEGORY_ID = 1  # of the single class in a file; readers use its name instead
 
 
-def as_coco(name: str, regions: list[dict], dataset: Path, ignored: Sequence[dict] = ()) -> dict:
-    """The labels of a class, and the regions to ignore, in the layout of this stage's files."""
+@dataclass(frozen=True)
+class Retrieved:
+    """What was retrieved for one class, in COCO's annotations without ids.
+
+    Attributes:
+        regions: ``image_id``, ``bbox``, ``area``, ``score`` (objectness) and ``cosine``; best first.
+        ignored: the same of objects that are neither labels nor negatives.
+        recall: of an inexact index: the fraction of the exact regions that it returned.
+    """
+
+    regions: list[dict]
+    ignored: list[dict] = field(default_factory=list)
+    recall: float | None = None
+
+
+def as_coco(retrieved: dict[str, Retrieved], dataset: Path) -> dict:
+    """The labels of all classes, and the regions to ignore, in the layout of this stage's file."""
     images = read_dataset(dataset).images
-    marked = [(0, region) for region in regions] + [(1, region) for region in ignored]
     annotations = [
-        {"id": i, "category_id": CATEGORY_ID, "iscrowd": iscrowd, "segmentation": []}
+        {"id": 0, "category_id": category, "iscrowd": iscrowd, "segmentation": []}
         | {key: value for key, value in region.items() if key != "key"}
-        for i, (iscrowd, region) in enumerate(marked, start=1)
+        for category, of_class in enumerate(retrieved.values(), 1)
+        for iscrowd, regions in ((0, of_class.regions), (1, of_class.ignored))
+        for region in regions
     ]
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
     return {
-        "images": [images[i] for i in dict.fromkeys(r["image_id"] for _, r in marked)],
+        "images": [images[i] for i in dict.fromkeys(a["image_id"] for a in annotations)],
         "annotations": annotations,
-        "categories": [{"id": CATEGORY_ID, "name": name, "split": "novel"}],
+        "categories": [
+            {"id": category, "name": name, "split": "novel"}
+            for category, name in enumerate(retrieved, 1)
+        ],
     }
 
 
 PseudoLabels = dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]
 
 
-def read_pseudo_labels(paths: Path | Iterable[Path]) -> PseudoLabels:
-    """Read pseudo-labels: files of this stage, or the original's single file with all classes.
+def read_pseudo_labels(path: Path) -> PseudoLabels:
+    """Read pseudo-labels: this stage's file, or the original's.
 
     Returns:
-        By class name and image id: boxes (n, 4) float32 xyxy and their objectness (n,) float32.
-        Classes without labels are left out.
+        By class name, in the order of the categories, and image id: boxes (n, 4) float32 xyxy and
+        their objectness (n,) float32. Classes without labels are left out.
 
     Raises:
-        LpovodError: if a file is not a COCO json, a label has no score, or two files have the same
-            class.
+        LpovodError: if the file is not a COCO json, or a label has no score.
     """
-    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
-    pseudo_labels: PseudoLabels = {}
-    source: dict[str, Path] = {}
-    for path in paths:
-        content = read_dataset(path)
-        for name, images in _by_class(content).items():
-            if name in source:
-                raise LpovodError(f"class {name!r} is both in {source[name]} and in {path}")
-            pseudo_labels[name], source[name] = images, path
-    return pseudo_labels
-
-
-def read_ignored(paths: Iterable[Path]) -> dict[int, np.ndarray]:
-    """Boxes (n, 4) float32 xyxy, by image id, of objects that are not negatives of any class.
-
-    Args:
-        paths: files of this stage.
-    """
-    by_image: dict[int, list[np.ndarray]] = defaultdict(list)
-    for path in paths:
-        for image_id, annotations in read_dataset(path).annotations.items():
-            if ignored := [a for a in annotations if a.get("iscrowd", 0)]:
-                by_image[image_id].append(_boxes(ignored)[0])
-    return {image_id: np.concatenate(boxes) for image_id, boxes in by_image.items()}
-
-
-def _by_class(content: CocoDataset) -> PseudoLabels:
-    grouped: dict[str, dict[int, list[dict]]] = {}
+    content = read_dataset(path)
+    grouped: dict[int, dict[int, list[dict]]] = {category: {} for category in content.categories}
     for image_id, annotations in content.annotations.items():
         for annotation in annotations:
             if annotation.get("iscrowd", 0):
@@ -85,12 +77,21 @@ def _by_class(content: CocoDataset) -> PseudoLabels:
                     f"{content.path}: annotation {annotation['id']} has no score: the file does "
                     f"not hold pseudo-labels, which stage {STAGE} writes"
                 )
-            name = content.categories[annotation["category_id"]]["name"]
-            grouped.setdefault(name, {}).setdefault(image_id, []).append(annotation)
+            grouped[annotation["category_id"]].setdefault(image_id, []).append(annotation)
     return {
-        name: {image_id: _boxes(labels) for image_id, labels in images.items()}
-        for name, images in grouped.items()
+        content.categories[category]["name"]: {i: _boxes(labels) for i, labels in images.items()}
+        for category, images in grouped.items()
+        if images
     }
+
+
+def read_ignored(path: Path) -> dict[int, np.ndarray]:
+    """Boxes (n, 4) float32 xyxy, by image id, of objects that are not negatives of any class."""
+    by_image = {}
+    for image_id, annotations in read_dataset(path).annotations.items():
+        if ignored := [a for a in annotations if a.get("iscrowd", 0)]:
+            by_image[image_id] = _boxes(ignored)[0]
+    return by_image
 
 
 def _boxes(labels: list[dict]) -> tuple[np.ndarray, np.ndarray]:

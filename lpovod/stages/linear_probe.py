@@ -16,14 +16,38 @@ from pathlib import Path
 
 import numpy as np
 
-from lpovod.artifacts import check_made_from, identity, write_tensors
+from lpovod.artifacts import identity, write_tensors
 from lpovod.config import LinearProbeSettings
 from lpovod.exceptions import LpovodError
+from lpovod.formats.image_features import ImageFeatures
 from lpovod.formats.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
-from lpovod.formats.regions import RegionStore
 from lpovod.overlaps import overlapping, overlaps
 from lpovod.progress import log, progress
 from lpovod.schedule import rate_at
+
+FEATURE_BYTES = 1 << 30
+"""Features that stay in memory; beyond it they are read from the files in every epoch."""
+
+
+class Memory:
+    """Features of images, read when they are needed; a limited number of bytes stays in memory."""
+
+    def __init__(self, features: ImageFeatures, limit: int = FEATURE_BYTES):
+        self._features, self._left = features, limit
+        self._kept: dict[int, np.ndarray] = {}
+
+    def boxes(self, image_id: int) -> np.ndarray:
+        """(n, 4) float32 xyxy."""
+        return self._features.read(image_id)["box"]
+
+    def feature(self, image_id: int) -> np.ndarray:
+        """(n, dimension) float16."""
+        if image_id in self._kept:
+            return self._kept[image_id]
+        feature = self._features.read(image_id)["feature"]
+        if feature.nbytes <= self._left:
+            self._kept[image_id], self._left = feature, self._left - feature.nbytes
+        return feature
 
 
 @dataclass(frozen=True)
@@ -31,13 +55,21 @@ class Candidates:
     """The candidate regions of one image.
 
     Attributes:
-        feature: (n, dimension) float32, from the region head.
+        memory: that reads their features.
+        image_id: of the image.
+        rows: (n,) their rows among the image's features.
         label: (n,) class of the pseudo-label that the region overlaps most, if their IoU is 0.5 or
             more; otherwise -1.
     """
 
-    feature: np.ndarray
+    memory: Memory
+    image_id: int
+    rows: np.ndarray
     label: np.ndarray
+
+    def feature(self, selected: np.ndarray) -> np.ndarray:
+        """Features of some candidates, (m, dimension) float32."""
+        return self.memory.feature(self.image_id)[self.rows[selected]].astype(np.float32)
 
     @cached_property
     def positive(self) -> np.ndarray:
@@ -51,7 +83,7 @@ class Candidates:
 
 
 def train_linear_probe(
-    pseudo_labels: list[Path],
+    pseudo_labels: Path,
     region_features: list[Path],
     settings: LinearProbeSettings,
     seed: int,
@@ -60,9 +92,8 @@ def train_linear_probe(
     """Train the novel classes' weights.
 
     Args:
-        pseudo_labels: one json per class.
-        region_features: one store per class, in the same order, with the features of the regions in
-            the images that the class retrieved.
+        pseudo_labels: json of all classes.
+        region_features: folders that together hold the images that the classes retrieved.
         settings: sampling and schedule.
         seed: seed of the order of images and of sampling.
         output: safetensors, {class name: (dimension,) float32}.
@@ -70,24 +101,18 @@ def train_linear_probe(
     Raises:
         LpovodError: if features and pseudo-labels do not belong together.
     """
-    made_from, detectors = {}, set()
-    for labels, features in zip(pseudo_labels, region_features, strict=True):
-        store = RegionStore(features, "region_features")
-        check_made_from(features, store.identity, "pseudo_labels", labels)
-        detectors.add(store.identity["inputs"]["detector"])
-        made_from[f"pseudo_labels_{labels.stem}"] = labels
-    if len(detectors) != 1:
-        raise LpovodError(f"{region_features[0]} and the others come from different detectors")
+    features = ImageFeatures(region_features)
     retrieved = read_pseudo_labels(pseudo_labels)
-    names = list(retrieved)
-    images = gather_candidates(retrieved, read_ignored(pseudo_labels), region_features)
-    weights = fit(list(images.values()), len(names), settings, seed)
-    ident = identity("linear_probe", settings, detector=detectors.pop(), **made_from)
-    write_tensors(output, dict(zip(names, weights, strict=True)), ident | {"seed": seed})
+    images = gather_candidates(retrieved, read_ignored(pseudo_labels), features)
+    weights = fit(list(images.values()), len(retrieved), settings, seed)
+    ident = identity(
+        "linear_probe", settings, detector=features.detector, pseudo_labels=pseudo_labels
+    )
+    write_tensors(output, dict(zip(retrieved, weights, strict=True)), ident | {"seed": seed})
 
 
 def gather_candidates(
-    retrieved: PseudoLabels, ignored: dict[int, np.ndarray], region_features: list[Path]
+    retrieved: PseudoLabels, ignored: dict[int, np.ndarray], features: ImageFeatures
 ) -> dict[int, Candidates]:
     """Candidates of every image with a retrieved region, labelled by all classes.
 
@@ -95,29 +120,33 @@ def gather_candidates(
         retrieved: result of `read_pseudo_labels`.
         ignored: result of `read_ignored`; a region that overlaps one of these boxes is a candidate
             only if it is a positive.
-        region_features: stores that together hold those images.
+        features: of those images.
 
     Returns:
         Candidates by image id, in ascending order.
+
+    Raises:
+        LpovodError: if the features lack an image, or a retrieved region.
     """
     objects: dict[int, list[tuple[int, np.ndarray]]] = {}
     for label, of_image in enumerate(retrieved.values()):
         for image_id, (boxes, _) in of_image.items():
             objects.setdefault(image_id, []).append((label, boxes))
-    stores = [RegionStore(path, "region_features") for path in region_features]
-    candidates = {}
+    candidates, memory = {}, Memory(features)
     for image_id, labelled in sorted(objects.items()):
-        regions = [s.read(image_id, ["feature"]) for s in stores if image_id in s]
-        # The proposals of an image that two classes retrieved are in both stores: use each once.
-        box, rows = np.unique(np.concatenate([r.box for r in regions]), axis=0, return_index=True)
-        feature = np.concatenate([r["feature"] for r in regions])[rows].astype(np.float32)
+        box, rows = np.unique(memory.boxes(image_id), axis=0, return_index=True)
         boxes = np.concatenate([b for _, b in labelled])
         labels = np.array([label for label, b in labelled for _ in b])
         iou = overlaps(box, boxes)[0]
+        if not (iou == 1).any(axis=0).all():
+            raise LpovodError(
+                f"image {image_id}: a retrieved region has no features. Make them again: snakemake "
+                "--forcerun retrieved_region_features"
+            )
         label = np.where(iou.max(axis=1) >= 0.5, labels[iou.argmax(axis=1)], -1)
         ignored_boxes = ignored.get(image_id, np.empty((0, 4), np.float32))
         usable = (label >= 0) | ~overlapping(box, ignored_boxes)
-        candidates[image_id] = Candidates(feature[usable], label[usable])
+        candidates[image_id] = Candidates(memory, image_id, rows[usable], label[usable])
     return candidates
 
 
@@ -139,7 +168,8 @@ def fit(
         LpovodError: if training diverges.
     """
     random = np.random.default_rng(seed)
-    weights = np.zeros((classes, images[0].feature.shape[1]), np.float32)
+    dimension = images[0].feature(np.arange(0)).shape[1]
+    weights = np.zeros((classes, dimension), np.float32)
     velocity, loss = np.zeros_like(weights), 0.0
     per_epoch = -(-len(images) // settings.images_per_step)
     steps = [
@@ -174,7 +204,7 @@ def draw(
         limit = settings.negatives_per_positive * max(1, len(positive))
         limit = min(limit, settings.samples_per_image - len(positive))
         rows = np.concatenate([positive, take(image.negative, limit, random)])
-        features.append(image.feature[rows])
+        features.append(image.feature(rows))
         labels.append(image.label[rows])
     return np.concatenate(features), np.concatenate(labels)
 

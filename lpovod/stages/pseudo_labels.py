@@ -1,121 +1,195 @@
-"""Stage `pseudo_labels`: the regions most similar to a novel class's name become its labels.
+"""Stage `pseudo_labels`: the training regions most similar to each novel name.
 
-One file per class (`lpovod.formats.pseudo_labels`). Needs no torch.
+Retrieval is exact: it computes the cosine of every stored region with every query, in one pass over
+the index for all classes (and a second one for `pseudo_labels.ignored`). What was retrieved for a
+class is kept in a store under all that shaped it, so a class that is added is searched alone.
+Needs no torch.
 """
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from lpovod.artifacts import fingerprint, identity, write_json
 from lpovod.config import PseudoLabelsSettings
-from lpovod.exceptions import LpovodError
-from lpovod.formats.class_embeddings import read_text_embeddings
+from lpovod.exceptions import LpovodError, some
+from lpovod.formats.class_embeddings import ClassEmbeddings, read_text_embeddings
 from lpovod.formats.index import RegionIndex, open_index
-from lpovod.formats.pseudo_labels import STAGE, as_coco
+from lpovod.formats.pseudo_labels import STAGE, Retrieved, as_coco
 from lpovod.formats.regions import RegionStore, open_shards
+from lpovod.formats.store import Store, key_of
 from lpovod.overlaps import overlaps
 from lpovod.progress import log
 from lpovod.search import apart, check_belong, queries, top_regions
 
 SAME = 0.6  # two regions show one object if they share this fraction of either's area, or more
+LISTED = 30  # classes with a line of their own in the log
 
 
 def retrieve(
-    name: str,
-    text_embeddings: list[Path],
+    names: list[str],
+    text_embeddings: Path,
     base_text_embeddings: Path,
     index: Path,
     shards: list[Path],
     dataset: Path,
     settings: PseudoLabelsSettings,
     output: Path,
+    store: Path,
+    code: str,
 ) -> None:
-    """Write the top K regions by cosine with a class's query, above the objectness floor.
+    """Write the top K regions by cosine with the query of each class, above the objectness floor.
 
     With an exact index (Flat, SQfp16) the result is the exact top K of all regions; equal cosines
     are ordered by image id and position in the image. With any other index, ``info`` has
-    ``recall``: the fraction of the exact top K that the index returns. One image may contribute
-    several regions, unless the settings limit them.
+    ``recall``: for each class, the fraction of the exact top K that the index returns. One image may
+    contribute several regions, unless the settings limit them.
 
     Args:
-        name: the class.
-        text_embeddings: files, one of which holds the class.
+        names: the novel classes.
+        text_embeddings: file of the novel classes.
         base_text_embeddings: file of the base classes; a centred query subtracts their mean.
         index: file of stage `region_index`.
         shards: all files of stage `region_embeddings`.
-        dataset: json of the training images.
+        dataset: json with the training images.
         settings: K, the floor, the query, and how different the regions must be.
-        output: COCO json.
+        output: COCO json, a category for each class in the order of the names.
+        store: folder of what was retrieved so far.
+        code: digest of the source code; what different code retrieved is retrieved again.
 
     Raises:
-        LpovodError: if the class has no embedding, the files do not belong together, or no region
+        LpovodError: if a class has no embedding, the files do not belong together, or no region
             reaches the floor.
     """
-    classes = read_text_embeddings(text_embeddings)
-    if name not in classes.names:
-        raise LpovodError(f"class {name!r} has no text embedding; available: {classes.names}")
-    base = read_text_embeddings([base_text_embeddings])
-    vector = classes.vectors[classes.names.index(name)]
-    store, region_index = open_shards(shards), open_index(index)
-    check_belong([classes, base], store, region_index, dataset)
-    (vector,) = queries(vector[None], base.vectors, settings)
-    (regions,) = top_regions(region_index, store, vector[None], settings)
-    if not regions:
-        raise LpovodError(
-            f"class {name!r}: none of {len(store)} regions has an objectness of "
-            f"{settings.objectness}. Lower pseudo_labels.objectness"
-        )
-    if len(regions) < settings.k:
-        log.warning(
-            f"class {name!r}: {len(regions)} regions instead of {settings.k}; no others have an "
-            f"objectness of {settings.objectness} (pseudo_labels.objectness) and differ enough "
-            "(per_image, nms)"
-        )
+    classes, base = (read_text_embeddings(p) for p in (text_embeddings, base_text_embeddings))
+    regions, region_index = open_shards(shards), open_index(index)
+    check_belong([classes, base], regions, region_index, dataset)
+    vectors = _vectors(names, classes, base, settings)
+    retrieved = retrieve_regions(vectors, region_index, regions, settings, store, code)
     ident = identity(
         STAGE,
         settings,
         dataset=dataset,
         region_index=fingerprint(region_index.identity),
-        query=_digest(vector),
+        queries=_digest(np.stack(list(vectors.values()))),
     )
     info: dict = {"identity": ident}
     if not region_index.exact:
-        (exact,) = top_regions(region_index, store, vector[None], settings, exact=True)
-        hits = {r["key"] for r in regions} & {r["key"] for r in exact}
-        info["recall"] = len(hits) / len(exact)
-        log.info(f"{name}: recall {info['recall']:.3f} of the exact top {len(exact)}")
-    ignored = []
-    if settings.ignored:
-        ignored = _further_objects(region_index, store, vector, settings, regions)
-    write_json(output, as_coco(name, regions, dataset, ignored) | {"info": info})
-    images, cosines = {r["image_id"] for r in regions}, [r["cosine"] for r in regions]
-    log.info(
-        f"{name}: {len(regions)} regions of {len(images)} images, "
-        f"cosine {cosines[0]:.4f} ... {cosines[-1]:.4f}"
-    )
+        info["recall"] = {name: of_class.recall for name, of_class in retrieved.items()}
+    write_json(output, as_coco(retrieved, dataset) | {"info": info})
 
 
-def _further_objects(
+def retrieve_regions(
+    vectors: dict[str, np.ndarray],
     index: RegionIndex,
-    store: RegionStore,
-    vector: np.ndarray,
+    regions: RegionStore,
     settings: PseudoLabelsSettings,
-    regions: list[dict],
-) -> list[dict]:
+    store: Path,
+    code: str,
+) -> dict[str, Retrieved]:
+    """The regions of each class; only those that the store lacks are searched for.
+
+    Args:
+        vectors: (D,) query of each class by name.
+        index: of the training regions.
+        regions: the shards that the index was made from.
+        settings: K, the floor, and how different the regions must be.
+        store: folder of what was retrieved so far.
+        code: digest of the source code.
+
+    Raises:
+        LpovodError: if no region reaches the floor.
+    """
+    shape = {
+        "code": code,
+        "index": fingerprint(index.identity),
+        "settings": settings.model_dump(exclude={"file", "centred"}),
+    }
+    kept = Store(store, STAGE)
+    keys = {name: key_of(query=_digest(v), **shape) for name, v in vectors.items()}
+    stored = {name: kept.json(key) for name, key in keys.items()}
+    missing = [name for name, content in stored.items() if content is None]
+    log.info(f"{len(vectors)} classes: {len(missing)} to search for in {len(index.keys)} regions")
+    if missing:
+        made = _search(index, regions, np.stack([vectors[n] for n in missing]), settings)
+        for name, of_class in zip(missing, made, strict=True):
+            stored[name] = asdict(of_class)
+            kept.put_json(keys[name], stored[name])
+    retrieved = {name: Retrieved(**stored[name]) for name in vectors}
+    _report(retrieved, settings)
+    return retrieved
+
+
+def _search(
+    index: RegionIndex, regions: RegionStore, vectors: np.ndarray, settings: PseudoLabelsSettings
+) -> list[Retrieved]:
+    best = top_regions(index, regions, vectors, settings)
+    if not all(best):
+        raise LpovodError(
+            f"none of {len(regions)} regions has an objectness of {settings.objectness}. Lower "
+            "pseudo_labels.objectness"
+        )
+    recall: list[float | None] = [None] * len(best)
+    if not index.exact:
+        exact = top_regions(index, regions, vectors, settings, exact=True)
+        recall = [_share(*pair) for pair in zip(best, exact, strict=True)]
+    ignored: list[list[dict]] = [[] for _ in best]
+    if settings.ignored:
+        without_floor = PseudoLabelsSettings(k=settings.ignored, objectness=0)
+        similar = top_regions(index, regions, vectors, without_floor)
+        ignored = [_further_objects(*pair) for pair in zip(similar, best, strict=True)]
+    return [Retrieved(*parts) for parts in zip(best, ignored, recall, strict=True)]
+
+
+def _share(regions: list[dict], exact: list[dict]) -> float:
+    return len({r["key"] for r in regions} & {r["key"] for r in exact}) / len(exact)
+
+
+def _further_objects(similar: list[dict], labels: list[dict]) -> list[dict]:
     """The objects to ignore: the most similar regions, without further boxes on the same object.
 
     Parts of a labelled or ignored object, and boxes around it, stay negatives: the probe must learn
     that they are badly placed.
     """
-    without_floor = PseudoLabelsSettings(k=settings.ignored, objectness=0)
-    (similar,) = top_regions(index, store, vector[None], without_floor)
-    return list(apart(similar, _same_object, regions))
+    return list(apart(similar, _same_object, labels))
 
 
 def _same_object(box: np.ndarray, others: np.ndarray) -> bool:
     return max(shared.max() for shared in overlaps(box, others)) >= SAME
+
+
+def _vectors(
+    names: list[str],
+    classes: ClassEmbeddings,
+    base: ClassEmbeddings,
+    settings: PseudoLabelsSettings,
+) -> dict[str, np.ndarray]:
+    if absent := [name for name in names if name not in classes.names]:
+        raise LpovodError(
+            f"class {absent[0]!r} has no text embedding; available: {some(classes.names)}"
+        )
+    rows = {name: classes.vectors[classes.names.index(name)] for name in names}
+    return {name: queries(row[None], base.vectors, settings)[0] for name, row in rows.items()}
+
+
+def _report(retrieved: dict[str, Retrieved], settings: PseudoLabelsSettings) -> None:
+    few = [name for name, of_class in retrieved.items() if len(of_class.regions) < settings.k]
+    if few:
+        log.warning(
+            f"fewer than {settings.k} regions: {some(few)}; no others have an objectness of "
+            f"{settings.objectness} (pseudo_labels.objectness) and differ enough (per_image, nms)"
+        )
+    for name, of_class in list(retrieved.items())[:LISTED]:
+        images, regions = {r["image_id"] for r in of_class.regions}, of_class.regions
+        line = f"{name}: {len(regions)} regions of {len(images)} images, cosine "
+        line += f"{regions[0]['cosine']:.4f} ... {regions[-1]['cosine']:.4f}"
+        if of_class.recall is not None:
+            line += f", recall {of_class.recall:.3f} of the exact ones"
+        log.info(line)
+    if len(retrieved) > LISTED:
+        log.info(f"... and {len(retrieved) - LISTED} classes more")
 
 
 def _digest(vector: np.ndarray) -> str:

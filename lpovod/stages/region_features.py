@@ -6,19 +6,23 @@ further pass of the backbone. A region store with the columns ``feature`` (regio
 pixels of the original image).
 """
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lpovod.artifacts import Identity, identity
+from lpovod.artifacts import identity
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
 from lpovod.formats.coco import CocoDataset, read_dataset
-from lpovod.formats.pseudo_labels import read_pseudo_labels
-from lpovod.formats.regions import RegionWriter, read_proposals, write_regions
+from lpovod.formats.image_features import STAGE, link_images
+from lpovod.formats.pseudo_labels import PseudoLabels, read_pseudo_labels
+from lpovod.formats.regions import Regions, read_proposals, write_regions
+from lpovod.formats.store import Store, key_of
 from lpovod.networks.detector import Detector
 from lpovod.networks.detector_inference import load_detector, refine
-from lpovod.progress import progress
+from lpovod.progress import log, progress
 from lpovod.views import LoadedView, batch, inference_views
 
 
@@ -48,12 +52,13 @@ def extract_split(
     store = read_proposals(proposals, dataset)
     regions = {}
     for image_id in data.images:
-        found = store.read(image_id)
-        regions[image_id] = (found.box, found.objectness)
-    made_from = identity(
-        "region_features", None, dataset=dataset, proposals=proposals, detector=detector
-    )
-    _extract(data, regions, detector, backbone, base_detector, settings, output, device, made_from)
+        proposed = store.read(image_id)
+        regions[image_id] = (proposed.box, proposed.objectness)
+    made_from = identity(STAGE, None, dataset=dataset, proposals=proposals, detector=detector)
+    model = load_detector(detector, backbone, base_detector)[0].to(device)
+    with write_regions(output, made_from) as writer:
+        for image_id, arrays in _extract(data, regions, model, backbone, settings, device):
+            writer.add(image_id, **arrays)
 
 
 def extract_retrieved(
@@ -64,97 +69,120 @@ def extract_retrieved(
     backbone: BackboneSettings,
     base_detector: BaseDetectorSettings,
     settings: RegionFeaturesSettings,
+    shard: int,
     output: Path,
+    store: Path,
+    code: str,
     device: str = "cpu",
 ) -> None:
-    """Features of the regions that one novel class is learned from.
+    """Features of the regions that the novel classes are learned from.
 
-    These are its pseudo-labels, and all proposals of the images they lie in: the linear probe's
-    candidates for positives and negatives.
+    These are the pseudo-labels, and all proposals of the images they lie in: the linear probe's
+    candidates for positives and negatives. An image goes through the detector once, whatever number
+    of classes retrieved it; what the store holds is not made again.
 
     Args:
-        dataset: train.json.
+        dataset: json with the training images.
         proposals: of the same images.
-        pseudo_labels: json of one class.
+        pseudo_labels: json of all classes.
         detector: the trained base detector.
         backbone: as the detector was trained with.
         base_detector: as the detector was trained with.
         settings: of this stage.
-        output: the region store, with the images of the pseudo-labels alone.
+        shard: number of the shard, from 0.
+        output: folder with a file for each image (`lpovod.formats.image_features`).
+        store: folder of the features made so far.
+        code: digest of the source code; features made by different code are made again.
         device: where to run.
     """
-    data = read_dataset(dataset)
-    store = read_proposals(proposals, dataset)
-    regions = {}
-    for labels in read_pseudo_labels([pseudo_labels]).values():
-        for image_id, (boxes, scores) in labels.items():
-            found = store.read(image_id)
-            # Pseudo-labels come first, as annotated boxes do among the candidates of training.
-            regions[image_id] = (
-                np.concatenate([boxes, found.box]),
-                np.concatenate([scores, found.objectness]).astype(np.float32),
-            )
+    data, regions = read_dataset(dataset), read_proposals(proposals, dataset)
+    labels = read_pseudo_labels(pseudo_labels)
+    image_ids = sorted({i for images in labels.values() for i in images})[shard :: settings.shards]
+    wanted = {i: _candidates(regions.read(i), labels, i) for i in image_ids}
     made_from = identity(
-        "region_features",
-        None,
+        STAGE,
+        {"backbone": backbone.model_dump(mode="json"), "batch_size": settings.batch_size}
+        | {"base_detector": base_detector.model_dump(mode="json"), "device": device, "code": code},
         dataset=dataset,
-        proposals=proposals,
         detector=detector,
-        pseudo_labels=pseudo_labels,
     )
-    _extract(data, regions, detector, backbone, base_detector, settings, output, device, made_from)
+    kept = Store(store, STAGE)
+    keys = {i: key_of(made_from=made_from, image=i, regions=_digest(*wanted[i])) for i in image_ids}
+    missing = {i: wanted[i] for i in image_ids if kept.tensors(keys[i]) is None}
+    log.info(f"{len(image_ids)} images retrieved: {len(missing)} to go through the detector")
+    if missing:
+        model = load_detector(detector, backbone, base_detector)[0].to(device)
+        for image_id, arrays in _extract(data, missing, model, backbone, settings, device):
+            kept.put_tensors(keys[image_id], arrays, made_from | {"image_id": image_id})
+    link_images({i: kept.tensors_path(keys[i]) for i in image_ids}, output)
 
 
-@torch.inference_mode()
+def _candidates(
+    regions: Regions, labels: PseudoLabels, image_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and objectness of an image's proposals, after those of labels that are none of them."""
+    retrieved = [images[image_id] for images in labels.values() if image_id in images]
+    boxes = np.concatenate([boxes for boxes, _ in retrieved])
+    scores = np.concatenate([scores for _, scores in retrieved])
+    # Retrieved regions are proposals; imported ones need not be.
+    known = {box.tobytes() for box in regions.box}
+    others = [n for n, box in enumerate(boxes) if box.tobytes() not in known]
+    return (
+        np.concatenate([boxes[others], regions.box]),
+        np.concatenate([scores[others], regions.objectness]).astype(np.float32),
+    )
+
+
+def _digest(box: np.ndarray, objectness: np.ndarray) -> str:
+    return hashlib.sha256(box.tobytes() + objectness.tobytes()).hexdigest()
+
+
 def _extract(
     data: CocoDataset,
     regions: dict[int, tuple[np.ndarray, np.ndarray]],
-    detector: Path,
+    model: Detector,
     backbone: BackboneSettings,
-    base_detector: BaseDetectorSettings,
     settings: RegionFeaturesSettings,
-    output: Path,
     device: str,
-    made_from: Identity,
-) -> None:
-    model, _ = load_detector(detector, backbone, base_detector)
-    model = model.to(device)
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The arrays of each image (`lpovod.formats.image_features`), in the order of the ids."""
     views = inference_views(
         data, sorted(regions), backbone.short_side, backbone.long_side, settings.batch_size
     )
-    with (
-        write_regions(output, made_from) as writer,
-        progress(None, "region features", "image", len(regions)) as bar,
-    ):
+    with progress(None, "region features", "image", len(regions)) as bar:
         for shown in views:
-            _write_batch(model, data, shown, regions, writer, device)
+            yield from _arrays(model, data, shown, regions, settings.batch_size, device)
             bar.update(len(shown))
 
 
-def _write_batch(
+@torch.inference_mode()
+def _arrays(
     model: Detector,
     data: CocoDataset,
     views: list[LoadedView],
     regions: dict[int, tuple[np.ndarray, np.ndarray]],
-    writer: RegionWriter,
+    batch_size: int,
     device: str,
-) -> None:
-    images = batch(views, device, model.backbone.normalisation, pad_with_black=True)
+) -> list[tuple[int, dict[str, np.ndarray]]]:
+    # The bits of a convolution or a matrix product depend on its size. So that an image's features
+    # do not depend on the images beside it, all batches are full, and heads see one image at a time.
+    full = [*views, *[views[-1]] * (batch_size - len(views))]
+    images = batch(full, device, model.backbone.normalisation, pad_with_black=True)
     pyramid = model.pyramid(images)
-    boxes = [v.to_view(regions[v.view.image_id][0]).to(device) for v in views]
-    outputs = model.extract(model.pool(pyramid, boxes))
-    start = 0
-    for view, box in zip(views, boxes, strict=True):
-        image_id, rows = view.view.image_id, slice(start, start + len(box))
-        size = data.images[image_id]
-        refined = refine(box, outputs.deltas[rows], view.scale, (size["height"], size["width"]))
-        given, objectness = regions[image_id]
-        writer.add(
-            image_id,
-            given,
-            objectness,
-            feature=outputs.feature[rows].half().cpu().numpy(),
-            embedding=outputs.embedding[rows].half().cpu().numpy(),
-            refined=refined.float().cpu().numpy(),
-        )
-        start += len(box)
+    arrays = []
+    for number, view in enumerate(views):
+        image_id = view.view.image_id
+        boxes, objectness = regions[image_id]
+        box, size = view.to_view(boxes).to(device), data.images[image_id]
+        levels = [level[number : number + 1] for level in pyramid]
+        outputs = model.extract(model.pool(levels, [box]))
+        refined = refine(box, outputs.deltas, view.scale, (size["height"], size["width"]))
+        of_image = {
+            "box": boxes,
+            "objectness": objectness,
+            "feature": outputs.feature.half().cpu().numpy(),
+            "embedding": outputs.embedding.half().cpu().numpy(),
+            "refined": refined.float().cpu().numpy(),
+        }
+        arrays.append((image_id, of_image))
+    return arrays

@@ -1,56 +1,116 @@
-"""Stage `text_embeddings`: a unit vector for each class name, keyed by the name."""
+"""Stage `text_embeddings`: a unit vector for each class name, keyed by the name.
+
+All classes are embedded at once, and each vector is kept in a store under what shaped it: a class
+that is added costs one name.
+"""
 
 from pathlib import Path
 
 import numpy as np
 
-from lpovod.artifacts import identity, write_tensors
+from lpovod.artifacts import identity, sha256, write_tensors
 from lpovod.clip import as_class_embeddings, embed_texts, load_clip
-from lpovod.config import ClipSettings, TextEmbeddingsSettings
+from lpovod.config import ClassSettings, ClipSettings, TextEmbeddingsSettings
 from lpovod.exceptions import LpovodError
-from lpovod.formats.class_embeddings import STAGE, ClassEmbeddings
+from lpovod.formats.class_embeddings import STAGE, ClassEmbeddings, clip_architecture
+from lpovod.formats.store import Store, key_of
 from lpovod.importers.text_rows import check_rows, read_rows
 from lpovod.progress import log
 
 
 def embed_classes(
-    names: list[str],
+    classes: ClassSettings,
     clip: ClipSettings,
     settings: TextEmbeddingsSettings,
-    output: Path,
-    prompts: dict[str, str] | None = None,
+    base: Path,
+    novel: Path,
+    store: Path,
+    code: str,
 ) -> None:
-    """Embed class names and write ``{name: (D,) float32}`` with its identity.
+    """Embed the class names and write ``{name: (D,) float32}`` with its identity, for each split.
 
-    The vectors are CLIP's embeddings of the names, or rows of `settings.file`.
+    The vectors are CLIP's embeddings of the names, or of the words that stand for them, or rows of
+    `settings.file`.
 
     Args:
-        names: the classes.
+        classes: names, and the words that take their place in the templates.
         clip: the model.
         settings: templates, or the file of imported rows.
-        output: safetensors.
-        prompts: by name, the words that take its place in the templates.
+        base: output of the base classes.
+        novel: output of the novel classes.
+        store: folder of the vectors made so far.
+        code: digest of the source code; a vector made by different code is made again.
 
     Raises:
         LpovodError: if the CLIP model cannot be loaded, or the file's rows do not fit the classes.
     """
+    names = [*classes.base, *classes.novel]
     inputs: dict[str, Path | str] = {}
     if settings.file is None or settings.classes is None:
-        words = [(prompts or {}).get(name, name) for name in names]
-        classes, source = embed_texts(words, clip, settings), f"{len(settings.templates)} prompts"
+        embedded = embed_names(names, classes.prompts, clip, settings, store, code)
     else:
-        classes = _embeddings_of_file(names, clip, settings.file, settings.classes)
-        source = str(settings.file)
+        embedded = _embeddings_of_file(names, clip, settings.file, settings.classes)
         inputs |= {"file": settings.file, "classes": settings.classes}
+        log.info(f"{len(names)} classes: rows of {settings.file}")
     inputs |= {
-        "clip_weights": classes.clip_weights,
-        "clip_architecture": classes.clip_architecture,
+        "clip_weights": embedded.clip_weights,
+        "clip_architecture": embedded.clip_architecture,
     }
     if clip.weights is not None and clip.vocabulary is not None:
         inputs["vocabulary"] = clip.vocabulary
-    ident = identity(STAGE, settings, **inputs) | {"logit_scale": classes.logit_scale}
-    write_tensors(output, dict(zip(names, classes.vectors, strict=True)), ident)
-    log.info(f"{len(names)} classes, {source}: {output}")
+    ident = identity(STAGE, settings, **inputs) | {"logit_scale": embedded.logit_scale}
+    vectors = dict(zip(names, embedded.vectors, strict=True))
+    for output, of_split in ((base, classes.base), (novel, classes.novel)):
+        write_tensors(output, {name: vectors[name] for name in of_split}, ident)
+
+
+def embed_names(
+    names: list[str],
+    prompts: dict[str, str],
+    clip: ClipSettings,
+    settings: TextEmbeddingsSettings,
+    store: Path,
+    code: str,
+) -> ClassEmbeddings:
+    """CLIP's embeddings of class names; only those that the store lacks are made.
+
+    Args:
+        names: the classes.
+        prompts: by name, the words that take its place in the templates.
+        clip: the model.
+        settings: the templates.
+        store: folder of the vectors made so far.
+        code: digest of the source code.
+    """
+    assert clip.weights is not None, "names are embedded by a CLIP"
+    architecture = clip_architecture(clip)
+    shape = {
+        "code": code,
+        "weights": sha256(clip.weights),
+        "architecture": sha256(architecture) if isinstance(architecture, Path) else architecture,
+        "vocabulary": sha256(clip.vocabulary) if clip.vocabulary else None,
+        "pretrained": clip.pretrained,
+        "templates": settings.templates,
+    }
+    kept, words = Store(store, STAGE), {name: prompts.get(name, name) for name in names}
+    keys = {name: key_of(words=words[name], **shape) for name in names}
+    vectors = {name: kept.tensors(key) for name, key in keys.items()}
+    missing = [name for name in names if vectors[name] is None]
+    log.info(f"{len(names)} classes, {len(settings.templates)} prompts each: {len(missing)} new")
+    if missing:
+        made = embed_texts([words[name] for name in missing], clip, settings)
+        ident = identity(STAGE, settings) | {"logit_scale": made.logit_scale}
+        for name, vector in zip(missing, made.vectors, strict=True):
+            kept.put_tensors(keys[name], {"vector": vector}, ident)
+            vectors[name] = ({"vector": vector}, ident)
+    (_, ident) = vectors[names[0]]
+    return ClassEmbeddings(
+        names,
+        np.stack([vectors[name][0]["vector"] for name in names]),
+        ident["logit_scale"],
+        shape["weights"],
+        shape["architecture"],
+    )
 
 
 def _embeddings_of_file(
