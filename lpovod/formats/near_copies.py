@@ -43,9 +43,7 @@ def groups(paths: list[Path]) -> list[list[int]]:
 
     for row, place in enumerate(known):
         assert thumbnails is not None
-        near = np.flatnonzero(
-            np.bitwise_count(hashes[row + 1 :] ^ hashes[row]) <= LARGEST_DISTANCE
-        )
+        near = np.flatnonzero(np.bitwise_count(hashes[row + 1 :] ^ hashes[row]) <= LARGEST_DISTANCE)
         difference = np.abs(thumbnails[near + row + 1] - thumbnails[row]).mean(axis=(1, 2, 3))
         for other in near[difference <= LARGEST_DIFFERENCE] + row + 1:
             first, second = sorted((head(place), head(known[int(other)])))
