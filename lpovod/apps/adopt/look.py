@@ -292,8 +292,8 @@ def _coco_splits(folder: Path, files: list[Path], named: bool) -> dict[str, Path
     by_split: dict[str, list[Path]] = defaultdict(list)
     for path in files:
         words = "".join(c if c.isalpha() else " " for c in path.stem.lower()).split()
-        named = [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
-        by_split[named[0] if named else split_of(path, folder)].append(path)
+        stated = [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
+        by_split[stated[0] if stated else split_of(path, folder)].append(path)
     clear = {split: paths[0] for split, paths in by_split.items() if split and len(paths) == 1}
     if "train" in clear and len(clear) == len(by_split):
         return {split: clear[split] for split in ("train", "val", "test") if split in clear}
