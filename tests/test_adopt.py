@@ -174,9 +174,8 @@ def test_voc_s_pixels_are_counted_from_one(photos):
     }
     assert boxes(found.splits["val"].coco) == {"d.png": [("狗", [30, 10, 10, 10])]}
     assert [a["iscrowd"] for a in found.splits["val"].coco["annotations"]] == [1]
-    assert found.notes["images without an xml file are left out"] == [
-        str(photos / "JPEGImages/e.png")
-    ]
+    (noted,) = found.notes.values()
+    assert noted == [str(photos / "JPEGImages/e.png")]
 
 
 def test_voc_s_stated_sizes_are_compared_with_the_images(photos):
@@ -216,6 +215,33 @@ def test_sizes_are_those_that_are_displayed(photos):
     assert (image["width"], image["height"]) == SIZE[::-1]
 
 
+@pytest.mark.parametrize("kind", ["yolo", "voc"])
+def test_unlabelled_images_are_searched_and_not_measured(photos, kind):
+    """Only part of a folder is labelled; a label file without boxes says: no object."""
+    for number in range(12):
+        picture(photos / f"images/{number:02}.png", number)
+    picture(photos / "masks/00.png", 50)
+    for number in range(6):
+        if kind == "yolo":
+            line = "" if number == 5 else "0 0.5 0.5 0.5 0.5"
+            write(photos / f"labels/{number:02}.txt", line)
+            write(photos / "data.yaml", "train: images\nnames: [fox]\n")
+        else:
+            item = "" if number == 5 else OBJECT.format("fox", 0, 1, 1, 9, 9)
+            xml(photos / f"{number:02}.xml", item)
+    for seed in range(4):
+        adopt(photos, novel=("cat",), val_fraction=0.5, seed=seed, overwrite=True)
+        train, val = (
+            {
+                i["file_name"]
+                for i in json.loads(Path(f"data/photos/{s}.json").read_text())["images"]
+            }
+            for s in ("train", "val")
+        )
+        assert len(val) == 3 and val < {f"{n:02}.png" for n in range(6)}
+        assert train == {f"{n:02}.png" for n in range(12)} - val
+
+
 # COCO
 
 
@@ -233,10 +259,11 @@ def coco_json(path: Path, files: list[str], first: int = 1) -> Path:
     return write(path, json.dumps(content))
 
 
-def test_images_of_equal_names_are_those_of_their_split(photos):
+@pytest.mark.parametrize("place", ["{}/_annotations.coco.json", "annotations/instances_{}.json"])
+def test_images_of_equal_names_are_those_of_their_split(photos, place):
     for seed, split in enumerate(("train", "valid")):
         picture(photos / split / "1.png", seed)
-        coco_json(photos / split / "_annotations.coco.json", ["1.png"])
+        coco_json(photos / place.format(split), ["1.png"])
     found = look(photos, ())
     assert {split: content.root for split, content in found.splits.items()} == {
         "train": photos / "train",
@@ -447,7 +474,8 @@ def test_the_overlay_is_complete_and_takes_any_name(photos):
     assert config.classes.novel == ["狗", "traffic cone"] and config.classes.prompts == {
         "狗": "dog"
     }
-    assert config.clip.architecture == "ViT-B-32-quickgelu" and config.dataset.source == "coco"
+    assert config.clip.architecture == "ViT-B-32-quickgelu" and config.clip.vocabulary is None
+    assert config.dataset.source == "coco"
     assert config.dataset.coco.images("train") == photos / "images/train"
 
 

@@ -1,12 +1,13 @@
 """LabelMe's json: one file per image, with shapes of which the bounding boxes are taken."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from lpovod.artifacts import read_json
 from lpovod.exceptions import LpovodError
-from lpovod.formats.labels import Box, ImageIndex, Labels, displayed_size, split_of
+from lpovod.formats.labels import UNREADABLE, Box, ImageIndex, Labels, displayed_size, split_of
 
 HEAD = 4096  # bytes in which a file of LabelMe's shows what it is
 AREAS = ("polygon", "rectangle", "circle", "rotation", "linestrip", "mask")
@@ -29,7 +30,6 @@ def read_labelme(folder: Path, files: list[Path], images: list[Path]) -> Labels:
     """
     labels, index = Labels(), ImageIndex(images)
     names: set[str] = set()
-    labelled = set()
     for file in files:
         try:
             content = read_json(file)
@@ -41,7 +41,7 @@ def read_labelme(folder: Path, files: list[Path], images: list[Path]) -> Labels:
         except (KeyError, TypeError, ValueError, AttributeError):
             labels.errors["files have a shape without label or points"].append(str(file))
             continue
-        beside = file.parent / stated.replace("\\", "/")
+        beside = Path(os.path.normpath(file.parent / stated.replace("\\", "/")))
         image = beside if stated and beside.is_file() else index.of_label(file, stated)
         if image is None:
             labels.notes["json files have no image and are left out"].append(str(file))
@@ -49,7 +49,7 @@ def read_labelme(folder: Path, files: list[Path], images: list[Path]) -> Labels:
         try:
             size = displayed_size(image)
         except OSError:
-            labels.notes["images cannot be read and are left out"].append(str(image))
+            labels.notes[UNREADABLE].append(str(image))
             continue
         if len(boxes) < len(shapes):
             labels.notes["files have points or lines, which have no box, left out"].append(
@@ -57,10 +57,7 @@ def read_labelme(folder: Path, files: list[Path], images: list[Path]) -> Labels:
             )
         names |= {box.name for box in boxes}
         labels.add(split_of(file, folder), image, size, boxes)
-        labelled.add(image.resolve())
-    unlabelled = [str(image) for image in images if image.resolve() not in labelled]
-    if unlabelled:
-        labels.notes["images without a json file are left out"] += unlabelled
+    labels.add_unlabelled(folder, images)
     labels.classes = sorted(names)
     return labels
 

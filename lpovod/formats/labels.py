@@ -52,13 +52,21 @@ class Box(NamedTuple):
 
 
 class LabelledImage(NamedTuple):
-    """An image file with its size in pixels and its boxes."""
+    """An image file with its size in pixels and its boxes.
+
+    Attributes:
+        labelled: whether somebody looked for objects in it, even if there are none.
+    """
 
     path: Path
     width: int
     height: int
     boxes: list[Box]
+    labelled: bool = True
 
+
+UNREADABLE = "images cannot be read and are left out"
+UNLABELLED = "images have no labels: novel classes are looked for in them, nothing else"
 
 Findings = dict[str, list[str]]
 """By kind, the items concerned."""
@@ -80,7 +88,14 @@ class Labels:
     errors: Findings = field(default_factory=lambda: defaultdict(list))
     notes: Findings = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, split: str, path: Path, size: tuple[int, int], boxes: Iterable[Box]) -> None:
+    def add(
+        self,
+        split: str,
+        path: Path,
+        size: tuple[int, int],
+        boxes: Iterable[Box],
+        labelled: bool = True,
+    ) -> None:
         """Add an image; its boxes are clipped to it, and empty ones left out."""
         width, height = size
         clipped = []
@@ -95,7 +110,30 @@ class Labels:
             if beyond > 1:
                 self.notes["boxes reach beyond their image and are clipped"].append(str(path))
             clipped.append(inner)
-        self.splits.setdefault(split, []).append(LabelledImage(path, width, height, clipped))
+        image = LabelledImage(path, width, height, clipped, labelled)
+        self.splits.setdefault(split, []).append(image)
+
+    def add_unlabelled(self, folder: Path, images: Iterable[Path]) -> None:
+        """Add the images without a label file that lie beside labelled ones.
+
+        They join the training images, where novel classes are looked for; nothing can be measured
+        on them, so those of other splits are left out.
+        """
+        labelled = {image.path for of_split in self.splits.values() for image in of_split}
+        parents = {path.parent for path in labelled}
+        for path in images:
+            if path in labelled or path.parent not in parents:
+                continue
+            if (split := split_of(path, folder)) not in ("", "train"):
+                self.notes[f"images of {split} have no labels and are left out"].append(str(path))
+                continue
+            try:
+                size = displayed_size(path)
+            except OSError:
+                self.notes[UNREADABLE].append(str(path))
+                continue
+            self.notes[UNLABELLED].append(str(path))
+            self.add(split, path, size, [], labelled=False)
 
 
 def clip(box: Box, width: int, height: int) -> Box | None:

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from lpovod.exceptions import LpovodError
 from lpovod.formats.labels import (
+    UNREADABLE,
     Box,
     ImageIndex,
     LabelledImage,
@@ -19,6 +20,7 @@ from lpovod.formats.labels import (
     split_of,
 )
 
+UNLISTED = "images have no xml file, or are in no list of ImageSets/Main, and are left out"
 ANNOTATIONS, IMAGES, SETS = "Annotations", "JPEGImages", "ImageSets/Main"
 
 
@@ -58,22 +60,23 @@ def read_voc(folder: Path, files: list[Path], images: list[Path]) -> Labels:
             labels.notes["xml files have no image and are left out"].append(str(file))
             continue
         if (split := _split(file, folder, splits)) is None:
-            labels.notes["images are in no list of ImageSets/Main and are left out"].append(
-                str(image)
-            )
-            continue
+            continue  # noted below
         try:
             shown = displayed_size(image)
         except OSError:
-            labels.notes["images cannot be read and are left out"].append(str(image))
+            labels.notes[UNREADABLE].append(str(image))
             continue
         boxes = _boxes(labels, root, file)
         names |= {box.name for box in boxes}
         labels.add(split, image, _size(labels, root, shown, image), boxes)
         labelled.add(image)
-    unlabelled = [str(image) for image in images if image not in labelled]
-    if unlabelled:
-        labels.notes["images without an xml file are left out"] += unlabelled
+    if splits:  # images that are in no list were left out by whoever made the lists
+        folders = {image.parent for image in labelled}  # not those of masks
+        ignored = [str(i) for i in images if i not in labelled and i.parent in folders]
+        if ignored:
+            labels.notes[UNLISTED] += ignored
+    else:
+        labels.add_unlabelled(folder, images)
     labels.classes = sorted(names)
     return labels
 

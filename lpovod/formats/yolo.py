@@ -14,6 +14,8 @@ import yaml
 from lpovod.exceptions import LpovodError, existing
 from lpovod.formats.labels import (
     SUFFIXES,
+    UNLABELLED,
+    UNREADABLE,
     Box,
     LabelledImage,
     Labels,
@@ -170,13 +172,15 @@ def _read_image(
     try:
         width, height = displayed_size(image)
     except OSError:
-        labels.notes["images cannot be read and are left out"].append(str(image))
+        labels.notes[UNREADABLE].append(str(image))
         return
     file, boxes = label_path(image), []
-    if not file.is_file():
-        labels.notes["images without a label file count as images without objects"].append(
-            str(image)
-        )
+    labelled = file.is_file() or split not in ("", "train")
+    if not labelled:
+        labels.notes[UNLABELLED].append(str(image))
+    elif not file.is_file():
+        kind = f"images of {split} have no label file and count as images without objects"
+        labels.notes[kind].append(str(image))
     else:
         for number, line in enumerate(read_lines(file), 1):
             if not line.strip():
@@ -185,7 +189,7 @@ def _read_image(
                 boxes.append(_box(line, names, width, height, poses))
             except ValueError as error:
                 labels.errors[f"lines of label files are wrong: {error}"].append(f"{file}:{number}")
-    labels.add(split, image, (width, height), boxes)
+    labels.add(split, image, (width, height), boxes, labelled)
 
 
 def _box(line: str, names: dict[int, str], width: int, height: int, poses: bool) -> Box:

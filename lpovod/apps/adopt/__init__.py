@@ -59,8 +59,8 @@ def adopt(
         novel: classes to find by name alone, labelled or not; 狗="dog" gives CLIP other words
         name: of the run, results/NAME/; by default the folder's
         output: the overlay; by default NAME.yaml
-        val_fraction: fraction of the images to validate on, where the labels have no such split;
-            near-copies stay together; 0 measures nothing
+        val_fraction: fraction of the labelled images to validate on, where the labels have no such
+            split; near-copies stay together; 0 measures nothing
         seed: of the split
         gpu: write settings for one GPU, the default where this machine has one
         cpu: write settings for a machine without a GPU: smaller images, fewer epochs and proposals
@@ -132,7 +132,7 @@ def _make_val(found: Found, fraction: float, seed: int) -> bool:
 
 
 def choose_val(content: Content, fraction: float, seed: int) -> set[Any]:
-    """Ids of the images to validate on.
+    """Ids of the images to validate on, of those that are labelled.
 
     Groups of near-copies stay together. Their order is drawn from the seed and the name of each
     group's first file, so that an image that is added later leaves most others where they are. No
@@ -140,7 +140,7 @@ def choose_val(content: Content, fraction: float, seed: int) -> set[Any]:
 
     Args:
         content: all images.
-        fraction: of the images, approached from below where a group does not fit.
+        fraction: of the labelled images, approached from below where a group does not fit.
         seed: of the order.
     """
     from lpovod.formats.near_copies import groups
@@ -150,7 +150,8 @@ def choose_val(content: Content, fraction: float, seed: int) -> set[Any]:
     for annotation in content.coco["annotations"]:
         classes[annotation["image_id"]].add(annotation["category_id"])
     left = Counter(c for of_image in classes.values() for c in of_image)
-    wanted, chosen = round(fraction * len(images)), set()
+    chosen: set[Any] = set()
+    wanted = round(fraction * (len(images) - len(content.unlabelled)))
     grouped = [[images[place] for place in group] for group in groups(content.paths())]
 
     def order(group: list[dict[str, Any]]) -> str:
@@ -159,6 +160,8 @@ def choose_val(content: Content, fraction: float, seed: int) -> set[Any]:
 
     for group in sorted(grouped, key=order):
         ids = [image["id"] for image in group]
+        if not content.unlabelled.isdisjoint(ids):
+            continue
         lost = Counter(c for i in ids for c in classes[i])
         if len(chosen) + len(ids) <= wanted and all(left[c] > n for c, n in lost.items()):
             chosen |= {*ids}
@@ -392,6 +395,6 @@ def _next(adopted: Adopted, found: Found, config: Config, output: Path) -> str:
         "Next:",
         f"  snakemake -n --configfile {files}            # what would run",
         f"  snakemake --cores all --configfile {files}   # run it",
-        f"  lpovod plan {DEFAULTS} {files} {exact}       # what the times assume",
+        f"  lpovod plan {DEFAULTS} {files} {exact}",
     ]
     return "\n".join(lines)

@@ -36,11 +36,13 @@ class Content:
         root: folder of the images; the file names in `coco` are relative to it.
         coco: images, annotations and categories, as in COCO's json.
         json: the file that holds them; None if it is still to be written.
+        unlabelled: ids of images in which nobody looked for objects.
     """
 
     root: Path
     coco: dict[str, Any]
     json: Path | None = None
+    unlabelled: frozenset[int] = frozenset()
 
     def paths(self) -> list[Path]:
         """The image files."""
@@ -233,10 +235,13 @@ def _found(kind: str, place: Path, labels: Labels) -> Found:
     if "" in splits:
         splits["train"] = splits.get("train", []) + splits.pop("")
     contents = {}
-    for split, images in splits.items():
+    for split in sorted(splits, key=("train", "val", "test").index):
+        images = splits[split]
         ordered = sorted(images, key=lambda image: image.path)
         root = Path(os.path.commonpath([image.path.parent for image in ordered]))
-        contents[split] = Content(root, as_coco(ordered, labels.classes, root))
+        unlabelled = frozenset(n for n, image in enumerate(ordered, 1) if not image.labelled)
+        coco = as_coco(ordered, labels.classes, root)
+        contents[split] = Content(root, coco, unlabelled=unlabelled)
     return Found(kind, [place], contents, labels.errors, labels.notes)
 
 
