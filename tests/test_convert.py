@@ -61,6 +61,23 @@ def test_detections_as_yolo(files, tmp_path):
     assert "3 boxes of 2 classes on 2 images" in text and "2 boxes below 0.5" in text
 
 
+def test_the_images_of_a_run_s_ground_truth_are_those_of_its_validation_split(files, tmp_path):
+    dataset, detections = files
+    truth = tmp_path / "run/evaluation/ground_truth.json"
+    truth.parent.mkdir(parents=True)
+    truth.write_text(dataset.read_text())
+    listed = tmp_path / "run/dataset/val.images.json"
+    listed.parent.mkdir()
+    info = {"images": "../../images/val"}
+    content = {"info": info, "images": IMAGES, "annotations": [], "categories": []}
+    listed.write_text(json.dumps(content))
+    text = convert((detections,), truth, "voc", tmp_path / "out")
+    assert (tmp_path / "out/JPEGImages/a.png").is_file() and "Put the images" not in text
+    listed.unlink()
+    text = convert((detections,), truth, "yolo", tmp_path / "unlinked")
+    assert f"Put the images, or a link to their folder, into {tmp_path}/unlinked/images" in text
+
+
 def test_detections_as_voc(files, tmp_path):
     dataset, detections = files
     convert((detections,), dataset, "voc", tmp_path / "out", threshold=0.6)

@@ -63,7 +63,7 @@ def convert(
             f"nothing to write: none of {sum(map(len, boxes.values()))} boxes has a score of "
             f"{threshold:g} (--threshold) inside its image"
         )
-    folder = images or (data.folder if data.folder.is_dir() else None)
+    folder = images or _image_folder(data)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -165,6 +165,14 @@ def _labelled(
         left_out += len(boxes.get(image_id, [])) - len(inner)
         labelled.append(LabelledImage(Path(image["file_name"]), width, height, inner))
     return labelled, left_out
+
+
+def _image_folder(data: CocoDataset) -> Path | None:
+    """The folder of the images, if the dataset is one of a run's, or lies beside it."""
+    listed = data.path.parent.parent / "dataset" / "val.images.json"
+    if data.path.name == "ground_truth.json" and listed.is_file():
+        return read_dataset(listed).folder
+    return data.folder if data.folder.is_dir() else None
 
 
 def _coco(data: CocoDataset, names: list[str], labelled: list[LabelledImage]) -> dict[str, Any]:
