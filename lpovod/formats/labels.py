@@ -148,11 +148,14 @@ def displayed_size(path: Path) -> tuple[int, int]:
     """Width and height of an image as it is shown, from its header.
 
     Raises:
-        OSError: if the file is not an image.
+        OSError: if the file is not an image, or an enormous one.
     """
-    with Image.open(path) as file:
-        width, height = file.size
-        turned = file.getexif().get(ORIENTATION, 1) >= 5
+    try:
+        with Image.open(path) as file:
+            width, height = file.size
+            turned = file.getexif().get(ORIENTATION, 1) >= 5
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path} is not an image: {error}") from None
     return (height, width) if turned else (width, height)
 
 
