@@ -30,6 +30,11 @@ def given(path):
     return [path] if path else []
 
 
+def weights_digest(path):
+    """The digest of weights; of those that are not downloaded yet, from the catalogue."""
+    return sha256(path) if path.is_file() else WEIGHTS[path.name].digest
+
+
 RESULTS = f"results/{CONFIG.name}"
 DEVICE = "cuda" if CONFIG.gpu else "cpu"
 ENVIRONMENT = "../envs/gpu.yaml" if CONFIG.gpu else "../envs/torch.yaml"
@@ -37,12 +42,9 @@ NOVEL = {slug(name): name for name in CONFIG.classes.novel}
 # The model's files may be large, and Snakemake compares large files by modification time. Their
 # digests, as params, make a stage stale if and only if the content changes.
 CLIP_FILES = CONFIG.clip.files()
-# The digest of weights that are not downloaded yet comes from the catalogue.
-CLIP_DIGESTS = [
-    sha256(path) if path.is_file() else WEIGHTS[path.name].digest for path in CLIP_FILES
-]
+CLIP_DIGESTS = [weights_digest(path) for path in CLIP_FILES]
 START_FILES = given(CONFIG.backbone.weights)
-START_DIGESTS = [sha256(path) for path in START_FILES]
+START_DIGESTS = [weights_digest(path) for path in START_FILES]
 # For all nodes together. Snakemake cuts both to the available resources, and a training starts as
 # many processes.
 TRAINING_ON = {
