@@ -467,9 +467,18 @@ def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) ->
 
 
 def embed_texts(
-    names: list[str], clip: ClipSettings, settings: TextEmbeddingsSettings
+    names: list[str],
+    clip: ClipSettings,
+    settings: TextEmbeddingsSettings,
+    prompts: dict[str, str] | None = None,
 ) -> ClassEmbeddings:
     """Embed names: the normalised mean of the unit vectors of all templates.
+
+    Args:
+        names: the classes.
+        clip: the model.
+        settings: the templates.
+        prompts: by name, the text to embed in place of the name in the templates.
 
     Raises:
         LpovodError: if the CLIP model cannot be loaded.
@@ -478,10 +487,18 @@ def embed_texts(
     # One name at a time: the bits of a matrix product depend on its size, and a name's vector may
     # not depend on the names beside it.
     for name in progress(names, "text embeddings", "name"):
-        prompts = [template.format(name) for template in settings.templates]
-        units = _unit(model.encode_texts(prompts).double().numpy())
+        units = _unit(model.encode_texts(texts_of(name, settings, prompts)).double().numpy())
         vectors.append(_unit(units.mean(axis=0)))
     return as_class_embeddings(names, np.stack(vectors), model, clip)
+
+
+def texts_of(
+    name: str, settings: TextEmbeddingsSettings, prompts: dict[str, str] | None = None
+) -> list[str]:
+    """The texts whose embeddings stand for a class."""
+    if prompts and name in prompts:
+        return [prompts[name]]
+    return [template.format(name) for template in settings.templates]
 
 
 def as_class_embeddings(

@@ -184,7 +184,7 @@ class ClassSettings(Settings):
     add_base: ClassNames = key([], "appended to base, for overlays", exclude=True)
     add_novel: ClassNames = key([], "appended to novel, for overlays", exclude=True)
     prompts: dict[str, str] = key(
-        {}, "by class name, the words that stand for it in the prompts; null is the name itself"
+        {}, "by class name, the text that CLIP reads in place of the name in the templates"
     )
 
     @model_validator(mode="before")
@@ -216,10 +216,6 @@ class ClassSettings(Settings):
         if unknown:
             raise ValueError(f"prompts: {unknown[0]!r} is no base or novel class")
         return self
-
-    def prompt(self, name: str) -> str:
-        """The words that stand for a class in CLIP's prompts."""
-        return self.prompts.get(name, name)
 
 
 def _plain_name(item: Any, prompts: dict[str, str]) -> Any:
@@ -443,6 +439,7 @@ class PseudoLabelsSettings(Settings):
 
 class RegionFeaturesSettings(Settings):
     batch_size: PositiveInt = key(4, "images per pass of the backbone")
+    shards: PositiveInt = key(1, "jobs that share the retrieved images")
 
 
 class LinearProbeSettings(Settings):

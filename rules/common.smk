@@ -5,7 +5,7 @@ import shlex
 
 from lpovod.artifacts import read_json, sha256
 from lpovod.catalogue import COCO, WEIGHTS
-from lpovod.config import load_config, slug
+from lpovod.config import load_config
 from lpovod.exceptions import LpovodError
 from lpovod.measures.ablations import read_metrics, table
 from lpovod.source_digest import source_digest
@@ -38,7 +38,8 @@ def weights_digest(path):
 RESULTS = f"results/{CONFIG.name}"
 DEVICE = "cuda" if CONFIG.gpu else "cpu"
 ENVIRONMENT = "../envs/gpu.yaml" if CONFIG.gpu else "../envs/torch.yaml"
-NOVEL = {slug(name): name for name in CONFIG.classes.novel}
+# What was made for single classes and images, under keys of all that shaped it (docs/architecture.md).
+STORE = f"{RESULTS}/store"
 # The model's files may be large, and Snakemake compares large files by modification time. Their
 # digests, as params, make a stage stale if and only if the content changes.
 CLIP_FILES = CONFIG.clip.files()
@@ -64,7 +65,6 @@ shell.prefix("set -euo pipefail; trap '' TERM INT; ")
 wildcard_constraints:
     split="train|val|tune",
     shard=r"\d+",
-    novel="|".join(NOVEL),
 
 
 def block(name):
@@ -98,18 +98,6 @@ def shards(split):
     """The shards of the region embeddings of a split."""
     path = f"{RESULTS}/region_embeddings/{split}/{{shard}}.h5"
     return expand(path, shard=range(CONFIG.region_embeddings.shards))
-
-
-def names_of(wildcards):
-    """The class names in a file of text embeddings: base, or novel/<class>."""
-    return CONFIG.classes.base if wildcards.classes == "base" else [NOVEL[wildcards.classes[6:]]]
-
-
-def prompts_of(wildcards):
-    """The command-line option with the prompts of these classes, if the user gives any."""
-    prompts = CONFIG.classes.prompts
-    words = [text for n in names_of(wildcards) if n in prompts for text in (n, prompts[n])]
-    return f"--prompts {shlex.join(words)}" if words else ""
 
 
 def evaluated(pattern):

@@ -16,10 +16,7 @@ rule evaluation:
         ),
         detector=rules.base_detector.output.detector,
         probe=rules.linear_probe.output,
-        text=[
-            f"{RESULTS}/text_embeddings/base.safetensors",
-            *expand(f"{RESULTS}/text_embeddings/novel/{{novel}}.safetensors", novel=NOVEL),
-        ],
+        text=rules.text_embeddings.output,
     output:
         metrics=report(
             f"{RESULTS}/{{evaluation}}/metrics.json",

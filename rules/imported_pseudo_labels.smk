@@ -1,6 +1,6 @@
 # Stage pseudo_labels, read from one file for all classes instead of retrieval (pseudo_labels.file).
 # IN   the file, train.json
-# OUT  {novel}.json: COCO json, annotations with score (objectness) and cosine
+# OUT  novel.json: COCO json, a category per class, annotations with score (objectness) and cosine
 # COST seconds
 
 
@@ -9,11 +9,11 @@ rule pseudo_labels:
         file=CONFIG.pseudo_labels.file,
         dataset=f"{RESULTS}/dataset/train.images.json",
     output:
-        f"{RESULTS}/pseudo_labels/{{novel}}.json",
+        f"{RESULTS}/pseudo_labels/novel.json",
     log:
-        f"{RESULTS}/logs/pseudo_labels/{{novel}}.log",
+        f"{RESULTS}/logs/pseudo_labels.log",
     benchmark:
-        f"{RESULTS}/benchmarks/pseudo_labels/{{novel}}.tsv"
+        f"{RESULTS}/benchmarks/pseudo_labels.tsv"
     conda:
         "../envs/light.yaml"
     threads: 1
@@ -22,11 +22,11 @@ rule pseudo_labels:
         runtime=grows(30),
     params:
         code=source("imported_pseudo_labels"),
-        name=lambda wildcards: NOVEL[wildcards.novel],
+        names=CONFIG.classes.novel,
         settings=block("pseudo_labels"),
     message:
-        "Pseudo-labels of {wildcards.novel}, from {input.file}"
+        "Pseudo-labels of {input.file}"
     shell:
-        "python -m workflow_scripts.imported_pseudo_labels --name {params.name:q}"
+        "python -m workflow_scripts.imported_pseudo_labels --names {params.names:q}"
         " --file {input.file} --dataset {input.dataset} --settings {params.settings:q}"
         " --output {output} 2>&1 | tee {log}"

@@ -1,13 +1,15 @@
 # Stage linear_probe
-# IN   pseudo-labels of every novel class, features of all regions in their images
+# IN   pseudo-labels of the novel classes, features of all regions in their images
 # OUT  weights.safetensors: (dimension,) float32 per novel class, keyed by name
 # COST seconds
 
 
 rule linear_probe:
     input:
-        pseudo_labels=expand(rules.pseudo_labels.output, novel=NOVEL),
-        features=expand(rules.retrieved_region_features.output, novel=NOVEL),
+        pseudo_labels=rules.pseudo_labels.output,
+        features=expand(
+            rules.retrieved_region_features.output, shard=range(CONFIG.region_features.shards)
+        ),
     output:
         f"{RESULTS}/linear_probe/weights.safetensors",
     log:

@@ -1,37 +1,38 @@
 # Stage pseudo_labels
-# IN   text embeddings of one novel class and of the base classes, index and shards of the
-#      training regions
-# OUT  {novel}.json: COCO json, annotations with score (objectness) and cosine
-# COST one pass over the index
+# IN   text embeddings of the classes, index and shards of the training regions
+# OUT  novel.json: COCO json, a category per class, annotations with score (objectness) and cosine
+# COST one pass over the index for all classes that the store lacks
 
 
 rule pseudo_labels:
     input:
-        text_embedding=f"{RESULTS}/text_embeddings/novel/{{novel}}.safetensors",
-        base=f"{RESULTS}/text_embeddings/base.safetensors",
+        text=rules.text_embeddings.output.novel,
+        base=rules.text_embeddings.output.base,
         index=rules.region_index.output,
         shards=shards("train"),
         dataset=f"{RESULTS}/dataset/train.images.json",
     output:
-        f"{RESULTS}/pseudo_labels/{{novel}}.json",
+        f"{RESULTS}/pseudo_labels/novel.json",
     log:
-        f"{RESULTS}/logs/pseudo_labels/{{novel}}.log",
+        f"{RESULTS}/logs/pseudo_labels.log",
     benchmark:
-        f"{RESULTS}/benchmarks/pseudo_labels/{{novel}}.tsv"
+        f"{RESULTS}/benchmarks/pseudo_labels.tsv"
     conda:
         "../envs/light.yaml"
     threads: 1
     resources:
-        mem_mb=grows(LIGHT, 2 * LISTED),
+        mem_mb=grows(LIGHT + RETRIEVED, 2 * LISTED),
         runtime=grows(30, 0.0003),
     params:
         code=source("pseudo_labels"),
-        name=lambda wildcards: NOVEL[wildcards.novel],
+        names=CONFIG.classes.novel,
         settings=block("pseudo_labels"),
+        store=f"{STORE}/pseudo_labels",
     message:
-        "Retrieving regions of {wildcards.novel}"
+        "Retrieving regions of the novel classes"
     shell:
-        "python -m workflow_scripts.pseudo_labels --name {params.name:q}"
-        " --text-embeddings {input.text_embedding} --base-text-embeddings {input.base}"
+        "python -m workflow_scripts.pseudo_labels --names {params.names:q}"
+        " --text-embeddings {input.text} --base-text-embeddings {input.base}"
         " --index {input.index} --shards {input.shards} --dataset {input.dataset}"
-        " --settings {params.settings:q} --output {output} 2>&1 | tee {log}"
+        " --settings {params.settings:q} --output {output} --store {params.store}"
+        " --code {params.code} 2>&1 | tee {log}"

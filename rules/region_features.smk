@@ -1,9 +1,10 @@
 # Stage region_features
 # IN   the trained detector, images, proposals (and, for training regions, pseudo-labels)
-# OUT  {split}.h5: all proposals of a split; retrieved/{novel}.h5: all regions in the images that
-#      one novel class retrieved. Region stores with the columns feature (float16), embedding
-#      (float16, unit rows) and refined (float32 xyxy)
-# COST COCO: one pass over 5,000 images, 3 KB per region; at most K images per novel class
+# OUT  {split}.h5: region store of all proposals of a split; retrieved/{shard}/: a file per image that
+#      a novel class retrieved. Columns feature (float16), embedding (float16, unit rows) and refined
+#      (float32 xyxy)
+# COST COCO: one pass over 5,000 images, 3 KB per region; at most K images per novel class, once each;
+#      images that the store holds are linked
 
 
 rule region_features:
@@ -43,20 +44,20 @@ rule retrieved_region_features:
     input:
         dataset=f"{RESULTS}/dataset/train.images.json",
         proposals=f"{RESULTS}/proposals/train.h5",
-        pseudo_labels=f"{RESULTS}/pseudo_labels/{{novel}}.json",
+        pseudo_labels=rules.pseudo_labels.output,
         detector=rules.base_detector.output.detector,
     output:
-        f"{RESULTS}/region_features/retrieved/{{novel}}.h5",
+        directory(f"{RESULTS}/region_features/retrieved/{{shard}}"),
     log:
-        f"{RESULTS}/logs/region_features/retrieved/{{novel}}.log",
+        f"{RESULTS}/logs/region_features/retrieved/{{shard}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/region_features/retrieved/{{novel}}.tsv"
+        f"{RESULTS}/benchmarks/region_features/retrieved/{{shard}}.tsv"
     conda:
         ENVIRONMENT
-    threads: 1
+    threads: 2
     resources:
         mem_mb=grows(NETWORK, LISTED),
-        runtime=grows(60),
+        runtime=grows(60, PASS / CONFIG.region_features.shards),
         gpu=int(CONFIG.gpu),
     params:
         code=source("region_features"),
@@ -64,11 +65,13 @@ rule retrieved_region_features:
         backbone=block("backbone"),
         base_detector=block("base_detector"),
         settings=block("region_features"),
+        store=f"{STORE}/region_features",
     message:
-        "The frozen detector on the images that {wildcards.novel} retrieved"
+        "The frozen detector on the retrieved images, shard {wildcards.shard}"
     shell:
         "python -m workflow_scripts.region_features extract_retrieved --dataset {input.dataset}"
         " --proposals {input.proposals} --pseudo-labels {input.pseudo_labels}"
         " --detector {input.detector} --backbone {params.backbone:q}"
         " --base-detector {params.base_detector:q} --settings {params.settings:q}"
-        " --output {output} --device {params.device} 2>&1 | tee {log}"
+        " --shard {wildcards.shard} --output {output} --store {params.store} --code {params.code}"
+        " --device {params.device} 2>&1 | tee {log}"

@@ -38,9 +38,12 @@ NETWORK, LIGHT = 3000, 1000
 RANKS = 0 if CONFIG.gpu else 300 * TRAINING_THREADS
 # MB per image: its annotations (7 KB), and the positions of its regions in the store.
 LISTED = 0.01 + 4e-5 * REGIONS
-# MB per image in stage evaluation: three scores per region and class, and copies of them.
-SCORED = 2e-5 * REGIONS * len(CONFIG.classes.base + CONFIG.classes.novel)
-# MB of stage linear_probe: features of all regions in the retrieved images, two float32 copies.
-CANDIDATES = 8e-6 * len(NOVEL) * CONFIG.pseudo_labels.k * REGIONS * CONFIG.base_detector.dimension
+CLASSES = len(CONFIG.classes.base + CONFIG.classes.novel)
+# MB of stage evaluation: three scores per region and class of the images in work.
+SCORED = 1e-3 * REGIONS * CLASSES
+# MB of stage pseudo_labels: candidates of every class, as Python objects.
+RETRIEVED = 0.005 * len(CONFIG.classes.novel) * (CONFIG.pseudo_labels.k + CONFIG.pseudo_labels.ignored)
+# MB of stage linear_probe: the features that stay in memory, and their rows.
+CANDIDATES = 2000
 # Minutes per image of a shard: 300 regions per second, cropped by one core.
 EMBEDDING = REGIONS / (300 * 60) / CONFIG.region_embeddings.shards

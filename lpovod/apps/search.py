@@ -64,8 +64,10 @@ def search(
     limits = _limits(config.pseudo_labels, k, objectness)
     store = open_shards((results / "region_embeddings" / "train").glob("*.h5"))
     region_index = open_index(index)
-    base = [config.classes.prompt(n) for n in config.classes.base] if limits.centred else []
-    classes = embed_texts([*texts, *base], config.clip, config.text_embeddings)
+    base = config.classes.base if limits.centred else []
+    classes = embed_texts(
+        [*texts, *base], config.clip, config.text_embeddings, config.classes.prompts
+    )
     check_belong([classes], store, region_index, dataset)
     count = len(texts)
     vectors = queries(classes.vectors[:count], classes.vectors[count:], limits)

@@ -21,7 +21,7 @@ class Retrieved:
     """What was retrieved for one class, in COCO's annotations without ids.
 
     Attributes:
-        regions: ``image_id``, ``bbox``, ``area``, ``score`` (objectness) and ``cosine``; best first.
+        regions: ``image_id``, ``bbox``, ``area``, ``score`` (objectness), ``cosine``; best first.
         ignored: the same of objects that are neither labels nor negatives.
         recall: of an inexact index: the fraction of the exact regions that it returned.
     """

@@ -2,8 +2,8 @@
 
 A stage that works on all classes at once takes from the store what it holds, makes the rest, and
 adds it. Its declared outputs are complete without the store, so deleting the store, in whole or in
-part and at any time, costs time and nothing else. A file appears under its name when it is complete,
-and equal keys mean equal content, so several runs may share a store.
+part and at any time, costs time and nothing else. A file appears under its name when it is whole, and
+equal keys mean equal content, so several runs may share a store.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lpovod.artifacts import identity, sha256, write_tensors
-from lpovod.clip import as_class_embeddings, embed_texts, load_clip
+from lpovod.clip import as_class_embeddings, embed_texts, load_clip, texts_of
 from lpovod.config import ClassSettings, ClipSettings, TextEmbeddingsSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.class_embeddings import STAGE, ClassEmbeddings, clip_architecture
@@ -29,11 +29,10 @@ def embed_classes(
 ) -> None:
     """Embed the class names and write ``{name: (D,) float32}`` with its identity, for each split.
 
-    The vectors are CLIP's embeddings of the names, or of the words that stand for them, or rows of
-    `settings.file`.
+    The vectors are CLIP's embeddings of the names, or rows of `settings.file`.
 
     Args:
-        classes: names, and the words that take their place in the templates.
+        classes: names, and the texts that CLIP reads in place of some.
         clip: the model.
         settings: templates, or the file of imported rows.
         base: output of the base classes.
@@ -76,7 +75,7 @@ def embed_names(
 
     Args:
         names: the classes.
-        prompts: by name, the words that take its place in the templates.
+        prompts: by name, the text to embed in place of the name in the templates.
         clip: the model.
         settings: the templates.
         store: folder of the vectors made so far.
@@ -90,15 +89,14 @@ def embed_names(
         "architecture": sha256(architecture) if isinstance(architecture, Path) else architecture,
         "vocabulary": sha256(clip.vocabulary) if clip.vocabulary else None,
         "pretrained": clip.pretrained,
-        "templates": settings.templates,
     }
-    kept, words = Store(store, STAGE), {name: prompts.get(name, name) for name in names}
-    keys = {name: key_of(words=words[name], **shape) for name in names}
+    kept = Store(store, STAGE)
+    keys = {name: key_of(texts=texts_of(name, settings, prompts), **shape) for name in names}
     vectors = {name: kept.tensors(key) for name, key in keys.items()}
     missing = [name for name in names if vectors[name] is None]
-    log.info(f"{len(names)} classes, {len(settings.templates)} prompts each: {len(missing)} new")
+    log.info(f"{len(names)} classes: {len(missing)} to embed")
     if missing:
-        made = embed_texts([words[name] for name in missing], clip, settings)
+        made = embed_texts(missing, clip, settings, prompts)
         ident = identity(STAGE, settings) | {"logit_scale": made.logit_scale}
         for name, vector in zip(missing, made.vectors, strict=True):
             kept.put_tensors(keys[name], {"vector": vector}, ident)
