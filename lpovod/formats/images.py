@@ -45,11 +45,12 @@ TIFF_OFFSETS, TIFF_LENGTHS = (273, 324), (279, 325)  # of strips, of tiles
 
 
 class ImageFault(LpovodError):
-    """An image that is not read, and the kind of its fault."""
+    """An image that is not read: the kind of its fault, and the fault without its remedy."""
 
-    def __init__(self, kind: FaultKind, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: FaultKind, fault: str, remedy: str = "") -> None:
+        super().__init__(f"{fault}. {remedy}" if remedy else fault)
         self.kind = kind
+        self.fault = fault
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ class Header:
             sizes += f" ({_by(self.stored)} before it is turned as its EXIF orientation says)"
         if size[::-1] == self.displayed:
             remedy = "Exchange width and height in the json"
-            raise ImageFault("swapped", f"{sizes}, the json states {_by(size)}. {remedy}")
+            raise ImageFault("swapped", f"{sizes}, the json states {_by(size)}", remedy)
         remedy = "Correct the json, or take the image that was annotated"
-        raise ImageFault("size", f"{sizes}, the json states {_by(size)}. {remedy}")
+        raise ImageFault("size", f"{sizes}, the json states {_by(size)}", remedy)
 
 
 def read_image(path: Path, size: Size) -> np.ndarray:
@@ -121,7 +122,8 @@ def read_image(path: Path, size: Size) -> np.ndarray:
         except MemoryError:
             raise
         except Exception as error:  # Pillow's readers raise whatever comes: SyntaxError, EOFError …
-            raise ImageFault("damaged", f"{path} cannot be decoded ({error}). {_REPLACE}") from None
+            fault = f"{path} cannot be decoded ({error})"
+            raise ImageFault("damaged", fault, _REPLACE) from None
         turned = file.format == "TIFF"  # Pillow turns TIFF files itself
     if turned == as_stored:
         pixels = (_turn_back if as_stored else _turn)(pixels, header.orientation)
@@ -149,16 +151,16 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ImageFault("missing", f"{path}: no such file") from None
     except Image.DecompressionBombError:
         largest = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        message = f"{path} has more than {largest} million pixels. Divide it into tiles"
-        raise ImageFault("too_large", message) from None
+        fault = f"{path} has more than {largest} million pixels"
+        raise ImageFault("too_large", fault, "Divide it into tiles") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever comes: SyntaxError, zlib.error …
         reason = str(error)
         if isinstance(error, UnidentifiedImageError):
             reason = "no image format known to Pillow" if path.stat().st_size else "it is empty"
-        message = f"{path} cannot be decoded ({reason}). {_REPLACE}"
-        raise ImageFault("not_an_image", message) from None
+        fault = f"{path} cannot be decoded ({reason})"
+        raise ImageFault("not_an_image", fault, _REPLACE) from None
     with file:
         yield file
 
@@ -181,7 +183,7 @@ def _bits(path: Path, file: Image.Image, tags: dict) -> int:
     pixels = "16 bits where white is zero" if sixteen else REFUSED.get(file.mode, file.mode)
     raise ImageFault(
         "depth",
-        f"{path} has pixels of an unknown range ({pixels}); 8 or 16 bits per channel are expected. "
+        f"{path} has pixels of an unknown range ({pixels}); 8 or 16 bits per channel are expected",
         "Convert it to one of these",
     )
 
