@@ -194,9 +194,9 @@ SPOILED: list[tuple[str, Callable[[World], Any], str, dict[str, int], str]] = [
     ("outside", lambda w: put(a(w), bbox=[90, 5, 5, 5]), {"train": 1}, "bbox .90, 5, 5, 5."),
     ("class_without_box", lambda w: without(w, "train", 0), {"train": 1}, "'cat' has no usable"),
     ("class_without_box", lambda w: put(w.arguments, base=["cat", "cow"]), {"train": 1}, "cow"),
-    ("named_differently", lambda w: put(w.val["categories"][0], name="Cats"), {"train": 1},
+    ("named_differently", lambda w: put(w.val["categories"][0], name="Cats"), {"": 1},
      "'Cats' and 'cat'"),
-    ("named_differently", lambda w: put(w.arguments, novel=["dog", "do g"]), {"train": 1}, "do g"),
+    ("named_differently", lambda w: put(w.arguments, novel=["dog", "do g"]), {"": 1}, "do g"),
     ("same_split", lambda w: put(w.arguments, val_annotations=w.folder / "train.json",
                                  val_images=w.folder / "train"), {"val": 1}, "the json of both"),
     ("same_split", lambda w: [copy(w, n, n) for n in range(3)], {"val": 1}, "all 3 images are in"),
@@ -220,10 +220,10 @@ SPOILED: list[tuple[str, Callable[[World], Any], str, dict[str, int], str]] = [
     ("not_measured", lambda w: put(w.arguments, novel=["dog", "狗"]), {"val": 1}, "'狗'"),
     ("named_nearly", lambda w: (w.train["categories"].append({"id": 7, "name": "motorcycle"}),
                                 w.val["categories"].append({"id": 7, "name": "motorcyclo"})),
-     {"train": 1}, "'motorcycle' in train, 'motorcyclo' in val"),
+     {"": 1}, "'motorcycle' in train, 'motorcyclo' in val"),
     ("named_nearly", lambda w: w.train["categories"].append({"id": 7, "name": "hot dog"})
-     or w.val["categories"].append({"id": 7, "name": "hotdog"}), {"train": 1}, "'hot dog' and"),
-    ("other_id", lambda w: [put(c, id=1 - c["id"]) for c in w.val["categories"]], {"train": 2},
+     or w.val["categories"].append({"id": 7, "name": "hotdog"}), {"": 1}, "'hot dog' and"),
+    ("other_id", lambda w: [put(c, id=1 - c["id"]) for c in w.val["categories"]], {"": 2},
      "category 0 is 'cat' in train, 'dog' in val"),
 ]  # fmt: skip
 
@@ -252,7 +252,7 @@ def test_it_is_found(world, kind, spoil, counts, text, capfd):
         assert str(page) in message and not (world.folder / "check/check.json").exists()
         line = next(line for line in message.splitlines() if KINDS[kind].title in line)
         first = line.partition("): ")[2]
-        where = ", ".join(f"{n} in {split}" for split, n in counts.items())
+        where = ", ".join(f"{n} in {split}" if split else str(n) for split, n in counts.items())
         assert f"({where})" in line
     else:
         findings = {f["kind"]: f for f in world.check()["findings"]}

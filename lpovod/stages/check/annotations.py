@@ -6,7 +6,6 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -233,7 +232,10 @@ def _check_boxes(
 
     def add(kind: str, mask: np.ndarray) -> None:
         places = np.flatnonzero(mask)
-        for place in islice(places, EXAMPLES):
+        # The first box of each image, then the others: more images are shown.
+        firsts = np.unique(rows[places, 0], return_index=True)[1]
+        ordered = np.concatenate([places[firsts], np.delete(places, firsts)])
+        for place in ordered[:EXAMPLES]:
             item = items[place]
             size = f"{image_width[place]:g} x {image_height[place]:g}"
             text = f"{_named(listed, item)}: bbox {_short(item['bbox'])}, the image is {size}"
@@ -263,7 +265,9 @@ def _check_boxes(
     repeated = np.ones(len(rows), bool)
     repeated[np.unique(rows[:, :6], axis=0, return_index=True)[1]] = False
     add("duplicate_annotation", repeated)
-    counts = np.bincount(rows[~thin & ~crowd, 1].astype(int), minlength=len(listed.categories))
+    counts = np.bincount(
+        rows[~(thin & ~fractions) & ~crowd, 1].astype(int), minlength=len(listed.categories)
+    )
     for name, count in zip(listed.categories.values(), counts.tolist(), strict=True):
         listed.boxes[name] += count
 
@@ -281,28 +285,26 @@ def check_classes(
             text = f"{name!r} " + ("has no usable box" if known else "is no category")
             findings.add("class_without_box", train.example(f"{text} of {train.path}"))
     if val is None:
-        _check_spelling(findings, train, set(train.categories.values()), [*base, *novel])
+        _check_spelling(findings, set(train.categories.values()), [*base, *novel])
         return
     for name in [*base, *novel]:
         if not val.boxes[name]:
             findings.add("not_measured", val.example(repr(name)))
     names = set(train.categories.values()), set(val.categories.values())
-    _check_spelling(findings, train, names[0] | names[1], [*base, *novel])
+    _check_spelling(findings, names[0] | names[1], [*base, *novel])
     for name in sorted(names[0] - names[1]):
         others = [n for n in sorted(names[1] - names[0]) if _spelling(n) != _spelling(name)]
         for near in difflib.get_close_matches(name, others, n=1, cutoff=SIMILAR):
             text = f"{name!r} in train, {near!r} in val"
-            findings.add("named_nearly", train.example(text))
+            findings.add("named_nearly", Example("", text))
     for number, name in train.categories.items():
         other = val.categories.get(number, name)
         if other != name:
             text = f"category {number} is {name!r} in train, {other!r} in val"
-            findings.add("other_id", train.example(text))
+            findings.add("other_id", Example("", text))
 
 
-def _check_spelling(
-    findings: Findings, train: Listed, names: set[str], configured: list[str]
-) -> None:
+def _check_spelling(findings: Findings, names: set[str], configured: list[str]) -> None:
     """Find names that differ by case, spaces, punctuation or a plural's s alone."""
     spellings: dict[str, list[str]] = {}
     for name in sorted(names | set(configured)):
@@ -310,7 +312,7 @@ def _check_spelling(
     for alike in spellings.values():
         if len(alike) > 1:
             kind = "named_differently" if set(alike) & set(configured) else "named_nearly"
-            findings.add(kind, train.example(" and ".join(map(repr, alike))))
+            findings.add(kind, Example("", " and ".join(map(repr, alike))))
 
 
 def _spelling(name: str) -> str:

@@ -234,7 +234,7 @@ class Example:
     """A finding, and the image and the box that show it, where there are any.
 
     Attributes:
-        split: train or val.
+        split: train or val; empty for a finding about both.
         text: names the item and the fault.
         path: the image.
         size: width and height that the json states.
@@ -281,7 +281,7 @@ class Findings:
     def line(self, kind: str) -> str:
         """Number, name and first example of a kind, in one line."""
         counts, first = self.counts[kind], self.examples[kind][0]
-        where = ", ".join(f"{count} in {split}" for split, count in counts.items())
+        where = ", ".join(f"{n} in {split}" if split else str(n) for split, n in counts.items())
         return f"{KINDS[kind].title} ({where}): {first.text}"
 
     def as_json(self) -> list[dict[str, Any]]:
@@ -292,7 +292,7 @@ class Findings:
                 "level": "error" if error else "warning",
                 "title": KINDS[kind].title,
                 "counts": dict(self.counts[kind]),
-                "examples": [f"{e.split}: {e.text}" for e in self.examples[kind]],
+                "examples": [f"{e.split} {e.text}".strip() for e in self.examples[kind]],
                 "remedy": KINDS[kind].remedy,
             }
             for error in (True, False)

@@ -92,7 +92,7 @@ def _picture(kind: str, example: Example) -> dict[str, Any] | None:
         boxes.append(("right", [x, y, right - x, bottom - y]))
     boxes = [(mark, _upright(box)) for mark, box in boxes]
     return {
-        "text": f"{example.split}: {example.text}",
+        "text": example.text,
         "name": example.path.name,
         "uri": jpeg_uri(Image.fromarray(pixels), PICTURE_PIXELS),
         "size": (width, height),
