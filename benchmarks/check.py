@@ -19,7 +19,7 @@ import tyro
 from PIL import Image
 
 from lpovod.progress import start_logging
-from lpovod.stages.check import check_data
+from lpovod.stages.check import check
 
 COCO_IMAGES, BOXES = 123_287, 7
 CLASSES = 80
@@ -93,13 +93,14 @@ def make_cold(folder: Path) -> None:
 def seconds(folder: Path, bad_images: Literal["fail", "skip"], workers: int) -> float:
     make_cold(folder)
     start = time.perf_counter()
-    check_data(
+    check(
         folder / "train",
         folder / "train.json",
         ["class aa", "class ab"],
         ["class ac"],
         bad_images,
         workers,
+        "",
         folder / "check.json",
         folder / "check.html",
         folder / "val",

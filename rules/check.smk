@@ -1,49 +1,40 @@
-# Stage check
-# IN   the user's images and COCO json (source: coco)
-# OUT  check.json: findings; ids of the images that bad_images: skip leaves out;
-#      check.html: the same with pictures. With errors neither is written, but errors.html beside
-#      them (undeclared: Snakemake deletes the outputs of a failed job)
-# COST headers alone: a minute and a half for COCO's 123,000 images on two cores; with
-#      bad_images: skip, which decodes them, 11 minutes
+# The check of the user's images and annotations (stage check), before the graph is built.
+# IN   images and COCO json of every split
+# OUT  check/check.html: every finding, with pictures; check/check.json: the same, unless there are
+#      errors, and the images to leave out (dataset.bad_images: skip)
+# COST a minute and a half for COCO's 123,000 images on two cores, since headers are read; with
+#      skip, which decodes every image, 11 minutes
+#
+# It is no rule: Snakemake has no early cut-off, so whatever depended on its output would be made
+# again with it, after a corrected box as well.
+
+import os
+import subprocess
+import sys
+
+CHECK = Path(RESULTS, "check", "check.json")
 
 
-def check_options():
-    """Options for the user's files of every split."""
-    files = CONFIG.dataset.coco
-    words = []
+def check_data():
+    """Check the user's data unless these very files were checked before."""
+    files, options = CONFIG.dataset.coco, {"--bad-images": CONFIG.dataset.bad_images}
     for split in SPLITS:
-        words += [f"--{split}-images", str(files.images(split))]
-        words += [f"--{split}-annotations", str(files.annotations(split))]
-    return shlex.join(words)
+        options[f"--{split}-images"] = files.images(split)
+        options[f"--{split}-annotations"] = files.annotations(split)
+    classes = ["--base", *CONFIG.classes.base, "--novel", *CONFIG.classes.novel]
+    digests = [SOURCES[s].digest() for s in SPLITS]
+    content = [source("check"), *options.values(), *classes, *digests]
+    key = hashlib.sha256("\n".join(map(str, content)).encode()).hexdigest()
+    if CHECK.exists() and read_json(CHECK).get("key") == key:
+        return
+    words = [word for option in options.items() for word in option] + classes
+    # It may be a cluster's login node.
+    words += ["--workers", min(4, len(os.sched_getaffinity(0)))]
+    words += ["--key", key, "--output", CHECK, "--page", CHECK.with_suffix(".html")]
+    done = subprocess.run([sys.executable, "-m", "workflow_scripts.check", *map(str, words)])
+    if done.returncode:
+        raise WorkflowError("The data are not usable as they are: see the list above")
 
 
-rule check:
-    input:
-        downloads=ancient(COCO_DOWNLOADS),
-        template="lpovod/stages/check/template.html.jinja",
-    output:
-        findings=f"{RESULTS}/check/check.json",
-        page=f"{RESULTS}/check/check.html",
-    log:
-        f"{RESULTS}/logs/check.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/check.tsv"
-    conda:
-        "../envs/light.yaml"
-    threads: 2
-    resources:
-        mem_mb=grows(LIGHT, 0.04),
-        runtime=grows(30, 0.001),
-    params:
-        code=source("check"),
-        options=check_options(),
-        base=CONFIG.classes.base,
-        novel=CONFIG.classes.novel,
-        bad_images=CONFIG.dataset.bad_images,
-        digests=[f"{name} {source.digest()}" for name, source in SOURCES.items()],
-    message:
-        "Check of images and annotations"
-    shell:
-        "python -m workflow_scripts.check {params.options} --base {params.base:q}"
-        " --novel {params.novel:q} --bad-images {params.bad_images} --workers {threads}"
-        " --output {output.findings} --page {output.page} 2>&1 | tee {log}"
+if SOURCES:
+    check_data()

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from lpovod.artifacts import read_json
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import read_dataset
-from lpovod.stages.check import check_data, files
+from lpovod.stages.check import check, files
 from lpovod.stages.check.findings import KINDS, OF_IMAGES
 
 WIDTH, HEIGHT = 60, 40
@@ -84,11 +84,12 @@ class World:
             "novel": ["dog"],
             "bad_images": "fail",
             "workers": 1,
+            "key": "of these data",
             "output": self.folder / "check" / "check.json",
             "page": self.folder / "check" / "check.html",
         }
         arguments |= self.arguments | changes
-        check_data(**arguments)
+        check(**arguments)
         return read_json(arguments["output"])
 
 
@@ -238,13 +239,13 @@ def test_good_data_have_no_findings(world):
     assert content["findings"] == []
     assert content["bad_images"] == {"train": [], "val": []}
     assert content["counts"]["train"] == {"images": 6, "annotations": 12}
-    assert not (world.folder / "check/errors.html").exists()
+    assert content["key"] == "of these data"
 
 
 @pytest.mark.parametrize(("kind", "spoil", "counts", "text"), SPOILED)
 def test_it_is_found(world, kind, spoil, counts, text, capfd):
     spoil(world)
-    page = world.folder / "check" / ("errors.html" if KINDS[kind].error else "check.html")
+    page = world.folder / "check" / "check.html"
     if KINDS[kind].error:
         with pytest.raises(LpovodError) as error:
             world.check()
@@ -275,7 +276,7 @@ def test_everything_is_found_at_once(world):
     lines = str(error.value).splitlines()
     titles = [KINDS[k].title for k in ("missing", "size", "box_negative", "class_without_box")]
     assert [line.split(" (")[0].strip() for line in lines[1:-1]] == titles
-    page = (world.folder / "check/errors.html").read_text()
+    page = (world.folder / "check/check.html").read_text()
     assert KINDS["thin"].title in page and KINDS["not_measured"].title in page
 
 
@@ -302,16 +303,12 @@ def test_a_file_with_something_behind_its_end_is_fine(world):
     assert world.check()["findings"] == []
 
 
-def test_an_earlier_errors_page_is_removed(world):
+def test_errors_remove_the_json_of_earlier_data(world):
+    world.check()
     put(image(world), width=61)
     with pytest.raises(LpovodError):
         world.check()
-    put(image(world), width=60)
-    world.check()
-    assert sorted(p.name for p in (world.folder / "check").iterdir()) == [
-        "check.html",
-        "check.json",
-    ]
+    assert [p.name for p in (world.folder / "check").iterdir()] == ["check.html"]
 
 
 def test_no_val_split_is_no_finding(world):
@@ -396,7 +393,7 @@ def test_the_box_that_was_meant_is_drawn_too(world):
     each_box(world, as_xyxy)
     with pytest.raises(LpovodError):
         world.check()
-    text = (world.folder / "check/errors.html").read_text()
+    text = (world.folder / "check/check.html").read_text()
     for drawn in ('wrong" x="30" y="5" width="42" height="14"',
                   'right" x="30" y="5" width="12" height="9"'):  # fmt: skip
         assert f'<rect class="{drawn}' in text
@@ -411,11 +408,22 @@ def test_the_program_ends_with_the_findings(world):
     command = [sys.executable, "-m", "workflow_scripts.check"]
     command += ["--train-images", folder / "train", "--train-annotations", folder / "train.json"]
     command += ["--val-images", folder / "val", "--val-annotations", folder / "val.json"]
-    command += ["--base", "cat", "--novel", "dog", "--bad-images", "fail", "--workers", "2"]
+    command += [
+        "--base",
+        "cat",
+        "--novel",
+        "dog",
+        "--bad-images",
+        "fail",
+        "--workers",
+        "2",
+        "--key",
+        "x",
+    ]
     command += ["--output", folder / "check.json", "--page", folder / "check.html"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().endswith(f"{folder}/errors.html")
+    assert done.stderr.strip().endswith(f"{folder}/check.html")
     done = subprocess.run([*command, "--bad-images", "skip"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert read_json(folder / "check.json")["bad_images"]["train"] == [0]
@@ -425,13 +433,14 @@ def test_the_program_ends_with_the_findings(world):
 def test_real_photographs_have_no_errors(tmp_path):
     annotations = COCO_TINY / "annotations"
     names = [c["name"] for c in read_json(annotations / "instances_val2017.json")["categories"]]
-    check_data(
+    check(
         COCO_TINY / "train2017",
         annotations / "instances_train2017.json",
         ["person"],
         names[1:],
         "fail",
         1,
+        "",
         tmp_path / "check.json",
         tmp_path / "check.html",
         COCO_TINY / "val2017",

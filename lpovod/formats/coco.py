@@ -62,7 +62,9 @@ class CocoDataset:
     @property
     def folder(self) -> Path:
         """Folder of the images; ``images/<split>`` beside the file, unless the file names one."""
-        return self.path.parent / self.info.get("images", Path("images", self.path.stem))
+        return self.path.parent / self.info.get(
+            "images", Path("images", self.path.name.partition(".")[0])
+        )
 
     @property
     def images_digest(self) -> str:

@@ -9,7 +9,7 @@ run; images that `skip` leaves out are listed by id in the json, for stage `data
 from pathlib import Path
 from typing import Literal
 
-from lpovod.artifacts import identity, write_json
+from lpovod.artifacts import write_json
 from lpovod.exceptions import LpovodError
 from lpovod.progress import log
 from lpovod.stages.check.annotations import Listed, check_classes, check_json
@@ -17,17 +17,15 @@ from lpovod.stages.check.files import check_files
 from lpovod.stages.check.findings import Findings
 from lpovod.stages.check.page import write_page
 
-ERRORS_PAGE = "errors.html"
-"""Beside the page. Snakemake deletes the outputs of a failed job, and this is none."""
 
-
-def check_data(
+def check(
     train_images: Path,
     train_annotations: Path,
     base: list[str],
     novel: list[str],
     bad_images: Literal["fail", "skip"],
     workers: int,
+    key: str,
     output: Path,
     page: Path,
     val_images: Path | None = None,
@@ -43,9 +41,10 @@ def check_data(
         bad_images: skip decodes every image, and lists those that cannot be read instead of
             failing; fail reads headers, and decodes only images whose file lacks its end.
         workers: number of processes.
-        output: json: ``findings``, ``bad_images`` (ids by split), ``counts``, ``identity``. It is
-            not written if there are errors.
-        page: html that shows the same; with errors it is named ``errors.html``.
+        key: digest of the data and of the arguments, kept in the json.
+        output: json: ``findings``, ``bad_images`` (ids by split), ``counts``, ``key``. With errors
+            there is none.
+        page: html that shows the findings.
         val_images: folder of the validation images, if there are any.
         val_annotations: their COCO json.
 
@@ -61,18 +60,16 @@ def check_data(
         check_classes(findings, listed[0], listed[1] if len(listed) == 2 else None, base, novel)
     bad = _check_folders(findings, listed, readable, bad_images == "skip", workers)
     errors, warnings = findings.kinds(error=True), findings.kinds(error=False)
-    failed = page.with_name(ERRORS_PAGE)
-    failed.unlink(missing_ok=True)
-    write_page(findings, listed, base, novel, failed if errors else page)
+    output.unlink(missing_ok=True)  # of earlier data
+    write_page(findings, listed, base, novel, page)
     for kind in warnings:
         log.warning(findings.line(kind))
     if errors:
         lines = "\n".join(f"  {findings.line(kind)}" for kind in errors)
-        remedies = f"Pictures, and what to do about each: {failed}"
+        remedies = f"Pictures, and what to do about each: {page}"
         raise LpovodError(f"the images or their annotations are wrong:\n{lines}\n{remedies}")
-    jsons = {f"{split.split}_annotations": split.path for split in listed}
     content = {
-        "identity": identity("check", {"bad_images": bad_images}, **jsons),
+        "key": key,
         "findings": findings.as_json(),
         "bad_images": bad,
         "counts": {
