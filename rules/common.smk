@@ -1,26 +1,17 @@
 # Shared by all rules: the validated configuration, paths and a few short helpers.
 
-import hashlib
 import shlex
 
-from lpovod.artifacts import read_json, sha256
+from lpovod.artifacts import sha256
 from lpovod.catalogue import COCO, WEIGHTS
 from lpovod.config import load_config
 from lpovod.exceptions import LpovodError
 from lpovod.measures.ablations import read_metrics, table
 from lpovod.source_digest import source_digest
-from lpovod.sources import Source, check_classes, read_source
 
 try:
     CONFIG = load_config(config)
     SPLITS = CONFIG.dataset.splits
-    # Digests of the user's data by split; none if it is drawn, or if it is downloaded: it then
-    # counts as published.
-    SOURCES, PUBLISHED = {}, Source("COCO 2017", {}, 0)
-    if CONFIG.dataset.source == "coco" and not CONFIG.dataset.coco.download:
-        COCO_FILES = CONFIG.dataset.coco
-        SOURCES = {s: read_source(COCO_FILES.images(s), COCO_FILES.annotations(s)) for s in SPLITS}
-    WARNINGS = check_classes(CONFIG, SOURCES)
 except LpovodError as error:
     raise WorkflowError(str(error))
 

@@ -133,6 +133,7 @@ def test_the_light_rooms_import_neither_torch_nor_faiss():
         ("workflow_scripts.linear_probe", ("torch", "faiss")),
         ("workflow_scripts.pseudo_labels", ("torch",)),
         ("workflow_scripts.region_index", ("torch",)),
+        ("workflow_scripts.check", ("torch", "faiss")),
         ("workflow_scripts.dataset", ("torch", "faiss")),
         ("workflow_scripts.report", ("torch", "faiss")),
         pytest.param("workflow_scripts.base_detector", ("faiss",), marks=pytest.mark.slow),
