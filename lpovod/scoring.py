@@ -18,8 +18,8 @@ from lpovod.artifacts import check_made_from, read_tensors
 from lpovod.config import EvaluationSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.class_embeddings import read_text_embeddings
-from lpovod.formats.coco import Detections
-from lpovod.formats.regions import RegionStore
+from lpovod.formats.coco import Detected
+from lpovod.formats.regions import Regions
 from lpovod.measures.ablations import Variant
 
 
@@ -104,42 +104,33 @@ def read_class_weights(
     )
 
 
-def score_regions(
-    features: RegionStore, embeddings: RegionStore | None, classes: ClassWeights
-) -> dict[int, Scores]:
-    """Raw scores of all images that have regions, by image id.
+def score_regions(regions: Regions, embedded: Regions | None, classes: ClassWeights) -> Scores:
+    """Raw scores of the regions of one image.
 
     Args:
-        features: region features of a split.
-        embeddings: CLIP's own embeddings of the same regions, for comparison.
+        regions: with the columns of stage `region_features`.
+        embedded: CLIP's own embeddings of the same regions, for comparison.
         classes: the weights to score with.
 
     Raises:
-        LpovodError: if `embeddings` has other boxes than `features`.
+        LpovodError: if `embedded` has other boxes than `regions`.
     """
-    scores = {}
-    for image_id in features.image_ids:
-        regions = features.read(image_id)
-        if len(regions) == 0:
-            continue
-        clip = None
-        if embeddings is not None:
-            embedded = embeddings.read(image_id)
-            if not np.array_equal(embedded.box, regions.box):
-                raise LpovodError(
-                    f"image {image_id}: {embeddings.paths[0]} and {features.paths[0]} have "
-                    "different boxes"
-                )
-            clip = torch.from_numpy(embedded["embedding"]).float() @ classes.text.T
-        scores[image_id] = Scores(
-            torch.from_numpy(regions.box),
-            torch.from_numpy(regions["refined"]),
-            torch.from_numpy(regions.objectness),
-            (torch.from_numpy(regions["feature"]).float() @ classes.weights.T).sigmoid(),
-            torch.from_numpy(regions["embedding"]).float() @ classes.text.T,
-            clip,
-        )
-    return scores
+    clip = None
+    if embedded is not None:
+        if not np.array_equal(embedded.box, regions.box):
+            raise LpovodError(
+                f"image {regions.image_id[0]}: its region embeddings and its region features have "
+                "different boxes. Make them again: snakemake --forcerun region_features"
+            )
+        clip = torch.from_numpy(embedded["embedding"]).float() @ classes.text.T
+    return Scores(
+        torch.from_numpy(regions.box),
+        torch.from_numpy(regions["refined"]),
+        torch.from_numpy(regions.objectness),
+        (torch.from_numpy(regions["feature"]).float() @ classes.weights.T).sigmoid(),
+        torch.from_numpy(regions["embedding"]).float() @ classes.text.T,
+        clip,
+    )
 
 
 def final_scores(scores: Scores, base: int, variant: Variant) -> Tensor:
@@ -160,31 +151,27 @@ def final_scores(scores: Scores, base: int, variant: Variant) -> Tensor:
 
 
 def detect(
-    scores: dict[int, Scores],
+    scores: Scores,
     base: int,
     category_ids: list[int],
     variant: Variant,
     settings: EvaluationSettings,
-) -> Detections:
-    """Detections of every image: threshold, NMS within each class, the best `per_image`.
+) -> Detected:
+    """Detections of one image: threshold, NMS within each class, the best `per_image`.
 
     Args:
-        scores: raw scores by image id.
+        scores: raw scores of its regions.
         base: number of base classes.
         category_ids: of base, then novel classes.
         variant: the method or an ablation.
         settings: threshold, NMS and number of detections.
     """
-    categories = torch.tensor(category_ids)
-    detections: Detections = {}
-    for image_id, regions in scores.items():
-        score = final_scores(regions, base, variant)
-        rows, classes = (score > settings.score_threshold).nonzero(as_tuple=True)
-        boxes = (regions.refined if variant.refined else regions.boxes)[rows]
-        best = batched_nms(boxes, score[rows, classes], classes, settings.nms)[: settings.per_image]
-        detections[image_id] = (
-            boxes[best].numpy(),
-            score[rows, classes][best].numpy(),
-            categories[classes][best].numpy(),
-        )
-    return detections
+    score = final_scores(scores, base, variant)
+    rows, classes = (score > settings.score_threshold).nonzero(as_tuple=True)
+    boxes = (scores.refined if variant.refined else scores.boxes)[rows]
+    best = batched_nms(boxes, score[rows, classes], classes, settings.nms)[: settings.per_image]
+    return (
+        boxes[best].numpy(),
+        score[rows, classes][best].numpy(),
+        torch.tensor(category_ids)[classes][best].numpy(),
+    )

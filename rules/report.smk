@@ -12,11 +12,7 @@ rule report:
         val=f"{RESULTS}/dataset/val.json",
         train=f"{RESULTS}/dataset/train.images.json",
         truth=f"{DATASET}/train_all_classes.json",
-        pseudo_labels=(
-            []
-            if CONFIG.linear_probe.checkpoint
-            else expand(rules.pseudo_labels.output, novel=NOVEL)
-        ),
+        pseudo_labels=[] if CONFIG.linear_probe.checkpoint else rules.pseudo_labels.output,
         proposals=[] if CONFIG.proposals.files else rules.proposal_network.output.history,
         base_detector=rules.base_detector.output.history,
     output:

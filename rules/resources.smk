@@ -42,7 +42,9 @@ CLASSES = len(CONFIG.classes.base + CONFIG.classes.novel)
 # MB of stage evaluation: three scores per region and class of the images in work.
 SCORED = 1e-3 * REGIONS * CLASSES
 # MB of stage pseudo_labels: candidates of every class, as Python objects.
-RETRIEVED = 0.005 * len(CONFIG.classes.novel) * (CONFIG.pseudo_labels.k + CONFIG.pseudo_labels.ignored)
+RETRIEVED = (
+    0.005 * len(CONFIG.classes.novel) * (CONFIG.pseudo_labels.k + CONFIG.pseudo_labels.ignored)
+)
 # MB of stage linear_probe: the features that stay in memory, and their rows.
 CANDIDATES = 2000
 # Minutes per image of a shard: 300 regions per second, cropped by one core.

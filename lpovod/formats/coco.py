@@ -213,8 +213,11 @@ def is_box(box: Any) -> bool:
     return numbers and math.isfinite(sum(box)) and box[2] >= 0 and box[3] >= 0
 
 
-Detections = dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""By image id: boxes (n, 4) xyxy, scores (n,), category ids (n,)."""
+Detected = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of one image: boxes (n, 4) xyxy, scores (n,), category ids (n,)."""
+
+Detections = dict[int, Detected]
+"""By image id."""
 
 
 def coco_results(detections: Detections) -> list[dict[str, Any]]:

@@ -6,42 +6,44 @@ from lpovod.artifacts import identity, write_json
 from lpovod.config import PseudoLabelsSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import corners, read_dataset
-from lpovod.formats.pseudo_labels import as_coco
+from lpovod.formats.pseudo_labels import Retrieved, as_coco
 from lpovod.progress import log
 
 
 def import_pseudo_labels(
-    name: str, file: Path, dataset: Path, settings: PseudoLabelsSettings, output: Path
+    names: list[str], file: Path, dataset: Path, settings: PseudoLabelsSettings, output: Path
 ) -> None:
-    """Write one class's pseudo-labels from a file with all classes, instead of retrieving them.
+    """Write the pseudo-labels of a file, instead of retrieving them.
 
     Args:
-        name: the class.
+        names: the novel classes; labels of other classes are left out.
         file: COCO json in the original's layout, whose annotations have ``score`` and ``cosine``.
-        dataset: the training json, which must list the images of the labels.
+        dataset: json with the training images, which must list the images of the labels.
         settings: recorded in the artifact's identity.
-        output: COCO json of this class.
+        output: COCO json.
 
     Raises:
-        LpovodError: if the file has no label of the class, or if the image of a label is not in the
+        LpovodError: if the file has no label of a class, or if the image of a label is not in the
             dataset, has a different size there, or does not contain the label's box.
     """
     content, images = read_dataset(file), read_dataset(dataset).images
-    (category,) = content.category_ids([name])
-    labels = [
-        _checked_label(annotation, file, content.images[image_id], images.get(image_id), dataset)
-        for image_id, annotations in content.annotations.items()
-        for annotation in annotations
-        if annotation["category_id"] == category
-    ]
-    if not labels:
-        raise LpovodError(f"{file} has no label of class {name!r}")
-    labels.sort(key=lambda label: -label["cosine"])
+    labels: dict[int, list[dict]] = {category: [] for category in content.category_ids(names)}
+    for image_id, annotations in content.annotations.items():
+        for label in (a for a in annotations if a["category_id"] in labels):
+            place = (content.images[image_id], images.get(image_id))
+            labels[label["category_id"]].append(_checked_label(label, file, *place, dataset))
+    if absent := [
+        name for name, of_class in zip(names, labels.values(), strict=True) if not of_class
+    ]:
+        raise LpovodError(f"{file} has no label of class {absent[0]!r}")
+    retrieved = {
+        name: Retrieved(sorted(of_class, key=lambda label: -label["cosine"]))
+        for name, of_class in zip(names, labels.values(), strict=True)
+    }
     ident = identity("pseudo_labels", settings, dataset=dataset, file=file)
-    write_json(output, as_coco(name, labels, dataset) | {"info": {"identity": ident}})
-    log.info(
-        f"{name}: {len(labels)} regions of {len({r['image_id'] for r in labels})} images of {file}"
-    )
+    write_json(output, as_coco(retrieved, dataset) | {"info": {"identity": ident}})
+    count = sum(len(of_class.regions) for of_class in retrieved.values())
+    log.info(f"{count} regions of {len(retrieved)} classes of {file}")
 
 
 def _checked_label(

@@ -1,5 +1,7 @@
 """Kinds of detection mistakes: duplicates, badly placed boxes, wrong classes, background."""
 
+from collections import Counter, defaultdict
+
 import numpy as np
 
 from lpovod.formats.coco import CocoDataset, Detections
@@ -34,28 +36,22 @@ def count_mistakes(
         Percent by kind, over all these classes together.
     """
     counts = dict.fromkeys(KINDS, 0)
-    for category in category_ids:
-        objects = {i: _split(data, i, category) for i in data.images}
-        total = sum(len(same_class) for same_class, _ in objects.values())
-        ranked = sorted(
-            (
-                (-float(score), image_id, tuple(map(float, box)))
-                for image_id, (boxes, scores, categories) in detections.items()
-                for box, score, c in zip(boxes, scores, categories, strict=True)
-                if c == category
-            )
-        )[:total]
+    objects = {i: data.boxes(i) for i in data.images}
+    wanted = set(category_ids)
+    totals = Counter(int(c) for _, categories in objects.values() for c in categories)
+    ranked: dict[int, list[tuple[float, int, tuple[float, ...]]]] = defaultdict(list)
+    for image_id, (boxes, scores, categories) in detections.items():
+        for box, score, category in zip(boxes, scores, categories.tolist(), strict=True):
+            if category in wanted:
+                ranked[category].append((-float(score), image_id, tuple(map(float, box))))
+    for category, of_class in ranked.items():
         taken: set[tuple[int, int]] = set()
-        for _, image_id, box in ranked:
-            counts[_kind(np.array(box), image_id, *objects[image_id], taken)] += 1
+        for _, image_id, box in sorted(of_class)[: totals[category]]:
+            boxes, categories = objects[image_id]
+            same = categories == category
+            counts[_kind(np.array(box), image_id, boxes[same], boxes[~same], taken)] += 1
     counted = max(1, sum(counts.values()))
     return {kind: round(100 * n / counted, 2) for kind, n in counts.items()}
-
-
-def _split(data: CocoDataset, image_id: int, category: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes of the objects of a category, and those of all others."""
-    boxes, categories = data.boxes(image_id)
-    return boxes[categories == category], boxes[categories != category]
 
 
 def _kind(

@@ -1,15 +1,22 @@
 """Stage `evaluation`: detections, AP50, and the ablations that explain it."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
+from faster_coco_eval import COCO
 from torch.utils.data import DataLoader
 
 from lpovod.artifacts import check_made_from, sha256, write_json
 from lpovod.config import EvaluationSettings
-from lpovod.formats.coco import Detections, check_same_images, coco_results, read_dataset
+from lpovod.formats.coco import (
+    Detected,
+    Detections,
+    check_same_images,
+    coco_results,
+    read_dataset,
+)
 from lpovod.formats.regions import RegionStore, open_shards
 from lpovod.measures.ablations import Variant, table, variants
 from lpovod.measures.average_precision import (
@@ -22,7 +29,7 @@ from lpovod.measures.average_precision import (
 from lpovod.measures.mistakes import count_mistakes
 from lpovod.measures.recall import recall_by_split
 from lpovod.progress import log, progress
-from lpovod.scoring import detect, read_class_weights, score_regions
+from lpovod.scoring import ClassWeights, detect, read_class_weights, score_regions
 
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Temperatures to choose from for the row of the CLIP head at its best temperature."""
@@ -66,31 +73,19 @@ def evaluate(
     category_ids = data.category_ids(classes.names)
     measured_images = images_of(data, settings.protocol)
     truth = coco_ground_truth(data, measured_images)
-    scores = score_regions(features, embeddings, classes)
-    base = len(classes.base)
-
-    def measure(variant: Variant) -> tuple[Detections, dict[str, float], dict[str, float | None]]:
-        detected = detect(scores, base, category_ids, variant, settings)
-        with without_garbage_collection():
-            by_class = ap50_by_class(truth, coco_results(detected))
-        return detected, by_class, ap50(by_class, classes.base, classes.novel)
-
     rows = variants(settings, classes.temperature, embeddings is not None)
     heads = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]
-    # Loads variants instead of images: the processes share the scores, and results keep the order.
-    measurements: Any = [*rows.values(), *heads]
-    loader: DataLoader = DataLoader(
-        measurements, batch_size=None, num_workers=workers, collate_fn=cast(Any, measure)
-    )
-    results = list(progress(loader, "evaluation", "variant"))
+    ways = [*rows.values(), *heads]
+    detected = _detect_all(features, embeddings, classes, category_ids, ways, settings, workers)
+    results = _measure_all(truth, classes, detected, workers)
     measured = dict(zip(rows, results, strict=False))
-    by_row = {name: means for name, (_, _, means) in measured.items()}
-    at_temperature = [means for _, _, means in results[len(rows) :]]
+    by_row = {name: means for name, (_, means) in measured.items()}
+    at_temperature = [means for _, means in results[len(rows) :]]
     by_row["without_probe_best_temperature"] = _best_temperature(
         dict(zip(TEMPERATURES, at_temperature, strict=True))
     )
     content: dict[str, Any] = {"rows": by_row}
-    content["per_class"] = {k: round(v, 2) for k, v in measured["full"][1].items()}
+    content["per_class"] = {k: round(v, 2) for k, v in measured["full"][0].items()}
     novel_ids = set(data.category_ids(classes.novel))
     content["evaluated"] = {
         "protocol": settings.protocol,
@@ -101,11 +96,11 @@ def evaluate(
     }
     content["temperature"] = classes.temperature
     content["classes"] = {"base": classes.base, "novel": classes.novel}
-    boxes = {i: s.boxes.numpy() for i, s in scores.items()}
-    boxes = dict.fromkeys(data.images, np.empty((0, 4), np.float32)) | boxes
+    boxes = {i: features.read(i, []).box for i in data.images}
     content["proposal_recall"] = recall_by_split(data, boxes)
+    detections_of = dict(zip(rows, detected, strict=False))
     content["novel_mistakes"] = {
-        name: count_mistakes(everything, measured[name][0], data.category_ids(classes.novel))
+        name: count_mistakes(everything, detections_of[name], data.category_ids(classes.novel))
         for name in ("full", "without_probe", "without_clip_head")
     }
     made_from = {
@@ -114,10 +109,58 @@ def evaluate(
         "linear_probe": sha256(linear_probe),
     }
     content["made_from"] = made_from
-    write_json(detections, coco_results(measured["full"][0]))
+    write_json(detections, coco_results(detections_of["full"]))
     write_json(ground_truth, truth.dataset)
     write_json(metrics, content)
     log.info(table(content))
+
+
+def _detect_all(
+    features: RegionStore,
+    embeddings: RegionStore | None,
+    classes: ClassWeights,
+    category_ids: list[int],
+    ways: list[Variant],
+    settings: EvaluationSettings,
+    workers: int,
+) -> list[Detections]:
+    """The detections of each variant; scores are made for one image at a time, and not kept."""
+
+    def of_image(image_id: int) -> tuple[int, list[Detected]]:
+        embedded = embeddings.read(image_id) if embeddings else None
+        scores = score_regions(features.read(image_id), embedded, classes)
+        return image_id, [
+            detect(scores, len(classes.base), category_ids, way, settings) for way in ways
+        ]
+
+    detected: list[Detections] = [{} for _ in ways]
+    image_ids = [i for i in features.image_ids if features.count(i)]
+    results = in_processes(of_image, image_ids, workers)
+    for image_id, of_ways in progress(results, "detections", "image"):
+        for of_way, detections in zip(detected, of_ways, strict=True):
+            of_way[image_id] = detections
+    return detected
+
+
+def _measure_all(
+    truth: COCO, classes: ClassWeights, detected: list[Detections], workers: int
+) -> list[tuple[dict[str, float], dict[str, float | None]]]:
+    """AP50 by class, and its means, of each variant."""
+
+    def of_variant(number: int) -> tuple[dict[str, float], dict[str, float | None]]:
+        with without_garbage_collection():
+            by_class = ap50_by_class(truth, coco_results(detected[number]))
+        return by_class, ap50(by_class, classes.base, classes.novel)
+
+    results = in_processes(of_variant, list(range(len(detected))), workers)
+    return list(progress(results, "AP50", "variant"))
+
+
+def in_processes(work: Callable[[Any], Any], items: list[Any], workers: int) -> Iterable[Any]:
+    """Results of a function in the order of the items; the processes share what is in memory."""
+    return DataLoader(
+        cast(Any, items), batch_size=None, num_workers=workers, collate_fn=cast(Any, work)
+    )
 
 
 def _best_temperature(rows: dict[float, dict[str, float | None]]) -> dict[str, float | None]:

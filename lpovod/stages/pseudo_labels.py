@@ -43,9 +43,9 @@ def retrieve(
     """Write the top K regions by cosine with the query of each class, above the objectness floor.
 
     With an exact index (Flat, SQfp16) the result is the exact top K of all regions; equal cosines
-    are ordered by image id and position in the image. With any other index, ``info`` has ``recall``:
-    for each class, the fraction of the exact top K that the index returns. One image may contribute
-    several regions, unless the settings limit them.
+    are ordered by image id and position in the image. With any other index, ``info`` has
+    ``recall``: by class, the fraction of the exact top K that the index returns. One image may
+    contribute several regions, unless the settings limit them.
 
     Args:
         names: the novel classes.

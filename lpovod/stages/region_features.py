@@ -165,7 +165,7 @@ def _arrays(
     device: str,
 ) -> list[tuple[int, dict[str, np.ndarray]]]:
     # The bits of a convolution or a matrix product depend on its size. So that an image's features
-    # do not depend on the images beside it, all batches are full, and heads see one image at a time.
+    # do not depend on the images beside it, batches are full, and heads see one image at a time.
     full = [*views, *[views[-1]] * (batch_size - len(views))]
     images = batch(full, device, model.backbone.normalisation, pad_with_black=True)
     pyramid = model.pyramid(images)
