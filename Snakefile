@@ -32,7 +32,7 @@ include: "rules/pictures.smk"
 rule all:
     default_target: True
     input:
-        rules.evaluation.output.metrics.format(evaluation="evaluation"),
+        expand(rules.evaluation.output.metrics, evaluation=["evaluation"] if "val" in SPLITS else []),
         rules.report.output,
 
 

@@ -6,6 +6,7 @@ workflow imports this module while it builds its graph, so nothing heavy may be 
 """
 
 import difflib
+import hashlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -73,9 +75,13 @@ class CocoSettings(Settings):
     train_annotations: Path = key(
         Path("annotations/instances_train2017.json"), "COCO json of the training images"
     )
-    val_images: Path = key(Path("val2017"), "folder of validation images")
-    val_annotations: Path = key(
-        Path("annotations/instances_val2017.json"), "COCO json of the validation images"
+    val_images: Path | None = key(
+        Path("val2017"),
+        "folder of validation images; null, with val_annotations, for a run that measures nothing",
+    )
+    val_annotations: Path | None = key(
+        Path("annotations/instances_val2017.json"),
+        "COCO json of the validation images; it may have no annotations",
     )
     # It shapes no result, so it is excluded from the values that stages receive.
     download: bool = key(False, "download missing files of COCO 2017 into root", exclude=True)
@@ -85,15 +91,33 @@ class CocoSettings(Settings):
         "split without a number is not checked",
     )
 
+    # It decides whether a run is allowed, and shapes no result.
+    pictogram_clip: bool = key(
+        False,
+        "permits the shipped CLIP, which knows drawn pictograms alone, on these images; its "
+        "answers mean nothing on photographs",
+        exclude=True,
+    )
+
     @model_validator(mode="after")
     def _downloads_have_a_place(self) -> Self:
         if self.download and self.root is None:
             raise ValueError("download needs a root to download into")
+        if (self.val_images is None) != (self.val_annotations is None):
+            raise ValueError("val_images and val_annotations belong together: give both, or null")
         return self
 
     def path(self, name: str) -> Path:
         """One of the four paths, below the root."""
         return (self.root or Path()) / getattr(self, name)
+
+    def images(self, split: str) -> Path:
+        """Folder of a split's images."""
+        return self.path(f"{split}_images")
+
+    def annotations(self, split: str) -> Path:
+        """COCO json of a split."""
+        return self.path(f"{split}_annotations")
 
 
 class DatasetSettings(Settings):
@@ -102,6 +126,18 @@ class DatasetSettings(Settings):
     )
     miniature: MiniatureSettings = key(MiniatureSettings(), "the drawn world (source: miniature)")
     coco: CocoSettings = key(CocoSettings(), "paths of the files (source: coco)")
+    bad_images: Literal["fail", "skip"] = key(
+        "fail",
+        "response to an image that cannot be decoded; skip decodes every image once, before "
+        "everything else, and leaves the bad ones out of the data set (source: coco)",
+    )
+
+    @property
+    def splits(self) -> list[Split]:
+        """The splits that the source has."""
+        if self.source == "miniature":
+            return ["train", "val", "tune"]
+        return ["train"] if self.coco.val_images is None else ["train", "val"]
 
     def image_count(self, split: Split) -> int:
         """How many images a split has: as configured, or about, by the size of its json.
@@ -110,26 +146,92 @@ class DatasetSettings(Settings):
         """
         if self.source == "miniature":
             return getattr(self.miniature, f"{split}_images")
-        annotations = self.coco.path(f"{split}_annotations")
+        if split not in self.splits:
+            return 0
+        annotations = self.coco.annotations(split)
         if self.coco.download or not annotations.is_file():
             return COCO_IMAGES[split]
         return math.ceil(annotations.stat().st_size / JSON_PER_IMAGE)
 
 
+ClassNames = Annotated[
+    list[str],
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "object",
+                        "properties": {"name": {"type": "string"}, "prompt": {"type": "string"}},
+                        "required": ["name"],
+                        "additionalProperties": False,
+                    },
+                ]
+            },
+        }
+    ),
+]
+
+
 class ClassSettings(Settings):
-    base: list[str] = Field(description="annotated: the detector trains on them", min_length=1)
-    novel: list[str] = Field(description="known only by name", min_length=1)
+    base: ClassNames = Field(
+        description="annotated: the detector trains on them; a name, or {name: ..., prompt: ...}",
+        min_length=1,
+    )
+    novel: ClassNames = Field(
+        description="known only by name; a name, or {name: ..., prompt: ...}", min_length=1
+    )
+    add_base: ClassNames = key([], "appended to base, for overlays", exclude=True)
+    add_novel: ClassNames = key([], "appended to novel, for overlays", exclude=True)
+    prompts: dict[str, str] = key(
+        {}, "by class name, the words that stand for it in the prompts; null is the name itself"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_names(cls, content: Any) -> Any:
+        """Move the prompts out of the lists of names, and append what overlays add."""
+        if not isinstance(content, dict):
+            return content
+        plain, prompts = dict(content), dict(content.get("prompts") or {})
+        for name in ("base", "novel", "add_base", "add_novel"):
+            if isinstance(names := content.get(name), list):
+                plain[name] = [_plain_name(item, prompts) for item in names]
+        for name in ("base", "novel"):
+            added = plain.pop(f"add_{name}", [])
+            if isinstance(plain.get(name), list) and isinstance(added, list):
+                plain[name] = [*plain[name], *added]
+        return plain | {"prompts": prompts}
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:
         slugs: dict[str, str] = {}
         for name in [*self.base, *self.novel]:
-            if name == "" or slug(name) == "":
-                raise ValueError(f"class name {name!r} has no letter or digit")
+            if not name.strip() or name != name.strip():
+                raise ValueError(f"class name {name!r} is empty, or has spaces around it")
             if slug(name) in slugs:
                 raise ValueError(f"class {name!r} is listed twice (as {slugs[slug(name)]!r})")
             slugs[slug(name)] = name
+        unknown = sorted(set(self.prompts) - {*self.base, *self.novel})
+        if unknown:
+            raise ValueError(f"prompts: {unknown[0]!r} is no base or novel class")
         return self
+
+    def prompt(self, name: str) -> str:
+        """The words that stand for a class in CLIP's prompts."""
+        return self.prompts.get(name, name)
+
+
+def _plain_name(item: Any, prompts: dict[str, str]) -> Any:
+    if not isinstance(item, dict):
+        return item
+    if not isinstance(item.get("name"), str) or set(item) - {"name", "prompt"}:
+        raise ValueError(f"{item!r}: a class is a name, or {{name: ..., prompt: ...}}")
+    if item.get("prompt") is not None:
+        prompts[item["name"]] = item["prompt"]
+    return item["name"]
 
 
 class ClipSettings(Settings):
@@ -240,6 +342,13 @@ class TrainingSettings(Settings):
     flip: Fraction = key(0.5, "probability of a horizontal flip")
     workers: int = key(0, "processes that load images; 0 loads in the training process", ge=0)
 
+    @model_validator(mode="after")
+    def _milestones_are_reached(self) -> Self:
+        late = [epoch for epoch in self.milestones if epoch > self.epochs]
+        if late:
+            raise ValueError(f"milestone {late[0]} lies beyond the last of {self.epochs} epochs")
+        return self
+
 
 class ProposalsSettings(Settings):
     training: TrainingSettings = key(TrainingSettings(), "schedule of the proposal network")
@@ -270,9 +379,6 @@ class RegionEmbeddingsSettings(Settings):
     shards: PositiveInt = key(2, "number of files that share the images, one job each")
     precision: Literal["float32", "bfloat16"] = key(
         "float32", "of CLIP's image tower; bfloat16 pays on GPUs and CPUs with bfloat16 units"
-    )
-    bad_images: Literal["fail", "skip"] = key(
-        "fail", "response to an image that cannot be read or has invalid proposals"
     )
 
 
@@ -366,6 +472,12 @@ class LinearProbeSettings(Settings):
 
 
 class EvaluationSettings(Settings):
+    protocol: Literal["all_images", "annotated_images"] = key(
+        "all_images",
+        "images that AP is measured on: all of the validation split, or only those with an "
+        "annotation of a configured class, as in OV-COCO, where false alarms elsewhere cost "
+        "nothing",
+    )
     temperature: Positive | None = key(
         None, "temperature of the CLIP head's softmax; null uses the CLIP model's logit scale"
     )
@@ -445,8 +557,15 @@ class Config(Settings):
 
 
 def slug(name: str) -> str:
-    """A class name as part of a file name: ``traffic light`` is ``traffic_light``."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    """A class name as part of a file name: ``traffic light`` is ``traffic_light``.
+
+    Letters outside ASCII are left out, and a digest of the whole name tells such names apart.
+    """
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    if name.isascii() and plain:
+        return plain
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{plain}_{digest}" if plain else f"class_{digest}"
 
 
 def read_config(paths: Iterable[Path], weights: bool = True) -> Config:
@@ -497,7 +616,7 @@ def load_config(content: dict[str, Any], weights: bool = True) -> Config:
     if weights:
         _check_weights(config)
     _check_imports(config)
-    _check_classes(config)
+    _check_clip(config)
     return config
 
 
@@ -530,22 +649,15 @@ def _check_imports(config: Config) -> None:
                 raise LpovodError(f"clip.weights: without CLIP this is needed: {setting}")
 
 
-def _check_classes(config: Config) -> None:
-    """Refuse a class that the validation images do not annotate: its AP would be undefined."""
-    annotations = config.dataset.coco.path("val_annotations")
-    if config.dataset.source == "miniature":
-        source, known = "the miniature world", list(pictograms.CLASSES)
-    elif config.dataset.coco.download and not annotations.exists():
-        source, known = "COCO 2017", list(COCO_CLASSES)
-    else:
-        source = str(annotations)
-        known = [category["name"] for category in read_json(annotations).get("categories", [])]
-    for split, names in (("base", config.classes.base), ("novel", config.classes.novel)):
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                raise LpovodError(f"classes.{split}: {source} has no class {name!r}; {hint}")
+def _check_clip(config: Config) -> None:
+    """Refuse the miniature world's CLIP on other images, unless that is meant."""
+    shipped = config.clip.weights == ClipSettings().weights
+    if config.dataset.source == "coco" and shipped and not config.dataset.coco.pictogram_clip:
+        raise LpovodError(
+            f"clip.weights: {config.clip.weights} knows drawn pictograms alone. Photographs need "
+            "a CLIP of photographs (configs/photographs.yaml has one); dataset.coco.pictogram_clip: "
+            "true permits this one, to try the workflow out"
+        )
 
 
 def _explain(problem: Any) -> str:

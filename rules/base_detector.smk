@@ -8,7 +8,6 @@
 rule base_detector:
     input:
         dataset=f"{RESULTS}/dataset/train.json",
-        images=rules.dataset.output.images,
         shards=shards("train"),
         network=ancient(START_FILES) or rules.proposal_network.output.network,
     output:

@@ -1,14 +1,26 @@
 # Shared by all rules: the validated configuration, paths and a few short helpers.
 
+import shlex
+
 from lpovod.artifacts import sha256
 from lpovod.catalogue import COCO, WEIGHTS
 from lpovod.config import load_config, slug
 from lpovod.exceptions import LpovodError
 from lpovod.measures.ablations import read_metrics, table
 from lpovod.source_digest import source_digest
+from lpovod.sources import Source, check_classes, read_source
+
 
 try:
     CONFIG = load_config(config)
+    SPLITS = CONFIG.dataset.splits
+    # Digests of the user's data by split; none if it is drawn, or if it is downloaded: it then
+    # counts as published.
+    SOURCES, PUBLISHED = {}, Source("COCO 2017", {}, 0)
+    if CONFIG.dataset.source == "coco" and not CONFIG.dataset.coco.download:
+        COCO_FILES = CONFIG.dataset.coco
+        SOURCES = {s: read_source(COCO_FILES.images(s), COCO_FILES.annotations(s)) for s in SPLITS}
+    WARNINGS = check_classes(CONFIG, SOURCES)
 except LpovodError as error:
     raise WorkflowError(str(error))
 
@@ -22,7 +34,6 @@ RESULTS = f"results/{CONFIG.name}"
 DEVICE = "cuda" if CONFIG.gpu else "cpu"
 ENVIRONMENT = "../envs/gpu.yaml" if CONFIG.gpu else "../envs/torch.yaml"
 NOVEL = {slug(name): name for name in CONFIG.classes.novel}
-SPLITS = ["train", "val"] + (["tune"] if CONFIG.dataset.source == "miniature" else [])
 # The model's files may be large, and Snakemake compares large files by modification time. Their
 # digests, as params, make a stage stale if and only if the content changes.
 CLIP_FILES = CONFIG.clip.files()
@@ -90,6 +101,13 @@ def shards(split):
 def names_of(wildcards):
     """The class names in a file of text embeddings: base, or novel/<class>."""
     return CONFIG.classes.base if wildcards.classes == "base" else [NOVEL[wildcards.classes[6:]]]
+
+
+def prompts_of(wildcards):
+    """The command-line option with the prompts of these classes, if the user gives any."""
+    given = CONFIG.classes.prompts
+    words = [text for n in names_of(wildcards) if n in given for text in (n, given[n])]
+    return f"--prompts {shlex.join(words)}" if words else ""
 
 
 def evaluated(pattern):

@@ -38,5 +38,7 @@ class ShortReasons(logging.Filter):
         return True
 
 
+for warning in WARNINGS:
+    logger.warning(warning)
 if not any(type(f).__name__ == "ShortReasons" for f in logger.filters):
     logger.addFilter(ShortReasons())

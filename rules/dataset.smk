@@ -1,22 +1,84 @@
 # Stage dataset
-# IN   nothing (miniature), or COCO json and images on disk or downloaded (coco)
-# OUT  train.json: base annotations only; val.json and, miniature only, tune.json: all classes;
-#      train_all_classes.json: to judge retrieved regions in the report, never for training;
-#      images/: a folder, or a link to one, per split
-# COST seconds; images on disk are linked, not copied
+# IN   nothing (miniature), or the user's images and COCO json (coco), compared by content
+# OUT  {split}.images.json: the images, what most stages need;
+#      train.json: with base annotations only; val.json and, miniature only, tune.json: with all;
+#      train_all_classes.json: to judge retrieved regions in the report, never for training
+# COST seconds; images on disk are neither copied nor linked
+
+DATASET = f"{RESULTS}/dataset"
+
+if CONFIG.dataset.source == "miniature":
+
+    rule dataset:
+        output:
+            images=f"{DATASET}/{{split}}.images.json",
+            annotations=f"{DATASET}/drawn/{{split}}.json",
+            folder=directory(f"{DATASET}/images/{{split}}"),
+        log:
+            f"{RESULTS}/logs/dataset/{{split}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/dataset/{{split}}.tsv"
+        conda:
+            "../envs/light.yaml"
+        threads: 1
+        resources:
+            mem_mb=grows(LIGHT, 0.04),
+            runtime=grows(30, 0.001),
+        params:
+            code=source("dataset"),
+            seed=CONFIG.seed,
+            settings=lambda wildcards: miniature_of(wildcards.split),
+        message:
+            "Drawing the {wildcards.split} images of the miniature world"
+        shell:
+            "python -m workflow_scripts.dataset draw --split {wildcards.split}"
+            " --settings {params.settings:q} --seed {params.seed} --folder {output.folder}"
+            " --images {output.images} --annotations {output.annotations} 2>&1 | tee {log}"
+
+else:
+
+    rule dataset:
+        input:
+            downloads=ancient(COCO_DOWNLOADS),
+            # What it finds in the data is part of the digest of the data.
+            check=ancient(f"{RESULTS}/check/check.json"),
+        output:
+            images=f"{DATASET}/{{split}}.images.json",
+        log:
+            f"{RESULTS}/logs/dataset/{{split}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/dataset/{{split}}.tsv"
+        conda:
+            "../envs/light.yaml"
+        threads: 1
+        resources:
+            mem_mb=grows(LIGHT, 0.04),
+            runtime=grows(30, 0.001),
+        params:
+            code=source("dataset"),
+            settings=CONFIG.dataset.coco.model_dump_json(),
+            bad_images=CONFIG.dataset.bad_images,
+            digest=lambda wildcards: SOURCES.get(wildcards.split, PUBLISHED).images,
+        message:
+            "The {wildcards.split} images"
+        shell:
+            "python -m workflow_scripts.dataset list_images --split {wildcards.split}"
+            " --settings {params.settings:q} --digest {params.digest} --check {input.check}"
+            " --output {output.images} 2>&1 | tee {log}"
 
 
-rule dataset:
+rule annotations:
     input:
-        downloads=ancient(COCO_DOWNLOADS),
+        images=lambda wildcards: f"{DATASET}/{split_of(wildcards.annotations)}.images.json",
+        drawn=lambda wildcards: drawn(split_of(wildcards.annotations)),
     output:
-        splits=expand(f"{RESULTS}/dataset/{{split}}.json", split=SPLITS),
-        truth=f"{RESULTS}/dataset/train_all_classes.json",
-        images=directory(f"{RESULTS}/dataset/images"),
+        f"{DATASET}/{{annotations}}.json",
     log:
-        f"{RESULTS}/logs/dataset.log",
+        f"{RESULTS}/logs/annotations/{{annotations}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/dataset.tsv"
+        f"{RESULTS}/benchmarks/annotations/{{annotations}}.tsv"
+    wildcard_constraints:
+        annotations="train|train_all_classes|val|tune",
     conda:
         "../envs/light.yaml"
     threads: 1
@@ -25,12 +87,50 @@ rule dataset:
         runtime=grows(30, 0.001),
     params:
         code=source("dataset"),
-        seed=CONFIG.seed,
-        settings=block("dataset"),
-        base=CONFIG.classes.base,
-        folder=subpath(output.truth, parent=True),
+        file=lambda wildcards: annotations_of(split_of(wildcards.annotations)),
+        # The user's file is no input: its content counts, not the time of its last change.
+        digest=lambda wildcards: digest_of_annotations(wildcards.annotations),
+        base=lambda wildcards: base_options(wildcards.annotations),
     message:
-        "Images and annotations of every split ({CONFIG.dataset.source})"
+        "The annotations of {wildcards.annotations}"
     shell:
-        "python -m workflow_scripts.dataset --output {params.folder} --seed {params.seed}"
-        " --settings {params.settings:q} --base {params.base:q} 2>&1 | tee {log}"
+        "python -m workflow_scripts.dataset annotate --images {input.images}"
+        " --annotations {params.file:q} {params.base} --output {output} 2>&1 | tee {log}"
+
+
+def miniature_of(split):
+    """The settings of the drawn world that shape a split, as json."""
+    others = {f"{s}_images" for s in SPLITS if s != split}
+    return CONFIG.dataset.miniature.model_dump_json(exclude=others)
+
+
+def split_of(annotations):
+    """The split of a file of annotations."""
+    return annotations.partition("_")[0]
+
+
+def drawn(split):
+    """The json with all annotations of a split, if this run draws it."""
+    return given(CONFIG.dataset.source == "miniature" and f"{DATASET}/drawn/{split}.json")
+
+
+def annotations_of(split):
+    """The json with all annotations of a split."""
+    return "".join(drawn(split)) or str(CONFIG.dataset.coco.annotations(split))
+
+
+def digest_of_annotations(annotations):
+    """Digest of what the user's data say about the classes of a file."""
+    source = SOURCES.get(split_of(annotations), PUBLISHED)
+    return source.digest(CONFIG.classes.base if annotations == "train" else None)
+
+
+def base_options(annotations):
+    """Options for the base classes: a training file has their boxes alone, and may be counted."""
+    boxes = CONFIG.dataset.coco.base_boxes.get(annotations)
+    if annotations != "train" and boxes is None:
+        return ""
+    words = ["--base", *CONFIG.classes.base]
+    words += ["--base-only"] if annotations == "train" else []
+    words += ["--expected-boxes", str(boxes)] if boxes is not None else []
+    return shlex.join(words)

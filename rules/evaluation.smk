@@ -2,6 +2,7 @@
 # IN   region features of the split, base prototypes, novel weights, text embeddings; CLIP's own
 #      embeddings of the same regions, for comparison
 # OUT  metrics.json: AP50 in percent, with ablations; detections.json: COCO results;
+#      ground_truth.json: the images and annotations that were measured;
 #      in evaluation/ for the val images, in evaluation_tune/ for the tune images
 # COST 33 s for 25,000 regions of 500 images and 17 variants, on two cores
 
@@ -10,7 +11,6 @@ rule evaluation:
     input:
         dataset=evaluated(f"{RESULTS}/dataset/{{split}}.json"),
         features=evaluated(f"{RESULTS}/region_features/{{split}}.h5"),
-        recall=evaluated(f"{RESULTS}/proposals/{{split}}.recall.json"),
         embeddings=lambda wildcards: (
             shards(evaluated("{split}")(wildcards)[0]) if CONFIG.evaluation.clip_on_crops else []
         ),
@@ -28,6 +28,7 @@ rule evaluation:
             caption="../docs/captions/metrics.rst",
         ),
         detections=f"{RESULTS}/{{evaluation}}/detections.json",
+        ground_truth=f"{RESULTS}/{{evaluation}}/ground_truth.json",
     log:
         f"{RESULTS}/logs/{{evaluation}}.log",
     benchmark:
@@ -48,7 +49,7 @@ rule evaluation:
     shell:
         "python -m workflow_scripts.evaluation --dataset {input.dataset}"
         " --region-features {input.features} --detector {input.detector}"
-        " --linear-probe {input.probe} --text-embeddings {input.text} --recall {input.recall}"
+        " --linear-probe {input.probe} --text-embeddings {input.text}"
         " --region-embeddings {input.embeddings} --settings {params.settings:q}"
-        " --metrics {output.metrics} --detections {output.detections}"
+        " --metrics {output.metrics} --detections {output.detections} --ground-truth {output.ground_truth}"
         " --workers {threads} 2>&1 | tee {log}"

@@ -6,7 +6,7 @@
 
 rule base_detector:
     input:
-        dataset=f"{RESULTS}/dataset/val.json",
+        dataset=f"{RESULTS}/dataset/train_all_classes.json",
         checkpoint=CONFIG.base_detector.checkpoint,
     output:
         detector=f"{RESULTS}/base_detector/detector.safetensors",

@@ -7,7 +7,7 @@
 
 rule linear_probe:
     input:
-        dataset=f"{RESULTS}/dataset/val.json",
+        dataset=f"{RESULTS}/dataset/train_all_classes.json",
         checkpoint=CONFIG.linear_probe.checkpoint,
         detector=rules.base_detector.output.detector,
     output:

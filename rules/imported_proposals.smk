@@ -1,17 +1,16 @@
 # Stage proposals, read from files instead of a trained network (proposals.files).
 # IN   dataset; an OpenMMLab pickle or COCO results of the split
-# OUT  {split}.h5: region store of box and objectness, best first; {split}.recall.json
+# OUT  {split}.h5: region store of box and objectness, best first
 # COST a pickle is read into memory as a whole: 3.5 GB for 1,500 boxes on each image of COCO train
 
 
 rule proposals:
     input:
-        dataset=f"{RESULTS}/dataset/{{split}}.json",
+        dataset=f"{RESULTS}/dataset/{{split}}.images.json",
         file=lambda wildcards: of_split(CONFIG.proposals.files, wildcards.split),
         id_map=lambda wildcards: given(CONFIG.proposals.id_maps.get(wildcards.split)),
     output:
-        proposals=f"{RESULTS}/proposals/{{split}}.h5",
-        recall=f"{RESULTS}/proposals/{{split}}.recall.json",
+        f"{RESULTS}/proposals/{{split}}.h5",
     log:
         f"{RESULTS}/logs/proposals/{{split}}.log",
     benchmark:
@@ -31,4 +30,4 @@ rule proposals:
     shell:
         "python -m workflow_scripts.imported_proposals --dataset {input.dataset}"
         " --file {input.file} {params.id_map} --settings {params.settings:q}"
-        " --output {output.proposals} --recall {output.recall} 2>&1 | tee {log}"
+        " --output {output} 2>&1 | tee {log}"

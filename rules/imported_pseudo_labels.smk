@@ -7,7 +7,7 @@
 rule pseudo_labels:
     input:
         file=CONFIG.pseudo_labels.file,
-        dataset=f"{RESULTS}/dataset/train.json",
+        dataset=f"{RESULTS}/dataset/train.images.json",
     output:
         f"{RESULTS}/pseudo_labels/{{novel}}.json",
     log:

@@ -7,7 +7,6 @@
 rule proposal_network:
     input:
         dataset=f"{RESULTS}/dataset/train.json",
-        images=rules.dataset.output.images,
         weights=ancient(START_FILES),
     output:
         network=f"{RESULTS}/proposals/network.safetensors",

@@ -1,17 +1,15 @@
 # Stage proposals
 # IN   the trained proposal network, a split
-# OUT  {split}.h5: region store of box and objectness, best first; {split}.recall.json
+# OUT  {split}.h5: region store of box and objectness, best first
 # COST COCO: one pass over 123k images; 3.5 GB for 1,500 boxes per image
 
 
 rule proposals:
     input:
-        dataset=f"{RESULTS}/dataset/{{split}}.json",
-        images=rules.dataset.output.images,
+        dataset=f"{RESULTS}/dataset/{{split}}.images.json",
         network=rules.proposal_network.output.network,
     output:
-        proposals=f"{RESULTS}/proposals/{{split}}.h5",
-        recall=f"{RESULTS}/proposals/{{split}}.recall.json",
+        f"{RESULTS}/proposals/{{split}}.h5",
     log:
         f"{RESULTS}/logs/proposals/{{split}}.log",
     benchmark:
@@ -33,4 +31,4 @@ rule proposals:
     shell:
         "python -m workflow_scripts.proposals --dataset {input.dataset}"
         " --network {input.network} --backbone {params.backbone:q} --settings {params.settings:q}"
-        " --output {output.proposals} --recall {output.recall} --device {params.device} 2>&1 | tee {log}"
+        " --output {output} --device {params.device} 2>&1 | tee {log}"

@@ -11,7 +11,7 @@ rule pseudo_labels:
         base=f"{RESULTS}/text_embeddings/base.safetensors",
         index=rules.region_index.output,
         shards=shards("train"),
-        dataset=f"{RESULTS}/dataset/train.json",
+        dataset=f"{RESULTS}/dataset/train.images.json",
     output:
         f"{RESULTS}/pseudo_labels/{{novel}}.json",
     log:

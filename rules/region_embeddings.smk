@@ -8,9 +8,8 @@
 rule region_embeddings:
     input:
         clip=ancient(CLIP_FILES),
-        dataset=f"{RESULTS}/dataset/{{split}}.json",
-        images=rules.dataset.output.images,
-        proposals=rules.proposals.output.proposals,
+        dataset=f"{RESULTS}/dataset/{{split}}.images.json",
+        proposals=rules.proposals.output[0],
     output:
         f"{RESULTS}/region_embeddings/{{split}}/{{shard}}.h5",
     log:

@@ -8,9 +8,8 @@
 
 rule region_features:
     input:
-        dataset=f"{RESULTS}/dataset/{{split}}.json",
-        images=rules.dataset.output.images,
-        proposals=rules.proposals.output.proposals,
+        dataset=f"{RESULTS}/dataset/{{split}}.images.json",
+        proposals=rules.proposals.output[0],
         detector=rules.base_detector.output.detector,
     output:
         f"{RESULTS}/region_features/{{split}}.h5",
@@ -42,8 +41,7 @@ rule region_features:
 
 rule retrieved_region_features:
     input:
-        dataset=f"{RESULTS}/dataset/train.json",
-        images=rules.dataset.output.images,
+        dataset=f"{RESULTS}/dataset/train.images.json",
         proposals=f"{RESULTS}/proposals/train.h5",
         pseudo_labels=f"{RESULTS}/pseudo_labels/{{novel}}.json",
         detector=rules.base_detector.output.detector,

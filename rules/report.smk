@@ -10,8 +10,8 @@ rule report:
         metrics=f"{RESULTS}/evaluation/metrics.json",
         detections=f"{RESULTS}/evaluation/detections.json",
         val=f"{RESULTS}/dataset/val.json",
-        train=f"{RESULTS}/dataset/train.json",
-        truth=rules.dataset.output.truth,
+        train=f"{RESULTS}/dataset/train.images.json",
+        truth=f"{DATASET}/train_all_classes.json",
         pseudo_labels=(
             []
             if CONFIG.linear_probe.checkpoint

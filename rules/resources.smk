@@ -13,14 +13,19 @@ def grows(fixed, per_image=0.0, split="train"):
     """
 
     def amount(wildcards, attempt):
-        count = CONFIG.dataset.image_count(getattr(wildcards, "split", split))
+        count = image_count(getattr(wildcards, "split", split))
         return ceil(attempt * (fixed + per_image * count))
 
     return amount
 
 
+def image_count(split):
+    """Number of images of a split."""
+    return SOURCES[split].count if split in SOURCES else CONFIG.dataset.image_count(split)
+
+
 # A training of a few images ends before more processors would have been free.
-TRAINING_THREADS = min(8, max(2, CONFIG.dataset.image_count("train") // 50))
+TRAINING_THREADS = min(8, max(2, image_count("train") // 50))
 # Minutes per image of one epoch: 15 images per second, an assumption for one GPU and the paper's
 # detector; the miniature world trains on 18 per second with two cores.
 EPOCH = 1 / (15 * 60)

@@ -27,6 +27,7 @@ rule text_embeddings:
     params:
         code=source("text_embeddings"),
         names=names_of,
+        prompts=prompts_of,
         clip=block("clip"),
         clip_files=CLIP_DIGESTS,
         settings=block("text_embeddings"),
@@ -34,4 +35,4 @@ rule text_embeddings:
         "Text embeddings of {wildcards.classes}"
     shell:
         "python -m workflow_scripts.text_embeddings --names {params.names:q}"
-        " --clip {params.clip:q} --settings {params.settings:q} --output {output} 2>&1 | tee {log}"
+        " {params.prompts} --clip {params.clip:q} --settings {params.settings:q} --output {output} 2>&1 | tee {log}"

@@ -266,25 +266,3 @@ def test_a_checkpoint_of_another_run_is_not_resumed(world, tiny_clip, tmp_path, 
     embed(world, tiny_clip, tmp_path / "s.h5", other)
     assert "s.checkpoint has other settings, inputs or code: starting from" in logged.text
     assert (tmp_path / "s.h5").read_bytes() == fresh
-
-
-def test_bad_images_are_recorded_and_skipped_when_asked_for(world, tiny_clip, tmp_path, logged):
-    good = embed(world, tiny_clip, tmp_path / "good.h5")
-    images = tmp_path / "images" / "train"
-    (images / "000041.png").write_bytes((images / "000041.png").read_bytes()[:500])
-    (images / "000003.png").unlink()
-    boxes = {i: b.copy() for i, b in world.boxes.items()}
-    boxes[20][3] = [500, 5, 520, 20]
-    write_proposals(world.proposals, world.dataset, boxes, world.objectness)
-    settings = RegionEmbeddingsSettings(shards=1, batch_size=7, bad_images="skip")
-    store = embed(world, tiny_clip, tmp_path / "s.h5", settings)
-    assert store.image_ids == good.image_ids
-    assert sorted(store.skipped) == [3, 20, 41]
-    for image_id, message in ((3, "no such file"), (20, r"500.0"), (41, "cannot be decoded")):
-        assert store.count(image_id) == 0
-        assert message in store.skipped[image_id]
-        assert f"skipped: {store.skipped[image_id]}" in logged.text
-    assert "3 images were skipped" in logged.text
-    assert "1 images have no proposals: 900" in logged.text
-    np.testing.assert_allclose(store.read(7)["embedding"], good.read(7)["embedding"], atol=1e-3)
-    assert good.skipped == {}

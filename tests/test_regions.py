@@ -157,21 +157,6 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
         RegionStore(one, "proposals")
 
 
-def test_skipped_images_are_listed_with_their_reasons(tmp_path):
-    for number, image_id in enumerate((4, 9)):
-        with write_regions(tmp_path / f"{number}.h5", IDENT) as writer:
-            writer.skip(image_id, f"no such file {image_id}")
-            writer.add(image_id + 1, **regions_of(image_id + 1, 2))
-            with pytest.raises(LpovodError, match=f"image {image_id} .* twice"):
-                writer.skip(image_id, "again")
-    store = RegionStore([tmp_path / "0.h5", tmp_path / "1.h5"], "region_embeddings")
-    assert store.skipped == {4: "no such file 4", 9: "no such file 9"}
-    assert store.image_ids == [4, 5, 9, 10]
-    assert store.count(9) == 0
-    assert_is(store.read(10), 10, 2)
-    assert list(store.read(10).columns) == ["embedding"]
-
-
 class Rows(torch.utils.data.Dataset):
     """Reads a store in the workers of a data loader."""
 

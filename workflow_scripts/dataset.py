@@ -1,7 +1,7 @@
-"""Command line of stage `dataset`."""
+"""Command lines of stage `dataset`."""
 
-from lpovod.stages.dataset import make_dataset
+from lpovod.stages.dataset import annotate, draw, list_images
 from workflow_scripts import run
 
 if __name__ == "__main__":
-    run(make_dataset)
+    run(draw, list_images, annotate)

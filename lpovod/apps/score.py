@@ -5,9 +5,11 @@ from pathlib import Path
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, read_dataset, read_results
 from lpovod.measures.average_precision import (
+    Protocol,
     ap50,
     ap50_by_class,
-    ground_truth,
+    coco_ground_truth,
+    images_of,
     without_garbage_collection,
 )
 
@@ -20,7 +22,7 @@ def score(
     detections: Path,
     novel: list[str] | None = None,
     base: list[str] | None = None,
-    annotated_images: bool = False,
+    protocol: Protocol = "all_images",
 ) -> None:
     """Print AP50 of any detector's results: pycocotools' numbers, by class and by split.
 
@@ -29,10 +31,11 @@ def score(
         detections: COCO's results format: a json list of image_id, category_id, bbox and score.
         novel: the novel classes; by default the categories whose "split" is novel.
         base: the base classes; by default the categories whose "split" is base, or all others.
-        annotated_images: leave out images without any of the classes, as OV-COCO and this
-            workflow's metrics do; by default every image counts, as in pycocotools.
+        protocol: all_images, as in pycocotools, or annotated_images: those with an annotation of
+            one of the classes, as in OV-COCO. A run's evaluation/ground_truth.json holds the images
+            that it measured.
     """
-    print(score_table(ground_truth, detections, base, novel, annotated_images))
+    print(score_table(ground_truth, detections, base, novel, protocol))
 
 
 def score_table(
@@ -40,7 +43,7 @@ def score_table(
     detections: Path,
     base: list[str] | None = None,
     novel: list[str] | None = None,
-    annotated_images: bool = False,
+    protocol: Protocol = "all_images",
 ) -> str:
     """The table that `score` prints; arguments as there.
 
@@ -52,11 +55,13 @@ def score_table(
     """
     data = read_dataset(truth)
     splits = _splits(data, base, novel)
-    categories = set(data.category_ids([*splits]))
-    results = [r for r in read_results(detections, data) if r.get("category_id") in categories]
-    with without_garbage_collection():
-        by_class = ap50_by_class(ground_truth(data, [*splits], not annotated_images), results)
     names = {s: [n for n, split in splits.items() if split == s] for s in ("base", "novel")}
+    results = read_results(detections, data)
+    data = data.of_classes(names["base"], names["novel"])
+    results = [r for r in results if r.get("category_id") in data.categories]
+    images = images_of(data, protocol)
+    with without_garbage_collection():
+        by_class = ap50_by_class(coco_ground_truth(data, images), results)
     means = ap50(by_class, names["base"], names["novel"])
     rows = [(f"{'class':24}{'split':>8}", "AP50")]
     rows += [
@@ -67,7 +72,8 @@ def score_table(
         (f"{'mean of ' + split:32}", "-" if means[split] is None else f"{means[split]:.2f}")
         for split in ("novel", "base", "all")
     ]
-    return "\n".join(f"{left}{right:>8}" for left, right in rows)
+    table = [f"{left}{right:>8}" for left, right in rows]
+    return "\n".join([*table, f"{len(images)} of {len(data.images)} images ({protocol})"])
 
 
 def _splits(data: CocoDataset, base: list[str] | None, novel: list[str] | None) -> dict[str, str]:

@@ -55,13 +55,16 @@ def search(
         raise UsageError('name something to search for: lpovod search "a star"')
     config = read_config([Path("config.yaml"), *configfile])
     results = results or Path("results") / config.name
-    dataset, index = results / "dataset" / "train.json", results / "region_index" / "train.index"
+    dataset, index = (
+        results / "dataset" / "train.images.json",
+        results / "region_index" / "train.index",
+    )
     if not index.exists():
         raise LpovodError(f"{index}: no such file. Make it first: snakemake --cores all {index}")
     limits = _limits(config.pseudo_labels, k, objectness)
     store = open_shards((results / "region_embeddings" / "train").glob("*.h5"))
     region_index = open_index(index)
-    base = config.classes.base if limits.centred else []
+    base = [config.classes.prompt(n) for n in config.classes.base] if limits.centred else []
     classes = embed_texts([*texts, *base], config.clip, config.text_embeddings)
     check_belong([classes], store, region_index, dataset)
     count = len(texts)

@@ -2,15 +2,20 @@
 
 import math
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lpovod.artifacts import read_json
+from lpovod.artifacts import Identity, check_made_from, read_json, sha256
 from lpovod.exceptions import LpovodError, existing
+
+
+IMAGE_KEYS = ("id", "file_name", "width", "height")
+BOX_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+"""What stages read of the json. Outlines make up most of COCO's, and no stage reads them."""
 
 
 def corners(xywh: Any) -> np.ndarray:
@@ -28,17 +33,34 @@ class CocoDataset:
         path: the json file.
         images: by id: ``file_name``, ``width``, ``height``.
         annotations: by image id; the list is empty for an image without annotations.
-        categories: by id: ``name`` and ``split``.
+        categories: by id: ``name``; ``split`` (base or novel) for configured classes alone.
+        info: what the file says of itself: its ``identity``, and the folder of the ``images``,
+            relative to the file.
     """
 
     path: Path
     images: dict[int, dict[str, Any]]
     annotations: dict[int, list[dict[str, Any]]]
     categories: dict[int, dict[str, Any]]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the images; ``images/<split>`` beside the file, unless the file names one."""
+        return self.path.parent / self.info.get("images", Path("images", self.path.stem))
+
+    @property
+    def images_digest(self) -> str:
+        """Digest of the json that lists the images: the one this file was made from, or itself.
+
+        Stages that need no annotations read that json, so annotations make none of them stale.
+        """
+        inputs = self.info.get("identity", {}).get("inputs", {})
+        return inputs.get("images") or sha256(self.path)
 
     def image_path(self, image_id: int) -> Path:
         """Path of the image file."""
-        return self.path.parent / "images" / self.path.stem / self.images[image_id]["file_name"]
+        return self.folder / self.images[image_id]["file_name"]
 
     def load(self, image_id: int) -> np.ndarray:
         """The decoded image, (height, width, 3) uint8 RGB; grey images have equal channels.
@@ -85,6 +107,37 @@ class CocoDataset:
                 raise LpovodError(f"{self.path} has no category {name!r}: {sorted(by_name)}")
         return [by_name[name] for name in names]
 
+    def of_classes(self, base: list[str], novel: list[str]) -> "CocoDataset":
+        """The same images with the annotations and categories of these classes alone.
+
+        Each category gets its ``split``. A class that the file lacks is added, in the order of the
+        names, with the next id: it has no annotations, so its AP cannot be measured.
+        """
+        splits = dict.fromkeys(base, "base") | dict.fromkeys(novel, "novel")
+        categories = {
+            i: c | {"split": splits[c["name"]]}
+            for i, c in self.categories.items()
+            if c["name"] in splits
+        }
+        absent = sorted(set(splits) - {c["name"] for c in categories.values()})
+        first = max(self.categories, default=0) + 1
+        for number, name in enumerate(absent, first):
+            categories[number] = {"id": number, "name": name, "split": splits[name]}
+        annotations = {
+            image_id: [a for a in objects if a["category_id"] in categories]
+            for image_id, objects in self.annotations.items()
+        }
+        return replace(self, annotations=annotations, categories=categories)
+
+
+def check_same_images(path: Path, ident: Identity, data: CocoDataset) -> None:
+    """Refuse an artifact that was made from other images than those of a dataset.
+
+    Raises:
+        LpovodError: naming the artifact, both digests and the remedy.
+    """
+    check_made_from(path, ident, "dataset", data.images_digest)
+
 
 def read_dataset(path: Path) -> CocoDataset:
     """Read a json file in COCO's format.
@@ -109,7 +162,9 @@ def read_dataset(path: Path) -> CocoDataset:
     for annotation in content["annotations"]:
         _check_annotation(path, annotation, images, categories)
         annotations[annotation["image_id"]].append(annotation)
-    return CocoDataset(path, images, {i: annotations[i] for i in images}, categories)
+    info = content.get("info")
+    info = info if isinstance(info, dict) else {}
+    return CocoDataset(path, images, {i: annotations[i] for i in images}, categories, info)
 
 
 def _by_id(path: Path, kind: str, items: list[dict], required: tuple[str, ...]) -> dict[int, dict]:

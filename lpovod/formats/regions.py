@@ -6,7 +6,6 @@ Layout of a file, where `rows` counts all regions of all its images, one image a
     box         (rows, 4)   float32    xyxy, absolute pixels of the original image, half-open
     objectness  (rows,)     float32
     <column>    (rows, d)   float16 or float32, any number of columns
-    skipped     json: reasons by image id, if images were skipped; they have no regions
     attrs       identity: json (see `lpovod.artifacts`), format: int
 
 Proposals are a store without columns; region embeddings and region features have columns. A
@@ -65,7 +64,6 @@ class RegionWriter:
         # Kept open: a dataset that is closed after every image does not report a failed write.
         self._data: dict[str, h5py.Dataset] = dict(file.items())
         self._seen: set[int] = set()
-        self._skipped: dict[int, str] = {}
 
     def add(
         self, image_id: int, box: np.ndarray, objectness: np.ndarray, **columns: np.ndarray
@@ -99,16 +97,6 @@ class RegionWriter:
             dataset = self._data[name] if name in self._data else self._column(name, array)
             dataset.resize(start + count, axis=0)
             dataset[start:] = array
-
-    def skip(self, image_id: int, reason: str) -> None:
-        """Record the reason why an image has no regions."""
-        self._list(image_id, self._file["box"].shape[0], 0)
-        self._skipped[image_id] = reason
-
-    def finish(self) -> None:
-        """Write the content that is known only at the end."""
-        if self._skipped:
-            self._file["skipped"] = json.dumps(self._skipped)
 
     def _list(self, image_id: int, start: int, count: int) -> None:
         if image_id in self._seen:
@@ -153,7 +141,6 @@ def write_regions(path: Path, ident: Identity) -> Iterator[RegionWriter]:
             file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunk)
         writer = RegionWriter(file)
         yield writer
-        writer.finish()
         file.flush()
 
 
@@ -167,9 +154,6 @@ class RegionStore:
         paths: one file, or several with different images.
         stage: the stage that must have written them.
 
-    Attributes:
-        skipped: the reasons, by image id, why images were skipped.
-
     Raises:
         LpovodError: if a file is missing, damaged, or has another stage or format, or if two files
             hold the same image or were made with different settings.
@@ -180,7 +164,6 @@ class RegionStore:
         self._files: dict[tuple[int, int], dict[str, h5py.Dataset]] = {}
         self._where: dict[int, tuple[int, int, int]] = {}
         self.identities: list[Identity] = []
-        self.skipped: dict[int, str] = {}
         for number, path in enumerate(self.paths):
             self._read_header(number, path, stage)
 
@@ -197,8 +180,6 @@ class RegionStore:
             self.identities.append(ident)
             if ident != {**self.identities[0], "inputs": ident["inputs"]}:
                 raise LpovodError(f"{path} and {self.paths[0]} were made with different settings")
-            skipped = json.loads(file["skipped"][()]) if "skipped" in file else {}
-            self.skipped |= {int(image_id): reason for image_id, reason in skipped.items()}
             columns = (file[name][:].tolist() for name in ("image_id", "start", "count"))
             for image_id, start, count in zip(*columns, strict=True):
                 if image_id in self._where:
@@ -283,7 +264,7 @@ class RegionStore:
         return {**self.__dict__, "_files": {}}
 
 
-_FIXED = ("box", "objectness", "image_id", "start", "count", "skipped")
+_FIXED = ("box", "objectness", "image_id", "start", "count")
 
 
 def _open(path: Path) -> h5py.File:

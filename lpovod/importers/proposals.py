@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from lpovod.artifacts import identity, read_json, write_json
+from lpovod.artifacts import identity, read_json
 from lpovod.config import ProposalsSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, corners, read_dataset, read_results
 from lpovod.formats.regions import write_regions
 from lpovod.importers.pickles import read_pickled_arrays
-from lpovod.measures.recall import recall_by_split
 from lpovod.progress import log, progress
 
 TOLERANCE = 1.0
@@ -23,7 +22,6 @@ def import_proposals(
     file: Path,
     settings: ProposalsSettings,
     output: Path,
-    recall: Path,
     id_map: Path | None = None,
 ) -> None:
     """Write the proposals of a file as the artifact of stage `proposals`.
@@ -36,7 +34,6 @@ def import_proposals(
             pixels of the original image; or ``.json``, a list of image_id, bbox xywh and score.
         settings: largest number of proposals per image.
         output: a region store without vectors.
-        recall: json of the recall (percent, at an IoU of 0.5) of base and novel objects.
         id_map: json {image id: position in the pickle's list}; without it, the list has the order
             of the images in `dataset`.
 
@@ -48,19 +45,16 @@ def import_proposals(
     rows = read_proposal_file(file, data, id_map)
     inputs = {"dataset": dataset, "file": file} | ({"id_map": id_map} if id_map else {})
     ident = identity("proposals", {"per_image": settings.per_image}, **inputs)
-    proposals: dict[int, np.ndarray] = {}
-    thin = 0
+    total, thin = 0, 0
     with write_regions(output, ident) as writer:
         for image_id in progress(data.images, "proposals", "image"):
             box, objectness, dropped = _checked(rows[image_id], data.images[image_id], file)
             best = np.argsort(-objectness, kind="stable")[: settings.per_image]
             writer.add(image_id, box[best], objectness[best])
-            proposals[image_id], thin = box[best], thin + dropped
-    measured = recall_by_split(data, proposals)
-    write_json(recall, {"recall": measured, "seen": f"not known: they come from {file.name}"})
+            total, thin = total + len(best), thin + dropped
     log.info(
-        f"{sum(map(len, proposals.values()))} proposals of {len(proposals)} images from {file}; "
-        f"{thin} boxes thinner than a pixel dropped; recall: {measured}"
+        f"{total} proposals of {len(data.images)} images from {file}; {thin} boxes thinner than a "
+        "pixel dropped"
     )
 
 

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
@@ -31,29 +31,28 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def ground_truth(data: CocoDataset, names: list[str], every_image: bool = False) -> COCO:
-    """The annotations of the named classes, and the images that have any.
+Protocol = Literal["all_images", "annotated_images"]
+"""Images that AP is measured on: all, or as in OV-COCO only those with an annotation."""
 
-    Images without these classes are left out, as in the generalised OV-COCO protocol, unless
-    `every_image` is set.
-    """
-    categories = set(data.category_ids(names))
-    selected = {
-        image_id: [a for a in annotations if a["category_id"] in categories]
-        for image_id, annotations in data.annotations.items()
-    }
-    images = [data.images[i] for i, objects in selected.items() if objects or every_image]
+
+def images_of(data: CocoDataset, protocol: Protocol) -> list[int]:
+    """Ids of the images to measure on; `data` holds the measured classes alone."""
+    return [i for i, objects in data.annotations.items() if objects or protocol == "all_images"]
+
+
+def coco_ground_truth(data: CocoDataset, image_ids: list[int]) -> COCO:
+    """Annotations of these images in the evaluator's form."""
     annotations = [
         {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a}
-        for objects in selected.values()
-        for a in objects
+        for image_id in image_ids
+        for a in data.annotations[image_id]
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(
             {
-                "images": images,
+                "images": [data.images[i] for i in image_ids],
                 "annotations": annotations,
-                "categories": [data.categories[c] | {"id": c} for c in sorted(categories)],
+                "categories": [data.categories[c] | {"id": c} for c in sorted(data.categories)],
             }
         )
 
@@ -62,7 +61,7 @@ def ap50_by_class(truth: COCO, results: list[dict[str, Any]]) -> dict[str, float
     """AP50, in percent, of every class that has an object, by class name.
 
     Args:
-        truth: from `ground_truth`.
+        truth: from `coco_ground_truth`.
         results: from `coco_results`; images that `truth` leaves out are ignored.
     """
     image_ids = set(truth.getImgIds())

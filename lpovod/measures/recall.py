@@ -1,5 +1,7 @@
 """Recall of proposals: the fraction of annotated objects that one of the best boxes covers."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from lpovod.formats.coco import CocoDataset
@@ -9,13 +11,14 @@ RECALL_AT = (10, 50, 100)
 
 
 def recall_by_split(
-    data: CocoDataset, proposals: dict[int, np.ndarray], at: tuple[int, ...] = RECALL_AT
+    data: CocoDataset, proposals: Mapping[int, np.ndarray], at: tuple[int, ...] = RECALL_AT
 ) -> dict[str, dict[str, float]]:
     """Percent of annotated objects that one of the first n proposals covers, IoU at least 0.5.
 
     Args:
-        data: the annotations; crowds are left out.
-        proposals: (m, 4) boxes by image id, best first.
+        data: annotations of the configured classes (`CocoDataset.of_classes`); crowds are left out.
+        proposals: (m, 4) boxes by image id, best first; all that the stages use, so that n beyond
+            their number gives the recall of them all.
         at: the values of n.
 
     Returns:

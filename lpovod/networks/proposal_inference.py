@@ -31,8 +31,8 @@ def best_proposals(
     view: LoadedView,
     data: CocoDataset,
     settings: ProposalsSettings,
-    kept: int,
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (n, 4) float32 xyxy and objectness (n,) of an image of a batch, best first."""
     boxes, scores = [], []
     for _, level_boxes, logits in levels:
         top = logits[number].topk(min(settings.per_level, logits.shape[1])).indices
@@ -44,5 +44,5 @@ def best_proposals(
     score = torch.cat(scores)
     solid = ((box[:, 2:] - box[:, :2]) >= 1).all(dim=1)
     box, score = box[solid], score[solid]
-    best = nms(box, score, settings.nms)[:kept]
+    best = nms(box, score, settings.nms)[: settings.per_image]
     return box[best].cpu().numpy(), score[best].cpu().numpy()

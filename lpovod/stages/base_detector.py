@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from lpovod.artifacts import check_made_from, fingerprint, identity, sha256
+from lpovod.artifacts import fingerprint, identity, sha256
 from lpovod.boxes import encode, match, sample
 from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.distributed import total, training_ranks
 from lpovod.exceptions import LpovodError
-from lpovod.formats.coco import CocoDataset, read_dataset
+from lpovod.formats.coco import CocoDataset, check_same_images, read_dataset
 from lpovod.formats.regions import open_shards
 from lpovod.importers.backbone import start_from
 from lpovod.networks.backbone import freeze_statistics
@@ -162,8 +162,8 @@ def train_base_detector(
     with training_ranks(device, threads, schedule.images_per_step) as device:
         data = read_dataset(dataset)
         store = open_shards(region_embeddings)
-        check_made_from(store.paths[0], store.identity, "dataset", dataset)
-        image_ids = [i for i in data.images if len(data.boxes(i)[0]) and i not in store.skipped]
+        check_same_images(store.paths[0], store.identity, data)
+        image_ids = [i for i in data.images if len(data.boxes(i)[0])]
         if not image_ids:
             raise LpovodError(f"{dataset}: no image has an annotation to learn from")
         classes = {category: row for row, category in enumerate(sorted(data.categories))}

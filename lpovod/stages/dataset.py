@@ -1,124 +1,143 @@
 """Stage `dataset`: images and annotations of every split, in one layout for every source.
 
-The folder `images/` beside the json files holds a folder, or a link to one, for each split::
+::
 
-    dataset/train.json  dataset/val.json  [dataset/tune.json]  dataset/train_all_classes.json
-    dataset/images/train/  dataset/images/val/  [dataset/images/tune/]
+    dataset/{train,val,tune}.images.json    the images: names, sizes, and their folder
+    dataset/train.json                      with the boxes of base classes, to learn from
+    dataset/{train_all_classes,val,tune}.json  with all boxes, to measure and to judge
 
-The json is COCO's; each category also has a ``split`` (base or novel). Training annotations cover
-base classes only. Validation annotations cover all classes of the source, so that a novel class can
-be added or left out later without rerunning this stage. The report uses ``train_all_classes.json``
-to tell right from wrong retrieved regions; no stage learns from it.
+The json is COCO's. Images and annotations are apart, so that a corrected box makes only the stages
+stale that learn or measure; proposals, embeddings and features of the images stay. What a class is,
+base or novel, belongs to the configuration, not to these files, except that ``train.json`` has the
+boxes of base classes alone: no stage learns from another box.
 """
 
+import os
 from pathlib import Path
+from typing import Any
 
-from lpovod.artifacts import identity, write_json
-from lpovod.config import CocoSettings, DatasetSettings, MiniatureSettings
-from lpovod.exceptions import LpovodError
-from lpovod.formats.coco import read_dataset
+from lpovod.artifacts import identity, read_json, write_json
+from lpovod.config import CocoSettings, MiniatureSettings, Split
+from lpovod.exceptions import LpovodError, some
+from lpovod.formats.coco import BOX_KEYS, IMAGE_KEYS, read_dataset
 from lpovod.miniature.split import draw_split
 from lpovod.progress import log
 
 
-def make_dataset(output: Path, settings: DatasetSettings, base: list[str], seed: int) -> None:
-    """Write every split's json and images to the folder `output`.
+def draw(
+    split: Split,
+    settings: MiniatureSettings,
+    seed: int,
+    folder: Path,
+    images: Path,
+    annotations: Path,
+) -> None:
+    """Draw a split of the miniature world.
 
     Args:
-        output: folder with the layout above.
-        settings: the source.
-        base: names of the classes that stay annotated in training.
-        seed: seed of the miniature world.
+        split: which.
+        settings: the drawn world.
+        seed: its seed.
+        folder: for the image files.
+        images: output json with the images.
+        annotations: output json with the images and all annotations.
+    """
+    count = getattr(settings, f"{split}_images")
+    world = (settings.nuisance, settings.nested, settings.distractors)
+    content = draw_split(folder, count, seed, split, *world)
+    ident = identity("dataset", {"world": world}) | {"seed": seed}
+    write_json(images, _images_json(content["images"], folder, images, ident))
+    write_json(annotations, content)
+    log.info(f"{split}: {count} images drawn, {len(content['annotations'])} objects")
+
+
+def list_images(
+    split: Split, settings: CocoSettings, digest: str, output: Path, check: Path | None = None
+) -> None:
+    """List the images of a split of the user's data.
+
+    Args:
+        split: which.
+        settings: paths of the user's files.
+        digest: of the image files and of the list; it becomes part of the output's identity, so
+            that what was made from an image that was replaced is never taken for current.
+        output: json with the images.
+        check: json of stage `check`, whose bad images are left out.
 
     Raises:
-        LpovodError: if a source is missing or contradicts itself, or lacks a base class.
+        LpovodError: if an image or the folder is missing.
     """
-    if settings.source == "miniature":
-        splits = _draw(output, settings.miniature, seed)
-    else:
-        splits = _link(output, settings.coco)
-        _check_counts(splits, settings.coco, base)
-    ident = identity("dataset", settings) | {"seed": seed}
-    for split, content in splits.items():
-        complete = {"info": {"identity": ident}, **_with_split(content, base)}
-        if split == "train":
-            write_json(output / "train_all_classes.json", complete)
-            complete = _base_only(complete)
-        write_json(output / f"{split}.json", complete)
-        log.info(f"{split}: {len(complete['images'])} images, {len(complete['annotations'])} boxes")
+    folder, data = settings.images(split), read_dataset(settings.annotations(split))
+    if not folder.is_dir():
+        raise LpovodError(f"{folder}: no such folder (dataset.coco.{split}_images)")
+    bad = set(read_json(check)["bad_images"].get(split, [])) if check else set()
+    images = [image for image in data.images.values() if image["id"] not in bad]
+    absent = [i["file_name"] for i in images if not (folder / i["file_name"]).is_file()]
+    if absent:
+        raise LpovodError(f"{folder}: {len(absent)} images are missing: {some(absent)}")
+    ident = identity("dataset", None, source=digest)
+    write_json(output, _images_json(images, folder, output, ident))
+    log.info(f"{split}: {len(images)} images" + (f", {len(bad)} left out" if bad else ""))
 
 
-def _draw(output: Path, settings: MiniatureSettings, seed: int) -> dict[str, dict]:
-    counts = {
-        "train": settings.train_images,
-        "val": settings.val_images,
-        "tune": settings.tune_images,
-    }
-    return {
-        split: draw_split(
-            output / "images" / split,
-            count,
-            seed,
-            split,
-            settings.nuisance,
-            settings.nested,
-            settings.distractors,
-        )
-        for split, count in counts.items()
-    }
+def annotate(
+    images: Path,
+    annotations: Path,
+    output: Path,
+    base: list[str] | None = None,
+    base_only: bool = False,
+    expected_boxes: int | None = None,
+) -> None:
+    """Write the annotations of a split's images.
 
+    Args:
+        images: json of `draw` or `list_images`.
+        annotations: COCO json with the same images, or more.
+        output: COCO json.
+        base: names of the base classes.
+        base_only: keep the annotations and categories of base classes alone.
+        expected_boxes: number of annotations that the base classes must have.
 
-def _link(output: Path, files: CocoSettings) -> dict[str, dict]:
-    (output / "images").mkdir(parents=True, exist_ok=True)
-    splits = {}
-    for split in ("train", "val"):
-        folder = files.path(f"{split}_images").resolve()
-        if not folder.is_dir():
-            raise LpovodError(f"{folder}: no such folder (dataset.coco.{split}_images)")
-        link = output / "images" / split
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder)
-        data = read_dataset(files.path(f"{split}_annotations"))
-        names = [image["file_name"] for image in data.images.values()]
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise LpovodError(f"{folder}: {len(missing)} images are missing, first {missing[0]}")
-        splits[split] = {
-            "images": list(data.images.values()),
-            "annotations": [a for of_image in data.annotations.values() for a in of_image],
-            "categories": list(data.categories.values()),
-        }
-    return splits
-
-
-def _check_counts(splits: dict[str, dict], files: CocoSettings, base: list[str]) -> None:
-    for split, expected in files.base_boxes.items():
-        content = splits[split]
-        ids = {c["id"] for c in content["categories"] if c["name"] in base}
-        count = sum(a["category_id"] in ids for a in content["annotations"])
-        if count != expected:
-            raise LpovodError(
-                f"{files.path(f'{split}_annotations')} has {count} boxes of base classes, "
-                f"dataset.coco.base_boxes expects {expected}: check the annotation file and "
-                "classes.base"
-            )
-
-
-def _with_split(content: dict, base: list[str]) -> dict:
-    unknown = set(base) - {c["name"] for c in content["categories"]}
-    if unknown:
-        raise LpovodError(f"classes.base: {sorted(unknown)} are not among the annotated classes")
-    categories = [
-        {"id": c["id"], "name": c["name"], "split": "base" if c["name"] in base else "novel"}
-        for c in content["categories"]
+    Raises:
+        LpovodError: if `annotations` lacks a base class, or has another number of boxes.
+    """
+    listed, data = read_dataset(images), read_dataset(annotations)
+    of_base = set(data.category_ids(base or []))
+    ids = of_base if base_only else set(data.categories)
+    boxes = [
+        {k: a[k] for k in BOX_KEYS if k in a}
+        for image_id in listed.images
+        for a in data.annotations[image_id]
+        if a["category_id"] in ids
     ]
-    # Segmentations make up most of a COCO json, and no stage reads them.
-    boxes = [{k: v for k, v in a.items() if k != "segmentation"} for a in content["annotations"]]
-    return {"images": content["images"], "annotations": boxes, "categories": categories}
+    _check_count(sum(a["category_id"] in of_base for a in boxes), expected_boxes, annotations)
+    content = {
+        "info": {
+            "identity": identity("dataset", {"base": base if base_only else None}, images=images),
+            "images": os.path.relpath(listed.folder, output.parent),
+        },
+        "images": list(listed.images.values()),
+        "annotations": boxes,
+        "categories": [{"id": i, "name": data.categories[i]["name"]} for i in sorted(ids)],
+    }
+    write_json(output, content)
+    log.info(
+        f"{output.name}: {len(listed.images)} images, {len(boxes)} boxes of {len(ids)} classes"
+    )
 
 
-def _base_only(content: dict) -> dict:
-    categories = [c for c in content["categories"] if c["split"] == "base"]
-    base_ids = {c["id"] for c in categories}
-    annotations = [a for a in content["annotations"] if a["category_id"] in base_ids]
-    return content | {"categories": categories, "annotations": annotations}
+def _images_json(images: list[dict], folder: Path, output: Path, ident: Any) -> dict[str, Any]:
+    return {
+        "info": {"identity": ident, "images": os.path.relpath(folder, output.parent)},
+        "images": [{k: image[k] for k in IMAGE_KEYS} for image in images],
+        "annotations": [],
+        "categories": [],
+    }
+
+
+def _check_count(boxes: int, expected: int | None, annotations: Path) -> None:
+    if expected is not None and boxes != expected:
+        raise LpovodError(
+            f"{annotations} has {boxes} boxes of base classes, dataset.coco.base_boxes expects "
+            f"{expected}: check the annotation file and classes.base"
+        )

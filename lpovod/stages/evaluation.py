@@ -4,20 +4,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch.utils.data import DataLoader
 
-from lpovod.artifacts import check_made_from, read_json, sha256, write_json
+from lpovod.artifacts import check_made_from, sha256, write_json
 from lpovod.config import EvaluationSettings
-from lpovod.formats.coco import Detections, coco_results, read_dataset
+from lpovod.formats.coco import Detections, check_same_images, coco_results, read_dataset
 from lpovod.formats.regions import RegionStore, open_shards
 from lpovod.measures.ablations import Variant, table, variants
 from lpovod.measures.average_precision import (
     ap50,
     ap50_by_class,
-    ground_truth,
+    coco_ground_truth,
+    images_of,
     without_garbage_collection,
 )
 from lpovod.measures.mistakes import count_mistakes
+from lpovod.measures.recall import recall_by_split
 from lpovod.progress import log, progress
 from lpovod.scoring import detect, read_class_weights, score_regions
 
@@ -31,11 +34,11 @@ def evaluate(
     detector: Path,
     linear_probe: Path,
     text_embeddings: list[Path],
-    recall: Path,
     region_embeddings: list[Path],
     settings: EvaluationSettings,
     metrics: Path,
     detections: Path,
+    ground_truth: Path,
     workers: int = 0,
 ) -> None:
     """Measure AP50 of the method and of its ablations.
@@ -46,21 +49,23 @@ def evaluate(
         detector: the base detector, for the prototypes of its base classes.
         linear_probe: weights of the novel classes.
         text_embeddings: files that together hold all base and novel classes.
-        recall: json with the recall of the proposals, from stage `proposals`.
         region_embeddings: CLIP's embeddings of the same regions, for comparison; may be empty.
         settings: settings of this stage.
         metrics: output json, in percent.
-        detections: output json, COCO results of the full method.
+        detections: output json, COCO results of the full method on all images of the split.
+        ground_truth: output json, COCO's: the images and annotations that AP was measured on.
         workers: number of processes that measure in parallel; 0 measures in this process.
     """
     data = read_dataset(dataset)
     features = RegionStore(region_features, "region_features")
-    check_made_from(region_features, features.identity, "dataset", dataset)
+    check_same_images(region_features, features.identity, data)
     check_made_from(region_features, features.identity, "detector", detector)
     embeddings = open_shards(region_embeddings) if region_embeddings else None
     classes = read_class_weights(detector, linear_probe, text_embeddings, settings)
+    everything, data = data, data.of_classes(classes.base, classes.novel)
     category_ids = data.category_ids(classes.names)
-    truth = ground_truth(data, classes.names)
+    measured_images = images_of(data, settings.protocol)
+    truth = coco_ground_truth(data, measured_images)
     scores = score_regions(features, embeddings, classes)
     base = len(classes.base)
 
@@ -86,17 +91,21 @@ def evaluate(
     )
     content: dict[str, Any] = {"rows": by_row}
     content["per_class"] = {k: round(v, 2) for k, v in measured["full"][1].items()}
-    novel = set(data.category_ids(classes.novel))
+    novel_ids = set(data.category_ids(classes.novel))
     content["evaluated"] = {
+        "protocol": settings.protocol,
         "images": len(truth.imgs),
+        "split_images": len(data.images),
         "boxes": len(truth.anns),
-        "novel_boxes": sum(a["category_id"] in novel for a in truth.anns.values()),
+        "novel_boxes": sum(a["category_id"] in novel_ids for a in truth.anns.values()),
     }
     content["temperature"] = classes.temperature
     content["classes"] = {"base": classes.base, "novel": classes.novel}
-    content["proposal_recall"] = read_json(recall)["recall"]
+    boxes = {i: s.boxes.numpy() for i, s in scores.items()}
+    boxes = dict.fromkeys(data.images, np.empty((0, 4), np.float32)) | boxes
+    content["proposal_recall"] = recall_by_split(data, boxes)
     content["novel_mistakes"] = {
-        name: count_mistakes(data, measured[name][0], data.category_ids(classes.novel))
+        name: count_mistakes(everything, measured[name][0], data.category_ids(classes.novel))
         for name in ("full", "without_probe", "without_clip_head")
     }
     made_from = {
@@ -106,6 +115,7 @@ def evaluate(
     }
     content["made_from"] = made_from
     write_json(detections, coco_results(measured["full"][0]))
+    write_json(ground_truth, truth.dataset)
     write_json(metrics, content)
     log.info(table(content))
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -45,12 +45,10 @@ class _Block:
 
     Attributes:
         counts: number of regions by image id, in the order of the shard.
-        bad: reasons for skipping, by image id; these images have no vectors.
         vectors: (regions of the images, D) float16 of unit norm.
     """
 
     counts: dict[int, int]
-    bad: dict[int, str] = field(default_factory=dict)
     vectors: np.ndarray | None = None
 
 
@@ -72,13 +70,13 @@ def embed_regions(
     """Embed the proposals of one shard's images and write them with their boxes and objectness.
 
     The output is a region store with the column ``embedding``, (n, D) float16 of unit norm. It has
-    all images of the shard, including skipped ones and those without proposals.
+    all images of the shard, including those without proposals.
 
     Args:
         dataset: json of the images.
         proposals: region store of stage `proposals` for exactly these images.
         clip: the model.
-        settings: scales, crops per batch, number of shards, precision, handling of bad images.
+        settings: scales, crops per batch, number of shards, precision.
         shard: number of the shard, from 0.
         checkpoint: file of the unfinished shard, to resume from; removed at the end.
         code: digest of the source code; a checkpoint written by different code is not resumed.
@@ -88,9 +86,8 @@ def embed_regions(
             are faster than one shard of several threads.
 
     Raises:
-        LpovodError: if the proposals belong to other images; and, unless the settings skip bad
-            images, if a proposal has no area or lies outside its image (before the first image is
-            decoded), or an image cannot be read.
+        LpovodError: if the proposals belong to other images, a proposal has no area or lies outside
+            its image (before the first image is decoded), or an image cannot be read.
     """
     if not 0 <= shard < settings.shards:
         raise LpovodError(f"shard {shard} is not one of 0 ... {settings.shards - 1}")
@@ -100,7 +97,8 @@ def embed_regions(
     _check_images(data, store)
     counts = {image_id: store.count(image_id) for image_id in data.images}
     of_shard = {i: counts[i] for i in divide_images(counts, settings.shards)[shard]}
-    bad = _check_boxes(data, store, of_shard, settings)
+    for image_id in progress(of_shard, "checking proposals", " images"):
+        _crops_of(data, store, image_id, settings.scales)
     model = load_clip(clip, device, settings.precision)
     ident = identity(
         STAGE,
@@ -117,7 +115,7 @@ def embed_regions(
     )
     if empty := [i for i, count in of_shard.items() if count == 0]:
         log.info(f"{len(empty)} images have no proposals: {str(empty[:10])[1:-1]}")
-    blocks = _divide_into_blocks(of_shard, bad, BLOCK_BATCHES * settings.batch_size, settings)
+    blocks = _divide_into_blocks(of_shard, BLOCK_BATCHES * settings.batch_size, settings)
     run = {"settings": settings.model_dump(), "shard": shard, "device": device, "threads": threads}
     run = fingerprint(ident | run | {"code": code})
     with (
@@ -171,24 +169,6 @@ def _check_images(data: CocoDataset, store: RegionStore) -> None:
         )
 
 
-def _check_boxes(
-    data: CocoDataset,
-    store: RegionStore,
-    image_ids: Iterable[int],
-    settings: RegionEmbeddingsSettings,
-) -> dict[int, str]:
-    """Problems of the images' proposals, by image id."""
-    bad = {}
-    for image_id in progress(image_ids, "checking proposals", " images"):
-        try:
-            _crops_of(data, store, image_id, settings.scales)
-        except LpovodError as error:
-            if settings.bad_images == "fail":
-                raise
-            bad[image_id] = str(error)
-    return bad
-
-
 def _crops_of(
     data: CocoDataset, store: RegionStore, image_id: int, scales: list[float]
 ) -> np.ndarray:
@@ -210,7 +190,7 @@ def _crops_of(
 
 
 def _divide_into_blocks(
-    counts: dict[int, int], bad: dict[int, str], crops: int, settings: RegionEmbeddingsSettings
+    counts: dict[int, int], crops: int, settings: RegionEmbeddingsSettings
 ) -> list[_Block]:
     """Blocks of at least `crops` crops; their boundaries depend only on the proposals."""
     blocks, filled = [_Block({})], 0
@@ -220,8 +200,6 @@ def _divide_into_blocks(
             filled = 0
         blocks[-1].counts[image_id] = count
         filled += count * len(settings.scales)
-        if image_id in bad:
-            blocks[-1].bad[image_id] = bad[image_id]
     return blocks
 
 
@@ -264,23 +242,17 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Batches of different crops, filled across the images of a block.
 
-    The last batch of a block brings the block and, for each image that is not bad, the rows of its
+    The last batch of a block brings the block and, for each image with regions, the rows of its
     crops among those of the block, (scales, regions) int64.
     """
     shape = (settings.batch_size, 3, model.image_size, model.image_size)
-    to_decode = [i for b in blocks for i, n in b.counts.items() if n and i not in b.bad]
+    to_decode = [i for b in blocks for i, n in b.counts.items() if n]
     with ThreadPoolExecutor(threads) as pool:
         images = _decode(data, to_decode, pool, threads + IMAGES_AHEAD)
         for block in blocks:
             batch, filled, rows, total = _empty(shape, device), 0, [], 0
-            for image_id in [i for i, n in block.counts.items() if n and i not in block.bad]:
-                try:
-                    pixels = next(images).result()
-                except LpovodError as error:
-                    if settings.bad_images == "fail":
-                        raise
-                    block.bad[image_id] = str(error)
-                    continue
+            for image_id in [i for i, n in block.counts.items() if n]:
+                pixels = next(images).result()
                 crops = _crops_of(data, store, image_id, settings.scales)
                 crops, places = np.unique(crops, axis=0, return_inverse=True)
                 rows.append(total + places.reshape(len(settings.scales), -1))
@@ -347,8 +319,8 @@ def _open_checkpoint(path: Path, run: str) -> Iterator[BinaryIO]:
 def _append(file: BinaryIO, block: _Block) -> None:
     """Append a block: a line of json, then its vectors."""
     assert block.vectors is not None
-    head = {"counts": list(block.counts.items()), "bad": list(block.bad.items())}
-    file.write(json.dumps(head).encode() + b"\n" + block.vectors.tobytes())
+    counts = list(block.counts.items())
+    file.write(json.dumps(counts).encode() + b"\n" + block.vectors.tobytes())
     file.flush()
 
 
@@ -356,9 +328,8 @@ def _read_blocks(file: BinaryIO, dimension: int) -> Iterator[_Block]:
     """Read the complete blocks from the current position; truncate an incomplete one at the end."""
     end = file.tell()
     while (line := file.readline()).endswith(b"\n"):
-        head = json.loads(line)
-        block = _Block(dict(head["counts"]), dict(head["bad"]))
-        rows = sum(count for i, count in block.counts.items() if i not in block.bad)
+        block = _Block(dict(json.loads(line)))
+        rows = sum(block.counts.values())
         content = file.read(2 * rows * dimension)
         if len(content) < 2 * rows * dimension:
             break
@@ -370,19 +341,11 @@ def _read_blocks(file: BinaryIO, dimension: int) -> Iterator[_Block]:
 
 
 def _write(output: Path, ident: Identity, store: RegionStore, blocks: Iterable[_Block]) -> None:
-    skipped = 0
     with write_regions(output, ident) as writer:
         for block in blocks:
             assert block.vectors is not None
             start = 0
             for image_id, count in block.counts.items():
-                if image_id in block.bad:
-                    log.warning(f"skipped: {block.bad[image_id]}")
-                    writer.skip(image_id, block.bad[image_id])
-                    skipped += 1
-                    continue
                 regions, vectors = store.read(image_id, []), block.vectors[start : start + count]
                 writer.add(image_id, regions.box, regions.objectness, embedding=vectors)
                 start += count
-    if skipped:
-        log.warning(f"{skipped} images were skipped (region_embeddings.bad_images)")

@@ -14,18 +14,30 @@ from lpovod.progress import log
 
 
 def embed_classes(
-    names: list[str], clip: ClipSettings, settings: TextEmbeddingsSettings, output: Path
+    names: list[str],
+    clip: ClipSettings,
+    settings: TextEmbeddingsSettings,
+    output: Path,
+    prompts: dict[str, str] | None = None,
 ) -> None:
     """Embed class names and write ``{name: (D,) float32}`` with its identity.
 
     The vectors are CLIP's embeddings of the names, or rows of `settings.file`.
+
+    Args:
+        names: the classes.
+        clip: the model.
+        settings: templates, or the file of imported rows.
+        output: safetensors.
+        prompts: by name, the words that take its place in the templates.
 
     Raises:
         LpovodError: if the CLIP model cannot be loaded, or the file's rows do not fit the classes.
     """
     inputs: dict[str, Path | str] = {}
     if settings.file is None or settings.classes is None:
-        classes, source = embed_texts(names, clip, settings), f"{len(settings.templates)} prompts"
+        words = [(prompts or {}).get(name, name) for name in names]
+        classes, source = embed_texts(words, clip, settings), f"{len(settings.templates)} prompts"
     else:
         classes = _embeddings_of_file(names, clip, settings.file, settings.classes)
         source = str(settings.file)
