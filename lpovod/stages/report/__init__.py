@@ -29,7 +29,13 @@ from lpovod.stages.report.numbers import (
     table_rows,
 )
 from lpovod.stages.report.retrieved import retrieved
-from lpovod.stages.report.scenes import choose_scenes, draw_scenes, read_detections
+from lpovod.stages.report.scenes import (
+    LARGE_SCENES,
+    WITHOUT_OBJECTS,
+    choose_scenes,
+    draw_scenes,
+    read_detections,
+)
 
 TEMPLATE = "template.html.jinja"
 OPEN_CLASSES = 30  # of each list of classes; a page with more folds the others away
@@ -67,14 +73,81 @@ def write_report(
     Raises:
         LpovodError: if files contradict one another or cannot be read.
     """
-    page = gather(
-        run, train, truth, pseudo_labels, detector_history, benchmarks, metrics, detections, val
-    )
-    proposals = loss_curves(proposals_history) if proposals_history else None
-    page["curves"] = {"Proposal network": proposals} | page["curves"]
+    base, novel = run.classes.base, run.classes.novel
+    known = read_dataset(truth).of_classes(base, novel)
+    data = read_dataset(val).of_classes(base, novel) if val else None
+    measured = read_measured(metrics, val, base, novel) if metrics and val else None
+    in_train, in_val = box_counts(known), box_counts(data) if data else Counter()
+    by_class = measured.get("per_class", {}) if measured else {}
+    page = {
+        "run": run,
+        "facts": run_facts(run, known, data),
+        "changed": changed_settings(run),
+        "classes": {
+            split: class_rows(names, by_class, in_train, in_val)
+            for split, names in (("novel", novel), ("base", base))
+        },
+        "measured": _measurement(run, measured) if measured else None,
+        "pictures": _pictures(run, data, detections) if data and detections else None,
+        "curves": {
+            "Proposal network": loss_curves(proposals_history) if proposals_history else None,
+            "Detector": loss_curves(detector_history),
+        },
+        "retrieved": retrieved(pseudo_labels, novel, train, truth, run.report.crops_per_class),
+        "stages": stage_times(benchmarks),
+    }
     with atomic(output) as partial:
         partial.write_text(render(page, made_now(run.gpu)), encoding="utf-8")
     log.info(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
+def _measurement(run: Config, measured: dict[str, Any]) -> dict[str, Any]:
+    heads, recall = recall_table(
+        measured.get("proposal_recall", {}), run.proposals.per_image
+    )
+    return {
+        "means": measured["rows"]["full"],
+        "on": measured_on(measured.get("evaluated", {})),
+        "rows": table_rows(measured),
+        "temperature": measured.get("temperature"),
+        "recall_heads": heads,
+        "recall": recall,
+        "mistakes": mistake_columns(measured),
+        "kinds": KINDS,
+        "made_from": measured.get("made_from", {}),
+    }
+
+
+def _pictures(run: Config, data: CocoDataset, detections: Path) -> dict[str, Any]:
+    base, novel = run.classes.base, run.classes.novel
+    by_image = read_detections(detections, data)
+    scenes = choose_scenes(data, by_image, base, novel, run.report.images)
+    detected = {r["category_id"] for results in by_image.values() for r in results}
+    return {
+        "scenes": draw_scenes(data, scenes, novel),
+        "large": LARGE_SCENES,
+        "without_objects": WITHOUT_OBJECTS,
+        "anything": bool(by_image),
+        "undetected": [n for n in novel if data.category_ids([n])[0] not in detected],
+    }
+
+
+def render(page: dict[str, Any], made: Made) -> str:
+    """Fill the template.
+
+    Args:
+        page: what `write_report` gathers.
+        made: date, code and machine; equal values give an equal page.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed, "duration": duration}
+    return environment.get_template(TEMPLATE).render(page, made=made, shown=OPEN_CLASSES)
 
 
 def number(value: float | None, digits: int = 1) -> str:
