@@ -102,9 +102,7 @@ def write_report(
 
 
 def _measurement(run: Config, measured: dict[str, Any]) -> dict[str, Any]:
-    heads, recall = recall_table(
-        measured.get("proposal_recall", {}), run.proposals.per_image
-    )
+    heads, recall = recall_table(measured.get("proposal_recall", {}), run.proposals.per_image)
     return {
         "means": measured["rows"]["full"],
         "on": measured_on(measured.get("evaluated", {})),

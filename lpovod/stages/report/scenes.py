@@ -66,10 +66,11 @@ def choose_scenes(
 ) -> list[Scene]:
     """Images in which every novel class that is detected anywhere has a detection drawn.
 
-    First come images by their annotations only (`choose_images`). Then every class that is detected
-    but not drawn yet adds the image of its best-scored detection, beyond `count` if need be. What
-    is left of `count` goes to further detections of classes that nobody annotated. Base classes
-    decide if nothing is annotated or detected of the novel ones.
+    First come images by their annotations only (`choose_images`). Then every class that nobody
+    annotated, and every other one that is detected but not drawn yet, adds the image of its
+    best-scored detection, beyond `count` if need be. What is left of `count` goes to further
+    detections of the classes that nobody annotated. Base classes decide if nothing is annotated or
+    detected of the novel ones.
 
     Args:
         data: the split, with the annotations of these classes alone.
@@ -82,11 +83,12 @@ def choose_scenes(
         chosen = choose_images(data, base, names, count)
         scenes = {i: Scene(i, _best(data, i, by_image.get(i, []))) for i in chosen}
         ranked = _ranked(data, by_image, names)
-        for name in ranked:
-            if name not in _drawn(data, scenes.values()):
-                _add(scenes, data, by_image, name, ranked[name][0])
         annotated = _names(data, (a for objects in data.annotations.values() for a in objects))
-        _fill(scenes, data, by_image, {n: r for n, r in ranked.items() if n not in annotated}, count)
+        for name, results in ranked.items():
+            if name not in annotated or name not in _drawn(data, scenes.values()):
+                _add(scenes, data, by_image, name, results[0])
+        unknown = {n: results for n, results in ranked.items() if n not in annotated}
+        _fill(scenes, data, by_image, unknown, count)
         if scenes:
             break
     return list(scenes.values())
