@@ -13,6 +13,7 @@ include: "rules/common.smk"
 include: "rules/console.smk"
 include: "rules/resources.smk"
 include: "rules/download.smk"
+include: "rules/check.smk"
 include: "rules/dataset.smk"
 include: "rules/text_embeddings.smk"
 include: "rules/proposal_network.smk"
@@ -32,7 +33,9 @@ include: "rules/pictures.smk"
 rule all:
     default_target: True
     input:
-        expand(rules.evaluation.output.metrics, evaluation=["evaluation"] if "val" in SPLITS else []),
+        expand(
+            rules.evaluation.output.metrics, evaluation=["evaluation"] if "val" in SPLITS else []
+        ),
         rules.report.output,
 
 

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from lpovod.formats.coco import CocoDataset
-from lpovod.measures.average_precision import ap50_by_class, ground_truth
+from lpovod.measures.average_precision import ap50_by_class, coco_ground_truth
 
 CLASSES, OBJECTS, DETECTIONS = 65, 7, 100
 
@@ -81,7 +81,7 @@ def ours(content: dict, results: list[dict]) -> dict[str, float]:
         annotations[annotation["image_id"]].append(annotation)
     images, categories = ({i["id"]: i for i in content[k]} for k in ("images", "categories"))
     data = CocoDataset("made up", images, annotations, categories)
-    return ap50_by_class(ground_truth(data, [c["name"] for c in categories.values()]), results)
+    return ap50_by_class(coco_ground_truth(data, list(images)), results)
 
 
 def main() -> None:

@@ -34,7 +34,12 @@ from lpovod.formats.coco import CocoDataset, coco_results, read_dataset
 from lpovod.formats.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
 from lpovod.formats.regions import RegionStore, read_proposals
 from lpovod.measures.ablations import variants
-from lpovod.measures.average_precision import ap50, ap50_by_class, ground_truth
+from lpovod.measures.average_precision import (
+    ap50,
+    ap50_by_class,
+    coco_ground_truth,
+    images_of,
+)
 from lpovod.networks.detector import Detector
 from lpovod.networks.detector_inference import load_detector
 from lpovod.overlaps import overlapping
@@ -203,9 +208,10 @@ def scorer(run: Path, config: Config) -> Callable[[Tensor], dict[str, float]]:
         [run / f"text_embeddings/{text}.safetensors" for text in texts],
         config.evaluation,
     )
-    data = read_dataset(run / "dataset/val.json")
+    data = read_dataset(run / "dataset/val.json").of_classes(classes.base, classes.novel)
     features = RegionStore(run / "region_features/val.h5", "region_features")
-    truth, category_ids = ground_truth(data, classes.names), data.category_ids(classes.names)
+    truth = coco_ground_truth(data, images_of(data, config.evaluation.protocol))
+    category_ids = data.category_ids(classes.names)
     ways = variants(config.evaluation, classes.temperature, true_clip=False)
     base = len(classes.base)
 

@@ -25,10 +25,8 @@ from pydantic import (
     model_validator,
 )
 
-from lpovod.artifacts import read_json
-from lpovod.catalogue import COCO_CLASSES, COCO_IMAGES, WEIGHTS
+from lpovod.catalogue import COCO_IMAGES, WEIGHTS
 from lpovod.exceptions import LpovodError, existing
-from lpovod.miniature import pictograms
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -655,8 +653,8 @@ def _check_clip(config: Config) -> None:
     if config.dataset.source == "coco" and shipped and not config.dataset.coco.pictogram_clip:
         raise LpovodError(
             f"clip.weights: {config.clip.weights} knows drawn pictograms alone. Photographs need "
-            "a CLIP of photographs (configs/photographs.yaml has one); dataset.coco.pictogram_clip: "
-            "true permits this one, to try the workflow out"
+            "a CLIP of photographs (configs/photographs.yaml has one); to try the workflow out all "
+            "the same, set dataset.coco.pictogram_clip: true"
         )
 
 

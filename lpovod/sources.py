@@ -22,7 +22,7 @@ from typing import Any
 from lpovod.artifacts import read_json, sha256, write_json
 from lpovod.catalogue import COCO_CLASSES
 from lpovod.config import Config
-from lpovod.exceptions import LpovodError
+from lpovod.exceptions import LpovodError, existing
 from lpovod.formats.coco import BOX_KEYS, IMAGE_KEYS
 from lpovod.miniature import pictograms
 
@@ -120,7 +120,7 @@ def _near(name: str, known: list[str]) -> str:
 
 def _facts(annotations: Path, remembered: Path) -> dict[str, Any]:
     """Names of the image files, and digests of what a json says, from the cache if it holds."""
-    stamp = _stamp(annotations)
+    stamp = _stamp(existing(annotations))
     facts = _remembered(remembered)
     if facts.get("stamp") != stamp:
         facts = {"stamp": stamp} | _read_facts(annotations)

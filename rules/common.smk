@@ -1,15 +1,15 @@
 # Shared by all rules: the validated configuration, paths and a few short helpers.
 
+import hashlib
 import shlex
 
-from lpovod.artifacts import sha256
+from lpovod.artifacts import read_json, sha256
 from lpovod.catalogue import COCO, WEIGHTS
 from lpovod.config import load_config, slug
 from lpovod.exceptions import LpovodError
 from lpovod.measures.ablations import read_metrics, table
 from lpovod.source_digest import source_digest
 from lpovod.sources import Source, check_classes, read_source
-
 
 try:
     CONFIG = load_config(config)
@@ -105,8 +105,8 @@ def names_of(wildcards):
 
 def prompts_of(wildcards):
     """The command-line option with the prompts of these classes, if the user gives any."""
-    given = CONFIG.classes.prompts
-    words = [text for n in names_of(wildcards) if n in given for text in (n, given[n])]
+    prompts = CONFIG.classes.prompts
+    words = [text for n in names_of(wildcards) if n in prompts for text in (n, prompts[n])]
     return f"--prompts {shlex.join(words)}" if words else ""
 
 

@@ -71,7 +71,9 @@ def world(tmp_path) -> World:
     return make_world(tmp_path, {7: 4, 3: 9, 900: 0, 41: 1, 20: 6})
 
 
-def make_world(folder: Path, counts: dict[int, int], seed: int = 0) -> World:
+def make_world(
+    folder: Path, counts: dict[int, int], seed: int = 0, name: str = "train.json"
+) -> World:
     random = np.random.default_rng(seed)
     images, boxes, objectness, listed = {}, {}, {}, []
     (folder / "images" / "train").mkdir(parents=True)
@@ -83,10 +85,10 @@ def make_world(folder: Path, counts: dict[int, int], seed: int = 0) -> World:
         high = np.minimum(high, [width, height])
         boxes[image_id] = np.concatenate([low, high], axis=1).astype(np.float32)
         objectness[image_id] = random.uniform(0, 1, count).astype(np.float32)
-        name = f"{image_id:06}.png"
-        Image.fromarray(images[image_id]).save(folder / "images" / "train" / name)
-        listed.append({"id": image_id, "file_name": name, "width": width, "height": height})
-    dataset, proposals = folder / "train.json", folder / "proposals.h5"
+        file = f"{image_id:06}.png"
+        Image.fromarray(images[image_id]).save(folder / "images" / "train" / file)
+        listed.append({"id": image_id, "file_name": file, "width": width, "height": height})
+    dataset, proposals = folder / name, folder / "proposals.h5"
     categories = [{"id": 1, "name": "circle", "split": "base"}]
     content = {"images": listed, "annotations": [], "categories": categories}
     dataset.write_text(json.dumps(content))

@@ -5,16 +5,19 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lpovod.artifacts import sha256
+from lpovod.config import MiniatureSettings
+from lpovod.stages.dataset import annotate, draw
 
 PARTS = ("Snakefile", "config.yaml", "configs", "envs", "lpovod", "profiles", "resources")
 PARTS += ("rules", "workflow_scripts")
+ALL_CLASSES = "train_all_classes.json"
 
 
 def copy_project(folder: Path) -> Path:
@@ -95,6 +98,15 @@ def digests(folder: Path) -> dict[str, str]:
         for path in (folder / "results").rglob(f"*.{part}")
         if "benchmarks" not in path.parts
     }
+
+
+def draw_dataset(folder: Path, settings: MiniatureSettings, base: Iterable[str], seed: int) -> None:
+    """A drawn dataset with every file of stage `dataset`."""
+    for split in ("train", "val", "tune"):
+        images, drawn = folder / f"{split}.images.json", folder / "drawn" / f"{split}.json"
+        draw(split, settings, seed, folder / "images" / split, images, drawn)
+        annotate(images, drawn, folder / f"{split}.json", list(base), base_only=split == "train")
+    annotate(folder / "train.images.json", folder / "drawn/train.json", folder / ALL_CLASSES)
 
 
 def install(packages: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ ROOMS = (
     {"networks", "measures", "drawing"},
     {"importers"},
     {"clip"},
-    {"search", "scoring", "operations"},
+    {"search", "scoring", "operations", "sources"},
     {"command_line", "launcher"},
     {"stages"},
     {"apps"},
@@ -133,7 +133,7 @@ def test_the_light_rooms_import_neither_torch_nor_faiss():
         pytest.param("workflow_scripts.base_detector", ("faiss",), marks=pytest.mark.slow),
         pytest.param("workflow_scripts.region_features", ("faiss",), marks=pytest.mark.slow),
         # What rules/common.smk imports while the graph is built.
-        ("lpovod.config, lpovod.source_digest, lpovod.measures.ablations", ("torch", "faiss")),
+        ("lpovod.sources, lpovod.source_digest, lpovod.measures.ablations", ("torch", "faiss")),
         ("lpovod.apps.main", ("torch", "faiss", "tyro", "numpy")),
     ],
 )

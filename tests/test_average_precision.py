@@ -15,7 +15,12 @@ from pycocotools.cocoeval import COCOeval
 from lpovod.apps.score import score_table
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import coco_results, read_dataset
-from lpovod.measures.average_precision import ap50, ap50_by_class, ground_truth
+from lpovod.measures.average_precision import (
+    ap50,
+    ap50_by_class,
+    coco_ground_truth,
+    images_of,
+)
 
 ORACLE = Path("../shared/data/coco_eval_oracle")
 
@@ -81,9 +86,15 @@ def made_up(tmp_path):
     return path, results, names
 
 
+def annotated(data, names):
+    """The images that have an annotation of these classes, as OV-COCO's protocol measures them."""
+    data = data.of_classes(names, [])
+    return coco_ground_truth(data, images_of(data, "annotated_images"))
+
+
 def test_equals_pycocotools(made_up):
     path, results, names = made_up
-    found = ap50_by_class(ground_truth(read_dataset(path), names), results)
+    found = ap50_by_class(annotated(read_dataset(path), names), results)
     expected = reference(path, results)
     assert set(found) == set(expected) == {"cat", "dog", "cow"}
     for name in expected:
@@ -95,7 +106,7 @@ def test_classes_that_are_not_evaluated_leave_no_trace(made_up):
     content = json.loads(path.read_text())
     kept = [a for a in content["annotations"] if a["category_id"] == 1]
     images = sorted({a["image_id"] for a in kept})
-    found = ap50_by_class(ground_truth(read_dataset(path), ["cat"]), results)
+    found = ap50_by_class(annotated(read_dataset(path), ["cat"]), results)
     expected = reference(path, results, images)["cat"]
     assert found == {"cat": pytest.approx(expected, abs=1e-6)}
 
@@ -106,14 +117,14 @@ def test_the_hundred_images_of_the_reference():
     results = json.loads((ORACLE / "instances_val2014_fakebbox100_results.json").read_text())
     data = read_dataset(truth)
     names = [c["name"] for c in data.categories.values()]
-    found = ap50_by_class(ground_truth(data, names), results)
+    found = ap50_by_class(annotated(data, names), results)
     assert np.mean(list(found.values())) == pytest.approx(69.7, abs=0.05)
     assert found == pytest.approx(reference(truth, results), abs=1e-6)
 
 
 def test_no_detections_at_all(made_up):
     path, _, names = made_up
-    found = ap50_by_class(ground_truth(read_dataset(path), names), [])
+    found = ap50_by_class(annotated(read_dataset(path), names), [])
     assert found == {"cat": 0, "dog": 0, "cow": 0}
 
 
@@ -164,7 +175,7 @@ def test_any_detector_s_results_get_pycocotools_numbers(submitted):
         (expected["cat"] + expected["dog"]) / 2, abs=0.006
     )
     # Without the empty images, as OV-COCO has it, their false positives count for nothing.
-    some = printed(score_table(path, file, annotated_images=True))
+    some = printed(score_table(path, file, protocol="annotated_images"))
     assert float(some["mean of all"]) > float(found["mean of all"])
 
 

@@ -1,6 +1,7 @@
 """The configuration: what is wrong is named before anything runs."""
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,12 @@ def test_the_default_is_valid():
         ("pseudo_labels.k", "many", "pseudo_labels.k = 'many': .*integer"),
         ("region_embeddings.scales", [0], "region_embeddings.scales.0 = 0: .*greater than 0"),
         ("evaluation.beta", 1.5, "evaluation.beta = 1.5: .*less than or equal to 1"),
-        ("classes.novel", ["unicorn"], "classes.novel: the miniature world has no class 'unicorn'"),
-        ("classes.novel", ["stars"], "did you mean star?"),
+        ("classes.novel", [" star"], "' star' is empty, or has spaces around it"),
+        ("classes.novel", [{"name": "star", "promt": "x"}], "a class is a name, or {name: "),
+        ("classes.prompts", {"stars": "a star"}, "prompts: 'stars' is no base or novel class"),
+        ("proposals.training.milestones", [9], "milestone 9 lies beyond the last of 2 epochs"),
+        ("dataset.source", "coco", "knows drawn pictograms alone"),
+        ("dataset.coco.val_images", None, "val_images and val_annotations belong together"),
         ("classes.novel", ["star", "Star"], "'Star' is listed twice"),
         ("classes.novel", ["square"], "'square' is listed twice"),
         ("classes.novel", [], "classes.novel = .*at least 1 item"),
@@ -62,13 +67,19 @@ def test_a_backbone_of_timm_s_is_looked_up_when_it_is_built():
     assert load_config(content).backbone.architecture == "timm:resnet18"
 
 
-def test_a_novel_class_must_be_annotated_in_the_validation_images(tmp_path):
-    (tmp_path / "val.json").write_text('{"categories": [{"id": 1, "name": "dog"}]}')
-    content = changed("dataset", {"source": "coco", "coco": {"val_annotations": "val.json"}})
-    content["dataset"]["coco"]["root"] = str(tmp_path)
-    content["classes"] = {"base": ["dog"], "novel": ["dig"]}
-    with pytest.raises(LpovodError, match=r"val.json has no class 'dig'; did you mean dog\?"):
-        load_config(content)
+def test_overlays_add_classes_and_prompts_leave_the_names():
+    novel = [{"name": "狗", "prompt": "a dog"}, "traffic light"]
+    content = changed("classes", {"base": ["cat"], "novel": novel, "add_novel": ["owl"]})
+    content["classes"] |= {"add_base": [{"name": "cow"}], "prompts": {"owl": "an owl at night"}}
+    classes = load_config(content).classes
+    assert (classes.base, classes.novel) == (["cat", "cow"], ["狗", "traffic light", "owl"])
+    assert [classes.prompt(n) for n in classes.novel] == [
+        "a dog",
+        "traffic light",
+        "an owl at night",
+    ]
+    # What is printed can be read again.
+    assert load_config(content | {"classes": classes.model_dump()}).classes == classes
 
 
 def blocks(model: type[Settings], prefix: str = ""):
@@ -97,6 +108,8 @@ def test_images_are_counted_without_reading_them(tmp_path):
 def test_slugs():
     assert slug("traffic light") == "traffic_light"
     assert slug("T-Shirt (red)") == "t_shirt_red"
+    foreign = [slug(name) for name in ("狗", "猫", "Bär", "bär", "bar", "b r")]
+    assert len(set(foreign)) == 6 and all(re.fullmatch("[a-z0-9_]+", s) for s in foreign)
 
 
 def test_no_heavy_import_while_the_graph_is_built():

@@ -116,9 +116,7 @@ def imported(world, tmp_path, content, id_map=None, name="p.pkl", **settings):
         places = tmp_path / "map.json"
         places.write_text(json.dumps(id_map))
     output = tmp_path / "imported.h5"
-    import_proposals(
-        world.dataset, file, ProposalsSettings(**settings), output, tmp_path / "recall.json", places
-    )
+    import_proposals(world.dataset, file, ProposalsSettings(**settings), output, places)
     return read_proposals(output, world.dataset)
 
 
@@ -132,7 +130,6 @@ def check_same(store, world) -> None:
 
 def test_proposals_in_annotation_order(world, tmp_path):
     check_same(imported(world, tmp_path, list(rows_of(world).values())), world)
-    assert read_json(tmp_path / "recall.json")["seen"] == "not known: they come from p.pkl"
 
 
 def test_proposals_by_the_map_of_image_ids(world, tmp_path):

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from project import draw_dataset
 
 from lpovod.artifacts import read_json, read_tensors, sha256
 from lpovod.config import (
     BackboneSettings,
-    DatasetSettings,
     MiniatureSettings,
     ProposalsSettings,
     TrainingSettings,
@@ -25,7 +25,6 @@ from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.formats.regions import read_proposals
 from lpovod.measures.recall import recall_by_split
 from lpovod.miniature.pictograms import BASE_CLASSES
-from lpovod.stages.dataset import make_dataset
 from lpovod.stages.proposal_network import centerness, proposal_losses, train_proposal_network
 from lpovod.stages.proposals import propose
 
@@ -48,7 +47,7 @@ SETTINGS = ProposalsSettings(
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("proposals")
     drawn = MiniatureSettings(train_images=12, val_images=4, tune_images=1)
-    make_dataset(folder / "dataset", DatasetSettings(miniature=drawn), list(BASE_CLASSES), 0)
+    draw_dataset(folder / "dataset", drawn, BASE_CLASSES, 0)
     train(folder, "whole")
     return folder
 
@@ -104,8 +103,8 @@ def test_recall_by_hand():
 
 
 def test_proposals_are_keyed_bounded_and_best_first(folder, tmp_path):
-    val, network = folder / "dataset/val.json", folder / "whole.network"
-    propose(val, network, BACKBONE, SETTINGS, tmp_path / "val.h5", tmp_path / "recall.json")
+    val, network = folder / "dataset/val.images.json", folder / "whole.network"
+    propose(val, network, BACKBONE, SETTINGS, tmp_path / "val.h5")
     store, data = read_proposals(tmp_path / "val.h5", val), read_dataset(val)
     assert set(store.image_ids) == set(data.images)
     for image_id in store.image_ids:
@@ -115,10 +114,8 @@ def test_proposals_are_keyed_bounded_and_best_first(folder, tmp_path):
         assert (found.box >= 0).all()
         assert (found.box <= 160).all()
         assert (found.box[:, 2:] - found.box[:, :2] >= 1).all()
-    recall = read_json(tmp_path / "recall.json")["recall"]
-    assert set(recall) == {"base", "novel"}
     with pytest.raises(LpovodError, match="proposals of other images"):
-        read_proposals(tmp_path / "val.h5", folder / "dataset/train.json")
+        read_proposals(tmp_path / "val.h5", folder / "dataset/train.images.json")
 
 
 def test_the_loss_falls_and_the_checkpoint_is_removed(folder):

@@ -13,7 +13,11 @@ from lpovod.config import load_config
 def asked(**overlay) -> SimpleNamespace:
     """The names that rules/resources.smk defines under a configuration."""
     config = load_config(yaml.safe_load(Path("config.yaml").read_text()) | overlay)
-    names = {"CONFIG": config, "NOVEL": {name: name for name in config.classes.novel}}
+    names = {
+        "CONFIG": config,
+        "NOVEL": {name: name for name in config.classes.novel},
+        "SOURCES": {},
+    }
     exec(Path("rules/resources.smk").read_text(), names)
     return SimpleNamespace(**names)
 
@@ -28,7 +32,7 @@ def photographs(folder: Path, size: int) -> dict:
     (folder / "annotations/instances_val2017.json").write_text(
         json.dumps({"categories": categories})
     )
-    return {"source": "coco", "coco": {"root": str(folder)}}
+    return {"source": "coco", "coco": {"root": str(folder), "pictogram_clip": True}}
 
 
 def test_amounts_grow_with_the_images_and_with_the_attempt():

@@ -23,7 +23,7 @@ def run(tmp_path, tiny_clip, monkeypatch):
     """A folder as a run leaves it, with index but without detector."""
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "results" / "tried"
-    world = make_world(results / "dataset", COUNTS)
+    world = make_world(results / "dataset", COUNTS, name="train.images.json")
     settings = RegionEmbeddingsSettings(shards=2, batch_size=16)
     shards = [results / "region_embeddings" / "train" / f"{n}.h5" for n in range(2)]
     for number, path in enumerate(shards):

@@ -4,6 +4,8 @@ What is stale is asked of Snakemake itself, by dry-runs in a copy of the project
 """
 
 import ast
+import contextlib
+import io
 import json
 import os
 import re
@@ -12,19 +14,29 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from project import copy_project, snakemake
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from lpovod.apps.score import score_table
 from lpovod.artifacts import sha256
+from lpovod.formats.coco import read_dataset
+from lpovod.formats.regions import read_proposals
 
 pytestmark = pytest.mark.slow
 
 # One class fewer than the miniature world has, so that the sixth can be added.
 NOVEL = ["star", "ring", "bolt", "house", "fish"]
+BASE = yaml.safe_load(Path("config.yaml").read_text())["classes"]["base"]
 RUN = {"classes": {"novel": NOVEL}}
+DRAWN = {"train_images": 48, "val_images": 16, "tune_images": 8}  # as in configs/smallest.yaml
 
 EVERYTHING = {
-    "dataset": 1,
+    "dataset": 2,
+    "annotations": 3,
     "text_embeddings": 6,
     "proposal_network": 1,
     "proposals": 2,
@@ -101,6 +113,57 @@ def test_the_metrics_have_their_layout(project):
     assert set(rows["without_probe_best_temperature"]) == means | {"temperature"}
     assert len(metrics["per_class"]) > 12  # with 16 images a class may have no object
     assert set(metrics["proposal_recall"]["novel"]) == {"10", "50", "100"}
+    evaluated = metrics["evaluated"]
+    assert (evaluated["protocol"], evaluated["images"]) == ("all_images", 16)
+
+
+@pytest.mark.parametrize("protocol", ["all_images", "annotated_images"])
+def test_recall_evaluation_report_and_score_agree(project, tmp_path, protocol):
+    """The same classes, images and boxes everywhere, without an option; AP by pycocotools too."""
+    results = project / "results/smallest"
+    overlay = {"evaluation": {"protocol": protocol}}
+    snakemake(project, "smallest.yaml", RUN | overlay, "--cores", "2")
+    metrics = json.loads((results / "evaluation/metrics.json").read_text())
+    files = (results / "evaluation/ground_truth.json", results / "evaluation/detections.json")
+    table = score_table(*files)
+    for split in ("novel", "base", "all"):
+        value = metrics["rows"]["full"][split]
+        assert re.search(rf"^mean of {split} +{value:.2f}$", table, re.MULTILINE)
+    truth, val = json.loads(files[0].read_text()), read_dataset(results / "dataset/val.json")
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    assert sorted(names.values()) == sorted([*BASE, *NOVEL])
+    boxes = [a for i in val.images for a in val.annotations[i] if a["category_id"] in names]
+    images = {a["image_id"] for a in boxes} if protocol == "annotated_images" else {*val.images}
+    assert {i["id"] for i in truth["images"]} == images
+    assert len(truth["annotations"]) == metrics["evaluated"]["boxes"] == len(boxes)
+    # Recall by hand, from the stored proposals.
+    store = read_proposals(results / "proposals/val.h5", results / "dataset/val.images.json")
+    covered = {"base": [], "novel": []}
+    for a in boxes:
+        x, y, w, h = a["bbox"]
+        left, top, right, bottom = store.read(a["image_id"], []).box[:10].T
+        inner = np.maximum(0, np.minimum(right, x + w) - np.maximum(left, x))
+        inner *= np.maximum(0, np.minimum(bottom, y + h) - np.maximum(top, y))
+        iou = inner / (w * h + (right - left) * (bottom - top) - inner)
+        covered["novel" if names[a["category_id"]] in NOVEL else "base"].append((iou >= 0.5).any())
+    for split, flags in covered.items():
+        assert metrics["proposal_recall"][split]["10"] == pytest.approx(
+            100 * np.mean(flags), abs=0.01
+        )
+    by_class = by_pycocotools(*files)
+    expected = np.mean([by_class[n] for n in NOVEL if n in by_class])
+    assert metrics["rows"]["full"]["novel"] == pytest.approx(expected, abs=0.006)
+
+
+def by_pycocotools(truth: Path, detections: Path) -> dict[str, float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(truth))
+        evaluator = COCOeval(coco, coco.loadRes(str(detections)), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+    precision = evaluator.eval["precision"][0, :, :, 0, 2]
+    names = [coco.cats[c]["name"] for c in evaluator.params.catIds]
+    return {n: 100 * precision[:, k].mean() for k, n in enumerate(names) if precision[0, k] > -1}
 
 
 def test_the_report_is_one_file(project):
@@ -138,6 +201,24 @@ def test_every_job_left_a_log_and_a_benchmark(project):
         ({"region_embeddings": {"scales": [1.0]}}, EMBEDDED),
         ({"proposals": {"nms": 0.6}}, TRAINED),
         ({"report": {"images": 3}}, stages("report")),
+        (
+            {"dataset": {"miniature": {**DRAWN, "val_images": 17}}},
+            stages("evaluation", "report", "region_features", dataset=1, annotations=1)
+            | {"proposals": 1, "region_embeddings": 2},
+        ),
+        (
+            {"dataset": {"miniature": {**DRAWN, "train_images": 49}}},
+            TRAINED | {"dataset": 1, "annotations": 2},
+        ),
+        ({"evaluation": {"protocol": "annotated_images"}}, stages("evaluation", "report")),
+        (
+            {"classes": {"novel": NOVEL, "prompts": {"star": "a star"}}},
+            {"text_embeddings": 1, "pseudo_labels": 1, "retrieved_region_features": 1} | SCORED,
+        ),
+        (
+            {"classes": {"novel": NOVEL, "base": BASE[1:]}},
+            TRAINED | {"annotations": 1, "text_embeddings": 1},
+        ),
         ({"seed": 1}, {k: v for k, v in EVERYTHING.items() if k != "text_embeddings"}),
     ],
     ids=lambda value: next(iter(value)),

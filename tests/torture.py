@@ -43,9 +43,10 @@ class Stage:
 
 STAGES = {
     "dataset": Stage(
-        ("dataset/train.json", "dataset/val.json", "dataset/tune.json", "dataset/images"),
-        "dataset.log",
+        ("dataset/train.images.json", "dataset/drawn/train.json", "dataset/images/train"),
+        "dataset/train.log",
     ),
+    "annotations": Stage(("dataset/train.json",), "annotations/train.log"),
     "text_embeddings": Stage(
         ("text_embeddings/novel/star.safetensors",), "text_embeddings/novel/star.log"
     ),
@@ -54,9 +55,7 @@ STAGES = {
         "proposal_network.log",
         "proposals/network.safetensors.checkpoint",
     ),
-    "proposals": Stage(
-        ("proposals/train.h5", "proposals/train.recall.json"), "proposals/train.log"
-    ),
+    "proposals": Stage(("proposals/train.h5",), "proposals/train.log"),
     "region_embeddings": Stage(("region_embeddings/train/0.h5",), "region_embeddings/train/0.log"),
     "region_index": Stage(("region_index/train.index",), "region_index.log"),
     "base_detector": Stage(
@@ -71,7 +70,8 @@ STAGES = {
     ),
     "linear_probe": Stage(("linear_probe/weights.safetensors",), "linear_probe.log"),
     "evaluation": Stage(
-        ("evaluation/metrics.json", "evaluation/detections.json"), "evaluation.log"
+        ("evaluation/metrics.json", "evaluation/detections.json", "evaluation/ground_truth.json"),
+        "evaluation.log",
     ),
     "report": Stage(("report/report.html",), "report.log"),
 }

@@ -12,7 +12,6 @@ from PIL import Image
 from lpovod.artifacts import Identity, check_made_from, read_json, sha256
 from lpovod.exceptions import LpovodError, existing
 
-
 IMAGE_KEYS = ("id", "file_name", "width", "height")
 BOX_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 """What stages read of the json. Outlines make up most of COCO's, and no stage reads them."""
@@ -47,7 +46,9 @@ class CocoDataset:
     @property
     def folder(self) -> Path:
         """Folder of the images; ``images/<split>`` beside the file, unless the file names one."""
-        return self.path.parent / self.info.get("images", Path("images", self.path.stem))
+        return self.path.parent / self.info.get(
+            "images", Path("images", self.path.name.partition(".")[0])
+        )
 
     @property
     def images_digest(self) -> str:

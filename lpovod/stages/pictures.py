@@ -37,7 +37,7 @@ def draw_pictures(
         LpovodError: if no browser is installed.
     """
     classes = read_metrics(metrics)["classes"]
-    data = read_dataset(dataset)
+    data = read_dataset(dataset).of_classes(classes["base"], classes["novel"])
     names = {i: c["name"] for i, c in data.categories.items()}
     results = defaultdict(list)
     for result in sorted(read_results(detections, data), key=lambda r: -r["score"]):
