@@ -655,18 +655,26 @@ def test_facts_of_data_models_and_settings(run):
     assert "4 settings differ from the defaults" in text
 
 
+def test_crowds_are_not_counted(run):
+    edit(run["val"], lambda c: c["annotations"][0].update(iscrowd=1))
+    edit(run["metrics"], lambda c: c.update(made_from={"dataset": sha256(run["val"])}))
+    assert written(run).table("classes")["square"][2] == "5"
+
+
 def test_paths_of_the_users_files_are_stated(run):
     coco = {"root": "/data/犬", "train_images": "a", "train_annotations": "a.json"}
     coco |= {"val_images": None, "val_annotations": None}
     page = written(
         run,
-        run=configured(dataset={"source": "coco", "coco": coco}),
+        run=configured(dataset={"source": "coco", "coco": coco, "miniature": {"train_images": 7}}),
         metrics=None,
         detections=None,
         val=None,
     )
     assert "/data/犬/a, /data/犬/a.json" in page.texts["run"]
     assert "Validation" not in page.texts["run"]
+    assert page.table("run")["dataset.coco.root"] == ['"/data/犬"', "null"]
+    assert "dataset.miniature.train_images" not in page.table("run")
     assert "knows drawn pictograms alone" in page.texts["run"]
 
 
@@ -840,6 +848,21 @@ def test_without_novel_annotations_pictures_are_filled_by_detections(drawn):
     scenes = choose_scenes(data, by_image, BASE, ["ring"], 3)
     images = list(data.images)
     assert [s.image_id for s in scenes] == [images[1], images[3], images[2]]
+
+
+def test_a_class_that_nobody_annotated_shows_its_best_even_if_a_picture_has_it(drawn):
+    """Equal scores: the image with the smaller id comes first, in whatever order they are read."""
+    data = read_dataset(drawn / "dataset" / "val.json").of_classes(BASE, ["star", "ring"])
+    ring, images = data.category_ids(["ring"])[0], sorted(data.images)
+    selected = choose_images(data, BASE, ["star"], 1)
+    scores = dict.fromkeys(images, 0.5) | dict.fromkeys(selected, 0.1)
+    by_image = {
+        i: [{"image_id": i, "category_id": ring, "bbox": [0, 0, 9, 9], "score": scores[i]}]
+        for i in reversed(images)
+    }
+    scenes = choose_scenes(data, by_image, BASE, ["star", "ring"], 1)
+    best = next(i for i in images if i not in selected)
+    assert [(s.image_id, s.chosen_for) for s in scenes] == [(*selected, []), (best, ["ring"])]
 
 
 def test_labels_avoid_one_another_and_stay_inside():

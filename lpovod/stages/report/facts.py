@@ -60,10 +60,12 @@ def measured_on(evaluated: dict[str, object]) -> str:
 def changed_settings(run: Config) -> list[tuple[str, str, str]]:
     """Key, value and default of every setting that differs from its default, as json.
 
-    The name of the run and its classes are left out: they have no default worth a comparison.
+    The name of the run and its classes are left out: they have no default worth a comparison. So
+    are the settings of the source that the run does not use.
     """
     usual = Config(name=run.name, classes=run.classes)
-    return list(_changed(run, usual, ""))
+    unused = {"miniature": "dataset.coco.", "coco": "dataset.miniature."}[run.dataset.source]
+    return [row for row in _changed(run, usual, "") if not row[0].startswith(unused)]
 
 
 def _changed(block: Settings, usual: Settings, path: str) -> Iterator[tuple[str, str, str]]:
