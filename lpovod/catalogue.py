@@ -2,7 +2,8 @@
 
 COCO publishes no digests. The SHA-1 digests below come from GluonCV's download script, the sizes
 from other public code; neither was checked against the server. OpenAI's address of a CLIP model
-contains the file's SHA-256.
+contains the file's SHA-256, torchvision's file name its first eight digits; the other digits and
+the sizes of weights come from other public code.
 """
 
 from dataclasses import dataclass
@@ -74,6 +75,13 @@ WEIGHTS = {
         "https://openaipublic.azureedge.net/clip/models/"
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    )
+        353_976_522,
+    ),
+    "resnet50-0676ba61.pth": Remote(
+        "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+        "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
+        102_530_333,
+    ),
 }
-"""Weights by file name; a configured file with one of these names is downloaded if missing."""
+"""Weights by file name: OpenAI's CLIP ViT-B/32, and torchvision's ResNet-50 (IMAGENET1K_V1). A file
+of `clip` or `backbone` with one of these names is downloaded if it is missing."""

@@ -623,7 +623,7 @@ def _check_weights(config: Config) -> None:
         if path.name not in WEIGHTS:
             existing(path, "clip")
     weights = config.backbone.weights
-    if weights:
+    if weights and weights.name not in WEIGHTS:
         existing(weights, "backbone.weights")
 
 

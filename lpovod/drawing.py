@@ -1,5 +1,7 @@
 """Draws boxes with names and scores on images, and chooses the images to show."""
 
+import base64
+import io
 import unicodedata
 from collections import Counter
 from typing import Any
@@ -10,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lpovod.formats.coco import CocoDataset, corners
 
 LABEL_HEIGHT = 15
+JPEG_QUALITY = 84
 READABLE_OBJECTS = 15  # an image with more objects is shown only if there is no other
 COLOURS = {False: (37, 99, 235), True: (234, 88, 12)}  # base and novel classes
 
@@ -134,3 +137,12 @@ def shortened(name: str, ending: str, width: float) -> str:
     while name and _text_width(f"{name}…{ending}") > width:
         name = name[:-1]
     return f"{name.rstrip()}…{ending}"
+
+
+def jpeg_uri(image: Image.Image, longest: int) -> str:
+    """An image as a data URI, shrunk to `longest` pixels if it is larger."""
+    image = image.copy()
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

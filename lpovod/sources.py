@@ -69,6 +69,14 @@ def read_source(images: Path, annotations: Path, cache: Path = CACHE) -> Source:
     return Source(_digest([facts["images"], files]), facts["annotations"], len(facts["files"]))
 
 
+def read_sources(config: Config) -> dict[str, Source]:
+    """The user's data by split; none if it is drawn, or downloaded: it then counts as published."""
+    files = config.dataset.coco
+    if config.dataset.source != "coco" or files.download:
+        return {}
+    return {s: read_source(files.images(s), files.annotations(s)) for s in config.dataset.splits}
+
+
 def check_classes(config: Config, sources: dict[str, Source]) -> list[str]:
     """Refuse a base class that the source does not annotate.
 
@@ -159,7 +167,7 @@ def _file_digest(folder: Path, names: list[str], remembered: Path) -> str:
     for name in names:
         path = folder / name
         stamp = _stamp(path)
-        if digests.get(str(path), [None])[0] != stamp:
+        if str(path) not in digests or digests[str(path)][0] != stamp:
             digests[str(path)], changed = [stamp, sha256(path) if stamp else None], True
     if changed:
         write_json(remembered, {k: digests[k] for k in (str(folder / n) for n in names)})

@@ -1,26 +1,17 @@
 # Shared by all rules: the validated configuration, paths and a few short helpers.
 
-import hashlib
 import shlex
 
-from lpovod.artifacts import read_json, sha256
+from lpovod.artifacts import sha256
 from lpovod.catalogue import COCO, WEIGHTS
 from lpovod.config import load_config, slug
 from lpovod.exceptions import LpovodError
 from lpovod.measures.ablations import read_metrics, table
 from lpovod.source_digest import source_digest
-from lpovod.sources import Source, check_classes, read_source
 
 try:
     CONFIG = load_config(config)
     SPLITS = CONFIG.dataset.splits
-    # Digests of the user's data by split; none if it is drawn, or if it is downloaded: it then
-    # counts as published.
-    SOURCES, PUBLISHED = {}, Source("COCO 2017", {}, 0)
-    if CONFIG.dataset.source == "coco" and not CONFIG.dataset.coco.download:
-        COCO_FILES = CONFIG.dataset.coco
-        SOURCES = {s: read_source(COCO_FILES.images(s), COCO_FILES.annotations(s)) for s in SPLITS}
-    WARNINGS = check_classes(CONFIG, SOURCES)
 except LpovodError as error:
     raise WorkflowError(str(error))
 
@@ -30,6 +21,11 @@ def given(path):
     return [path] if path else []
 
 
+def weights_digest(path):
+    """The digest of weights; of those that are not downloaded yet, from the catalogue."""
+    return sha256(path) if path.is_file() else WEIGHTS[path.name].digest
+
+
 RESULTS = f"results/{CONFIG.name}"
 DEVICE = "cuda" if CONFIG.gpu else "cpu"
 ENVIRONMENT = "../envs/gpu.yaml" if CONFIG.gpu else "../envs/torch.yaml"
@@ -37,12 +33,9 @@ NOVEL = {slug(name): name for name in CONFIG.classes.novel}
 # The model's files may be large, and Snakemake compares large files by modification time. Their
 # digests, as params, make a stage stale if and only if the content changes.
 CLIP_FILES = CONFIG.clip.files()
-# The digest of weights that are not downloaded yet comes from the catalogue.
-CLIP_DIGESTS = [
-    sha256(path) if path.is_file() else WEIGHTS[path.name].digest for path in CLIP_FILES
-]
+CLIP_DIGESTS = [weights_digest(path) for path in CLIP_FILES]
 START_FILES = given(CONFIG.backbone.weights)
-START_DIGESTS = [sha256(path) for path in START_FILES]
+START_DIGESTS = [weights_digest(path) for path in START_FILES]
 # For all nodes together. Snakemake cuts both to the available resources, and a training starts as
 # many processes.
 TRAINING_ON = {

@@ -38,7 +38,5 @@ class ShortReasons(logging.Filter):
         return True
 
 
-for warning in WARNINGS:
-    logger.warning(warning)
 if not any(type(f).__name__ == "ShortReasons" for f in logger.filters):
     logger.addFilter(ShortReasons())

@@ -8,6 +8,8 @@ import tyro
 import yaml
 
 from lpovod.config import Config, documentation, read_config
+from lpovod.progress import log
+from lpovod.sources import check_classes, read_sources
 
 
 def config(
@@ -28,5 +30,8 @@ def config(
     elif print_ == "schema":
         print(json.dumps(Config.model_json_schema(), indent=2))
     else:
-        values = read_config(files).model_dump(mode="json")
+        settings = read_config(files)
+        for warning in check_classes(settings, read_sources(settings)):
+            log.warning(warning)
+        values = settings.model_dump(mode="json")
         print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")

@@ -5,12 +5,20 @@ from difflib import get_close_matches
 from importlib import import_module
 
 COMMANDS = {
+    "adopt": (
+        "lpovod.apps.adopt",
+        "look at a folder of photographs and write the overlay of a run on them",
+    ),
     "search": ("lpovod.apps.search", "show the regions of a finished run that match any words"),
     "score": (
         "lpovod.apps.score",
         "AP50 of any detector's results, for base and novel classes separately",
     ),
     "plan": ("lpovod.apps.plan", "hours, disk and memory of a run, before it starts"),
+    "convert": (
+        "lpovod.apps.convert",
+        "detections or pseudo-labels as COCO, YOLO or Pascal VOC files, for labelling tools",
+    ),
     "config": ("lpovod.apps.config", "check a configuration, print it, or list every key"),
 }
 """Module and one line of help. The module's function has the command's name; `main` prints the text

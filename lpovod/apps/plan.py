@@ -92,6 +92,7 @@ class Cost(NamedTuple):
 def plan(
     config: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("config.yaml"),),
     images: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
     tflops: float = TFLOPS,
     gflops: float = GFLOPS,
     cores: int | None = None,
@@ -104,6 +105,7 @@ def plan(
     Args:
         config: config.yaml and the overlays laid over it, in order
         images: of the training and the validation split; without it the configuration's
+        size: width and height of most images in pixels; without it, of photographs, COCO's
         tflops: 10^12 operations per second that one GPU sustains
         gflops: 10^9 operations per second that one core sustains
         cores: of the machine, without a GPU; without it this machine's
@@ -115,13 +117,14 @@ def plan(
         UsageError: if a number is not positive.
         LpovodError: if the configuration is wrong or a benchmark file of the run is unreadable.
     """
-    if min(*(images or [1]), tflops, gflops, 1 if cores is None else cores) <= 0:
-        raise UsageError("--images, --tflops, --gflops and --cores must be positive")
+    numbers = [images[0] if images else 1, *(size or []), tflops, gflops]
+    if min(*numbers, 1 if cores is None else cores) <= 0 or images and images[1] < 0:
+        raise UsageError("--images, --size, --tflops, --gflops and --cores must be positive")
     settings = read_config(config, weights=False)
     dataset, cores = settings.dataset, cores or os.cpu_count() or 1
     train, val = images or (dataset.image_count("train"), dataset.image_count("val"))
     guessed = not images and dataset.source == "coco" and not dataset.coco.download
-    rows = costs(settings, train, val)
+    rows = costs(settings, train, val, size)
     measured = {} if images else _measured(Path("results", settings.name, "benchmarks"))
     if measured:
         gpus = settings.training_gpus * settings.training_nodes
@@ -180,28 +183,29 @@ def image_size(dataset: DatasetSettings) -> tuple[int, int]:
     return PHOTOGRAPH if dataset.source == "coco" else (IMAGE_SIZE, IMAGE_SIZE)
 
 
-def network_size(config: Config) -> tuple[int, int]:
+def network_size(config: Config, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """Height and width of an image as the networks see it in inference, before it is padded."""
-    height, width = image_size(config.dataset)
+    height, width = size[::-1] if size else image_size(config.dataset)
     factor = min(config.backbone.short_side / height, config.backbone.long_side / width)
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
-def loading(config: Config) -> tuple[float, float]:
+def loading(config: Config, size: tuple[int, int] | None = None) -> tuple[float, float]:
     """Seconds of one core to decode an image, and to resize it as well."""
-    original, seen = image_size(config.dataset), network_size(config)
+    original, seen = size[::-1] if size else image_size(config.dataset), network_size(config, size)
     decoding = DECODING * original[0] * original[1] / (PHOTOGRAPH[0] * PHOTOGRAPH[1])
     resizing = RESIZING * seen[0] * seen[1] / (800 * 1067) if seen != original else 0.0
     return decoding, decoding + resizing
 
 
-def costs(config: Config, train: int, val: int) -> list[Cost]:
+def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = None) -> list[Cost]:
     """The stages in their order, but for those whose results are read from somebody's files.
 
     Args:
         config: of the miniature world, of COCO or of any other images.
         train: number of training images.
         val: number of validation images.
+        size: width and height of most images in pixels; None for the source's.
 
     Raises:
         LpovodError: if there is no such CLIP or backbone.
@@ -209,7 +213,7 @@ def costs(config: Config, train: int, val: int) -> list[Cost]:
     # torch takes seconds to import, which help and errors need not wait for.
     from lpovod.operations import count_operations
 
-    work = count_operations(config, *network_size(config))
+    work = count_operations(config, *network_size(config, size))
     proposals, detector, embeddings = (
         config.proposals,
         config.base_detector,
@@ -223,7 +227,7 @@ def costs(config: Config, train: int, val: int) -> list[Cost]:
     novel = len(config.classes.novel)
     classes = len(config.classes.base) + novel
     retrieved = novel * min(train, config.pseudo_labels.k) * probes  # images, for each class
-    per_image, (decoding, shown) = proposals.per_image, loading(config)
+    per_image, (decoding, shown) = proposals.per_image, loading(config, size)
     row = BOX + 2 * work.dimension  # bytes of an embedded region
     indexed = train * per_image * (row + 8)  # bytes
     extracted = per_image * (BOX + 16 + 2 * (detector.dimension + work.dimension))  # of an image

@@ -7,11 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lpovod.artifacts import Identity, check_made_from, read_json, sha256
-from lpovod.exceptions import LpovodError, existing
+from lpovod.exceptions import LpovodError
+from lpovod.formats.images import read_image
 
+NUMBER = (int, float)
+Fields = dict[str, tuple[tuple[type, ...], str]]
+"""Types of the fields that an item must have, and their meaning; true is not an integer."""
+
+_ID: Fields = {"id": ((int,), "an integer")}
+IMAGE: Fields = _ID | {
+    "file_name": ((str,), "a path below the folder of the images"),
+    "width": (NUMBER, "a number of pixels"),
+    "height": (NUMBER, "a number of pixels"),
+}
+CATEGORY: Fields = _ID | {"name": ((str,), "a text")}
+ANNOTATION: Fields = _ID | {
+    "image_id": ((int,), "an integer"),
+    "category_id": ((int,), "an integer"),
+    "bbox": ((list,), "a list of four numbers"),
+}
 IMAGE_KEYS = ("id", "file_name", "width", "height")
 BOX_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 """What stages read of the json. Outlines make up most of COCO's, and no stage reads them."""
@@ -64,24 +80,16 @@ class CocoDataset:
         return self.folder / self.images[image_id]["file_name"]
 
     def load(self, image_id: int) -> np.ndarray:
-        """The decoded image, (height, width, 3) uint8 RGB; grey images have equal channels.
+        """The decoded image, (height, width, 3) uint8 RGB, as `read_image` says.
 
         Raises:
             LpovodError: if the file is missing, damaged, or does not have the stated size.
         """
-        path, stated = self.image_path(image_id), self.images[image_id]
-        existing(path, f"image {image_id}")
+        stated = self.images[image_id]
         try:
-            with Image.open(path) as file:
-                pixels = np.array(file.convert("RGB"))
-        except (OSError, ValueError) as error:
-            raise LpovodError(f"image {image_id}: {path} cannot be decoded ({error})") from None
-        if pixels.shape[:2] != (stated["height"], stated["width"]):
-            raise LpovodError(
-                f"image {image_id}: {path} is {pixels.shape[1]} x {pixels.shape[0]}, "
-                f"{self.path} states {stated['width']} x {stated['height']}"
-            )
-        return pixels
+            return read_image(self.image_path(image_id), (stated["width"], stated["height"]))
+        except LpovodError as error:
+            raise LpovodError(f"image {image_id}: {error}") from None
 
     def boxes(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Annotated boxes of an image: (n, 4) float32 xyxy and (n,) int64 category ids.
@@ -152,9 +160,9 @@ def read_dataset(path: Path) -> CocoDataset:
     for section in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
             raise LpovodError(f"{path} is not a COCO json: it has no list {section!r}")
-    images = _by_id(path, "image", content["images"], ("file_name", "width", "height"))
-    categories = _by_id(path, "category", content["categories"], ("name",))
-    _by_id(path, "annotation", content["annotations"], ("image_id", "category_id", "bbox"))
+    images = _by_id(path, "image", content["images"], IMAGE)
+    categories = _by_id(path, "category", content["categories"], CATEGORY)
+    _by_id(path, "annotation", content["annotations"], ANNOTATION)
     names = Counter(category["name"] for category in categories.values())
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
@@ -168,12 +176,18 @@ def read_dataset(path: Path) -> CocoDataset:
     return CocoDataset(path, images, {i: annotations[i] for i in images}, categories, info)
 
 
-def _by_id(path: Path, kind: str, items: list[dict], required: tuple[str, ...]) -> dict[int, dict]:
+def _by_id(path: Path, kind: str, items: list[dict], required: Fields) -> dict[int, dict]:
     by_id: dict[int, dict] = {}
     for item in items:
-        for name in ("id", *required):
+        if not isinstance(item, dict):
+            raise LpovodError(f"{path}: {kind} {item!r} is not an object with an id")
+        for name, (types, meaning) in required.items():
             if name not in item:
                 raise LpovodError(f"{path}: {kind} {item.get('id', item)} has no {name!r}")
+            if type(item[name]) not in types:
+                raise LpovodError(
+                    f"{path}: {kind} {item['id']!r}: {name} {item[name]!r} is not {meaning}"
+                )
         if item["id"] in by_id:
             raise LpovodError(f"{path}: {kind} id {item['id']} appears twice")
         by_id[item["id"]] = item
@@ -186,9 +200,17 @@ def _check_annotation(path: Path, annotation: dict, images: dict, categories: di
         raise LpovodError(f"{prefix} names image {annotation['image_id']}, which is not listed")
     if annotation["category_id"] not in categories:
         raise LpovodError(f"{prefix} names category {annotation['category_id']}, not listed")
-    box = annotation["bbox"]
-    if len(box) != 4 or not np.isfinite(box).all() or box[2] < 0 or box[3] < 0:
+    if not is_box(annotation["bbox"]):
+        box = annotation["bbox"]
         raise LpovodError(f"{prefix}: bbox {box} is not [x, y, width >= 0, height >= 0]")
+
+
+def is_box(box: Any) -> bool:
+    """Whether a value is a box in COCO's form: x, y, width and height, finite numbers."""
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    numbers = all(type(value) in NUMBER for value in box)
+    return numbers and math.isfinite(sum(box)) and box[2] >= 0 and box[3] >= 0
 
 
 Detections = dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]

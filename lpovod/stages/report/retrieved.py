@@ -1,7 +1,5 @@
 """The report's crops: regions retrieved for each novel class, and the share that is right."""
 
-import base64
-import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lpovod.artifacts import check_made_from, read_json
+from lpovod.drawing import jpeg_uri
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, corners, read_dataset
 from lpovod.measures.mistakes import placement
@@ -19,7 +18,6 @@ from lpovod.progress import progress
 
 RIGHT, BADLY_PLACED, WRONG, UNKNOWN = "right", "badly placed", "wrong", "unknown"
 CROP_PIXELS = 160
-JPEG_QUALITY = 84
 
 
 # --- retrieved regions
@@ -142,12 +140,3 @@ def _window(box: np.ndarray, width: int, height: int) -> tuple[int, int, int]:
         for low, limit in zip(corner.tolist(), limits, strict=True)
     )
     return left, top, side
-
-
-def jpeg_uri(image: Image.Image, longest: int) -> str:
-    """An image as a data URI, shrunk to `longest` pixels if it is larger."""
-    image = image.copy()
-    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -7,11 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from lpovod.drawing import choose_images, place_labels, shortened
+from lpovod.drawing import choose_images, jpeg_uri, place_labels, shortened
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, read_results
 from lpovod.progress import progress
-from lpovod.stages.report.retrieved import jpeg_uri
 
 SCENE_PIXELS, SMALL_SCENE_PIXELS = 960, 480
 LARGE_SCENES = 30  # pictures of full size; a page with more folds the others away
