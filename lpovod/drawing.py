@@ -2,6 +2,7 @@
 
 import base64
 import io
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -118,8 +119,24 @@ def _text_width(text: str) -> float:
 
     The page passes it to the browser, which fits the letters of its own font to it.
     """
-    widths = dict.fromkeys("fijlrtI.:, ", 4.2) | dict.fromkeys("mwMW", 10.2)
-    return 8 + sum(widths.get(c, 7.0) for c in text)
+    return 8 + sum(_letter_width(letter) for letter in text)
+
+
+def _letter_width(letter: str) -> float:
+    if unicodedata.category(letter) in ("Mn", "Me", "Cf"):  # drawn upon the letter before, or not
+        return 0.0
+    if unicodedata.east_asian_width(letter) in "WF":
+        return 12.0
+    return 4.2 if letter in "fijlrtI.:, " else 10.2 if letter in "mwMW" else 7.0
+
+
+def shortened(name: str, ending: str, width: float) -> str:
+    """A label of a name and an ending; the name is cut where both are wider than `width`."""
+    if _text_width(name + ending) <= width:
+        return name + ending
+    while name and _text_width(f"{name}…{ending}") > width:
+        name = name[:-1]
+    return f"{name.rstrip()}…{ending}"
 
 
 def jpeg_uri(image: Image.Image, longest: int) -> str:

@@ -54,7 +54,8 @@ else:
             runtime=grows(30, 0.001),
         params:
             code=source("dataset"),
-            settings=CONFIG.dataset.coco.model_dump_json(),
+            folder=lambda wildcards: str(DATA.images(wildcards.split)),
+            annotations=lambda wildcards: str(DATA.annotations(wildcards.split)),
             bad_images=CONFIG.dataset.bad_images,
             digest=lambda wildcards: SOURCES.get(wildcards.split, PUBLISHED).images,
             # What it says follows from the data and bad_images.
@@ -63,7 +64,8 @@ else:
             "The {wildcards.split} images"
         shell:
             "python -m workflow_scripts.dataset list_images --split {wildcards.split}"
-            " --settings {params.settings:q} --digest {params.digest} {params.check}"
+            " --folder {params.folder:q} --annotations {params.annotations:q}"
+            " --digest {params.digest} {params.check}"
             " --output {output.images} 2>&1 | tee {log}"
 
 

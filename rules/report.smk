@@ -1,5 +1,6 @@
 # Stage report
-# IN   metrics, detections, histories, pseudo-labels, annotations, stage times
+# IN   metrics, detections and annotations of the validation images, if there are any; histories,
+#      pseudo-labels, training annotations, stage times
 # OUT  report.html: one file that opens offline
 # COST seconds
 
@@ -7,9 +8,9 @@
 rule report:
     input:
         template="lpovod/stages/report/template.html.jinja",
-        metrics=f"{RESULTS}/evaluation/metrics.json",
-        detections=f"{RESULTS}/evaluation/detections.json",
-        val=f"{RESULTS}/dataset/val.json",
+        metrics=given("val" in SPLITS and f"{RESULTS}/evaluation/metrics.json"),
+        detections=given("val" in SPLITS and f"{RESULTS}/evaluation/detections.json"),
+        val=given("val" in SPLITS and f"{RESULTS}/dataset/val.json"),
         train=f"{RESULTS}/dataset/train.images.json",
         truth=f"{DATASET}/train_all_classes.json",
         pseudo_labels=[] if CONFIG.linear_probe.checkpoint else rules.pseudo_labels.output,
@@ -32,15 +33,22 @@ rule report:
         runtime=grows(30, 0.0003),
     params:
         code=source("report"),
-        settings=block("report"),
+        # The whole configuration, because the page lists what differs from the defaults. Date,
+        # machine and commit are no params: they would make the page stale.
+        run=CONFIG.model_dump_json(exclude={"small_clip"}),
         benchmarks=f"{RESULTS}/benchmarks",
         proposals=lambda wildcards, input: option("--proposals-history", input.proposals),
+        measured=lambda wildcards, input: measured_options(input),
     message:
         "The report"
     shell:
-        "python -m workflow_scripts.report --metrics {input.metrics}"
-        " --detections {input.detections} --val {input.val} --train {input.train}"
+        "python -m workflow_scripts.report --run {params.run:q} --train {input.train}"
         " --truth {input.truth} --pseudo-labels {input.pseudo_labels}"
-        " {params.proposals} --detector-history {input.base_detector}"
-        " --benchmarks {params.benchmarks} --settings {params.settings:q} --output {output}"
-        " 2>&1 | tee {log}"
+        " {params.proposals} --detector-history {input.base_detector} {params.measured}"
+        " --benchmarks {params.benchmarks} --output {output} 2>&1 | tee {log}"
+
+
+def measured_options(files):
+    """Options with the files of the validation split, which a run may lack."""
+    names = ("metrics", "detections", "val")
+    return " ".join(option(f"--{name}", files.get(name)) for name in names)

@@ -77,10 +77,9 @@ def coco(tmp_path) -> dict:
 def make(coco: dict, output: Path, base=("cat",), check: Path | None = None) -> None:
     files = CocoSettings(root=coco["root"])
     for split in ("train", "val"):
-        images = output / f"{split}.images.json"
-        list_images(split, files, f"digest of {split}", images, check)
+        images, json_file = output / f"{split}.images.json", files.annotations(split)
+        list_images(split, files.images(split), json_file, f"digest of {split}", images, check)
         of_base = list(base) if split == "train" else None
-        json_file = files.annotations(split)
         annotate(images, json_file, output / f"{split}.json", of_base, split == "train")
 
 
@@ -184,7 +183,7 @@ def test_the_number_of_base_boxes_is_checked(tmp_path):
     boxes = sum(names[a["category_id"]] in base for a in content["annotations"])
     assert 0 < boxes < len(content["annotations"])
     images = tmp_path / "val.images.json"
-    list_images("val", CocoSettings(root=COCO_TINY), "", images)
+    list_images("val", COCO_TINY / "val2017", file, "", images)
     annotate(images, file, tmp_path / "val.json", base, expected_boxes=boxes)
     assert len(read_json(tmp_path / "val.json")["annotations"]) == len(content["annotations"])
     with pytest.raises(LpovodError, match=f"has {boxes} boxes of base classes"):

@@ -181,4 +181,4 @@ def test_without_a_validation_split_a_run_trains_and_measures_nothing(finished):
     printed = snakemake(finished, "smallest.yaml", overlay, "-n")
     assert "evaluation" not in printed and "region_features/val" not in printed
     snakemake(finished, "smallest.yaml", overlay, "--cores", "2")
-    assert "not measured" in (finished / "results/smallest/report/report.html").read_text()
+    assert "nothing is measured" in (finished / "results/smallest/report/report.html").read_text()

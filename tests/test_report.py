@@ -2,10 +2,12 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,19 @@ import pytest
 from project import install
 
 from lpovod.artifacts import sha256
-from lpovod.config import ReportSettings
+from lpovod.config import Config
 from lpovod.drawing import choose_images, place_labels
 from lpovod.exceptions import LpovodError
 from lpovod.formats.benchmarks import stage_times
 from lpovod.formats.coco import read_dataset
 from lpovod.miniature.split import draw_split
+from lpovod.stages import report
 from lpovod.stages.report import duration, signed, write_report
+from lpovod.stages.report.made import Made, commit_of, made_now
+from lpovod.stages.report.scenes import choose_scenes
 
 BASE, NOVEL = ["square", "disk"], ["star", "fish"]
+MADE = Made("2024-03-01 12:00 +0000", "c0ffee", "Abacus 3000, 7 cores", {"lpovod": "9.8.7"})
 HEADER = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load\tcpu_time\n"
 
 
@@ -36,6 +42,10 @@ class Page(HTMLParser):
         self.texts: dict[str, str] = {}
         self.rows: dict[str, list[list[str]]] = {}
         self.tags: list[tuple[str, str, dict[str, str]]] = []
+        self.labels: list[tuple[str, str | None, str]] = []  # texts in drawings, with their class
+        self.drawing = False
+        self.folds = 0  # open <details> around the current tag
+        self.folded: list[tuple[str, str, int]] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -46,10 +56,17 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.rows[self.section][-1].append("")
             self.cell = self.rows[self.section][-1]
+        if tag == "text":
+            self.labels.append((self.section, dict(attrs).get("class"), ""))
+        self.drawing = tag == "text"
+        self.folds += tag == "details"
+        self.folded.append((self.section, tag, self.folds))
         if tag in ("small", "br"):
             self.handle_data(" | ")
 
     def handle_endtag(self, tag):
+        self.folds -= tag == "details"
+        self.drawing = False
         if tag in ("td", "th"):
             self.cell[-1] = self.cell[-1].strip()
             self.cell = None
@@ -59,6 +76,9 @@ class Page(HTMLParser):
         self.texts[self.section] = self.texts.get(self.section, "") + words
         if self.cell is not None:
             self.cell[-1] += words
+        if self.drawing:
+            *place, text = self.labels[-1]
+            self.labels[-1] = (*place, text + words)
 
     def table(self, section: str) -> dict[str, list[str]]:
         """Cells by the first one, without its explanation."""
@@ -72,6 +92,12 @@ class Page(HTMLParser):
         return [pair for pair in pairs if pair[1].startswith(f"Region retrieved for {name} ")]
 
 
+@pytest.fixture(autouse=True)
+def made(monkeypatch) -> None:
+    """The facts that change from day to day and from machine to machine."""
+    monkeypatch.setattr(report, "made_now", lambda gpu: MADE)
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
     """A folder like a run's: eight training and six validation images of the miniature world."""
@@ -79,8 +105,6 @@ def drawn(tmp_path_factory) -> Path:
     folder = run / "dataset"
     for split, count in (("train", 8), ("val", 6)):
         content = draw_split(folder / "images" / split, count, 3, split)
-        for category in content["categories"]:
-            category["split"] = "novel" if category["name"] in NOVEL else "base"
         # What is drawn stays; what is annotated is known exactly.
         content["annotations"] = _annotations(content)
         (folder / f"{split}.json").write_text(json.dumps(content))
@@ -145,8 +169,16 @@ def make_run(drawn: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     files["detector_history"].write_text('{"epoch": 1, "distillation": 0.75}\n')
     write_benchmarks(files["benchmarks"])
     labels = pseudo_labels(run / "star.json", "star", STARS, dataset)
-    arguments = files | {"pseudo_labels": [labels], "settings": ReportSettings(images=4)}
-    return arguments | changes
+    return files | {"pseudo_labels": [labels], "run": configured()} | changes
+
+
+def configured(**changes: Any) -> Config:
+    settings = {
+        "name": "tiny-run",
+        "classes": {"base": BASE, "novel": NOVEL},
+        "report": {"images": 4},
+    }
+    return Config.model_validate(settings | changes)
 
 
 def metrics(val: Path) -> dict:
@@ -173,6 +205,13 @@ def metrics(val: Path) -> dict:
             "without_probe": {"correct": 50.0, "group": 50.0},
         },
         "made_from": {"dataset": sha256(val)},
+        "evaluated": {
+            "protocol": "annotated_images",
+            "images": 5,
+            "split_images": 6,
+            "boxes": 14,
+            "novel_boxes": 8,
+        },
     }
 
 
@@ -241,8 +280,21 @@ def written(arguments: dict[str, Any], **changes: Any) -> Page:
 
 def test_the_headline_states_run_and_ap(page):
     header = page.texts["header"]
-    for stated in ("tiny-run", "70.0", "80.0", "77.5", "0.01235", "6 images", "+12.0", "+4.0"):
+    for stated in ("tiny-run", "70.0", "80.0", "77.5", "the 5 of 6 validation images in which"):
         assert stated in header, stated
+    assert "one run, seed 0, on Abacus 3000, 7 cores" in header
+
+
+def test_every_table_of_ap_says_where_it_comes_from(page):
+    for section in ("ablations", "classes"):
+        assert "one run, seed 0, on Abacus 3000, 7 cores" in page.texts[section]
+
+
+def test_the_page_opens_with_detections(page):
+    sections = [a["id"] for _, tag, a in page.tags if tag == "section"]
+    assert sections[:3] == ["detections", "classes", "ablations"]
+    first = next(s for s, tag, _ in page.tags if tag in ("image", "table"))
+    assert first == "detections"
 
 
 def test_ablations_stand_in_order_with_their_difference(page):
@@ -256,18 +308,22 @@ def test_ablations_stand_in_order_with_their_difference(page):
     }
     assert list(page.table("ablations"))[-1] == "Something new"
     assert "temperature 0.05" in page.texts["ablations"]
+    assert "+12.0" in page.texts["ablations"] and "+4.0" in page.texts["ablations"]
 
 
-def test_classes_are_listed_best_first_and_one_without_objects_has_a_dash(page):
+def test_classes_are_listed_best_first_with_their_boxes(page):
     names = [row[0] for row in page.rows["classes"] if row[0] != "Class"]
     assert names == ["star", "fish", "disk", "square"]
-    assert page.table("classes")["star"][-1] == "90.2"
-    assert page.table("classes")["square"][-1] == "–"
+    # A star and a square in each of 6 and 8 images, a fish in the first three.
+    assert page.table("classes")["star"][1:] == ["90.2", "6", "8"]
+    assert page.table("classes")["fish"][1:] == ["49.8", "3", "3"]
+    assert page.table("classes")["square"][1:] == ["not measured", "6", "8"]
 
 
 def test_recall_mistakes_and_losses(page):
     assert page.table("proposals")["novel"] == ["61.0", "80.0", "85.0"]
-    assert page.rows["proposals"][0][1:] == ["n = 10", "n = 50", "n = 100"]
+    assert page.rows["proposals"][0][1:] == ["n = 10", "n = 50", "all 60"]
+    assert "of the 60 proposals per image that are used" in page.texts["proposals"]
     assert page.table("mistakes")["Detection"] == ["Full method", "CLIP head alone"]
     assert page.table("mistakes")["too tight"] == ["25.0", "0.0"]
     drawn = [a["aria-label"] for s, t, a in page.tags if (s, t) == ("training", "svg")]
@@ -287,7 +343,7 @@ def test_crops_are_marked_best_cosine_first(page):
 
 
 def test_purity_counts_all_regions_not_only_those_shown(run):
-    page = written(run, settings=ReportSettings(crops_per_class=2))
+    page = written(run, run=configured(report={"crops_per_class": 2}))
     assert len(page.crops("star")) == 2
     assert "38 % pure" in page.texts["retrieved"]
     assert "8 regions: 3 right, 3 badly placed, 2 wrong" in page.texts["retrieved"]
@@ -309,10 +365,20 @@ def test_the_best_detections_are_drawn_two_more_than_objects(page):
     scenes = [a["aria-label"] for s, t, a in page.tags if s == "detections" and "aria-label" in a]
     assert len(scenes) == 4
     # Three objects in the first images: five detections.
-    assert "square 0.90, star 0.88, square 0.80, square 0.70, square 0.60" in scenes[0]
-    assert "square 0.50" not in scenes[0]
+    expected = "square 0.90, star 0.88, square 0.80, square 0.70, square 0.60; annotated: "
+    assert expected in scenes[0]
+    assert scenes[0].endswith("annotated: square, star, fish")
     lines = [a["class"] for s, t, a in page.tags if (s, t) == ("detections", "rect")]
     assert {"novel", "base", "object"} <= set(lines)
+
+
+def test_annotated_objects_have_names_beside_their_boxes(page):
+    labels = [(kind, text) for section, kind, text in page.labels if section == "detections"]
+    assert labels.count(("object", "fish")) == 3  # of four pictures
+    assert labels.count(("object", "star")) == labels.count(("object", "square")) == 4
+    # Five detections where three objects are annotated, four where two are.
+    assert labels.count(("novel", "star 0.88")) == labels.count(("base", "square 0.70")) == 4
+    assert labels.count(("base", "square 0.60")) == 3
 
 
 def test_stage_times_are_summed_by_rule(page):
@@ -367,7 +433,7 @@ PROBE = """<script>addEventListener("load", async () => {
 def test_a_browser_shows_every_picture_and_nothing_sticks_out(run, tmp_path, width):
     """Needs Chromium, which is installed under CI or with LPOVOD_INSTALL=1; otherwise skipped."""
     install({"chromium": "chromium"})
-    written(run)
+    written(unlisted(run, "狗" + "x" * 80, count=3))
     content = run["output"].read_text()
     probed = tmp_path / "probed.html"
     probed.write_text(content.replace("</body>", PROBE + "</body>"))
@@ -386,37 +452,274 @@ def test_a_browser_shows_every_picture_and_nothing_sticks_out(run, tmp_path, wid
     assert found["pictures"] > 10
 
 
-def test_same_inputs_same_bytes(run):
+def test_same_inputs_same_bytes_but_for_their_making(run, monkeypatch):
     write_report(**run)
     first = run["output"].read_bytes()
     write_report(**run)
     assert run["output"].read_bytes() == first
+    monkeypatch.setattr(report, "made_now", lambda gpu: replace(MADE, date="later"))
+    write_report(**run)
+    assert run["output"].read_bytes() == first.replace(MADE.date.encode(), b"later")
 
 
 def test_names_are_escaped(run):
     content = json.loads(run["metrics"].read_text())
     content["rows"]["a<b>&c"] = {"novel": None, "base": 1.0, "all": 1.0}
     run["metrics"].write_text(json.dumps(content))
-    assert written(run).table("ablations")["A<b>&c"] == ["–", "1.0", "1.0", "–"]
+    assert written(run).table("ablations")["A<b>&c"] == ["not measured", "1.0", "1.0", ""]
 
 
 def test_what_is_missing_is_said(run, tmp_path):
-    for name, content in (("metrics", {}), ("detections", [])):
-        if name == "metrics":
-            nothing = {"novel": None, "base": None, "all": None}
-            content = {"rows": {"full": nothing}, "classes": {"base": BASE, "novel": ["ring"]}}
-        run[name].write_text(json.dumps(content))
+    nothing = {"novel": None, "base": None, "all": None}
+    classes = {"base": BASE, "novel": ["ring"]}
+    run["metrics"].write_text(json.dumps({"rows": {"full": nothing}, "classes": classes}))
+    run["detections"].write_text("[]")
     run["proposals_history"].write_text("")
-    page = written(run, pseudo_labels=[], benchmarks=tmp_path / "nowhere")
-    assert "no AP50 by class" in page.texts["classes"]
+    page = written(
+        run, run=configured(classes=classes), pseudo_labels=[], benchmarks=tmp_path / "nowhere"
+    )
     assert "no recall" in page.texts["proposals"]
-    assert "No detection of a novel class" in page.texts["mistakes"]
+    assert "no mistake was counted" in page.texts["mistakes"]
     assert "Its history is empty" in page.texts["training"]
     assert "No region was retrieved" in page.texts["retrieved"]
     assert "Nothing was detected" in page.texts["detections"]
-    assert "No image has an object of a novel class" in page.texts["detections"]
     assert "no benchmark files" in page.texts["times"]
-    assert page.table("ablations")["Full method"] == ["–", "–", "–", ""]
+    assert page.table("ablations")["Full method"] == [*["not measured"] * 3, ""]
+    assert page.texts["header"].count("not measured") == 3
+    # Nothing novel is annotated: the pictures show annotated objects of base classes.
+    pictures = [a for s, tag, a in page.tags if (s, tag) == ("detections", "image")]
+    assert len(pictures) == 4
+
+
+def test_a_run_without_a_validation_split_says_so(run):
+    page = written(run, metrics=None, detections=None, val=None)
+    sections = [a["id"] for _, tag, a in page.tags if tag == "section"]
+    assert sections == ["retrieved", "classes", "training", "run", "times", "made"]
+    assert {a["href"][1:] for _, tag, a in page.tags if tag == "a"} == set(sections)
+    assert "no validation split" in page.texts["header"]
+    assert "AP50" not in run["output"].read_text()
+    assert page.table("classes") == {
+        "Class": ["Train"], "star": ["8"], "fish": ["3"], "square": ["8"], "disk": ["0"]
+    }  # fmt: skip
+    assert len(page.crops("star")) == len(STARS)
+
+
+def unlisted(run: dict[str, Any], name: str, count: int = 0) -> dict[str, Any]:
+    """The arguments for a run with one more novel class, which no json lists.
+
+    Its detections are the lowest-scored of the images from the third on.
+    """
+    content = json.loads(run["val"].read_text())
+    added = max(c["id"] for c in content["categories"]) + 1
+    results = json.loads(run["detections"].read_text())
+    results += [
+        {
+            "image_id": i["id"],
+            "category_id": added,
+            "bbox": [5, 90, 50, 60],
+            "score": 0.06 + n / 1e3,
+        }
+        for n, i in enumerate(content["images"][2 : 2 + count])
+    ]
+    run["detections"].write_text(json.dumps(results))
+    labels = pseudo_labels(run["output"].parents[1] / "x.json", name, STARS, run["val"].parent)
+    classes = {"base": BASE, "novel": [*NOVEL, name]}
+    edit(run["metrics"], lambda c: c.update(classes=classes))
+    labels = [*run["pseudo_labels"], labels]
+    return run | {"run": configured(classes=classes), "pseudo_labels": labels}
+
+
+def test_a_novel_class_that_no_json_lists_is_shown_all_the_same(run):
+    page = written(unlisted(run, "狗", count=3))
+    assert page.table("classes")["狗"][1:] == ["not measured", "0", "0"]
+    assert {figure for figure, _ in page.crops("狗")} == {"unknown"}
+    assert len(page.crops("狗")) == len(STARS)
+    scenes = [a["aria-label"] for s, t, a in page.tags if s == "detections" and "aria-label" in a]
+    # Four by annotations, one of which has no detection of it drawn; its best is in the fifth.
+    assert len(scenes) == 5
+    assert ["狗" in scene for scene in scenes] == [False] * 4 + [True]
+    assert "狗 0.06" in scenes[4] and "chosen for 狗" in page.texts["detections"]
+    assert "mean of 2 of 3 classes" in page.texts["header"]
+
+
+def test_a_class_without_any_detection_is_named(run):
+    page = written(unlisted(run, "unicorn"))
+    assert "Not detected in any image: fish, unicorn." in page.texts["detections"]
+
+
+STRANGE = [
+    "狗",
+    """<b>"it's" & more</b>""",
+    "a name so long that no label of any picture could ever hold it, " * 2 + "ever",
+    "كلب",
+    "x" * 80,
+]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_any_name_is_shown_as_it_is(run, name):
+    page = written(unlisted(run, name, count=3))
+    assert name in page.table("classes")
+    assert len(page.crops(name)) == len(STARS)
+    scenes = [a["aria-label"] for s, t, a in page.tags if s == "detections" and "aria-label" in a]
+    assert any(f"{name} 0.06" in scene for scene in scenes)
+    assert f"{name} 0.06" in page.texts["detections"]
+    # Every label lies within its picture.
+    for section, tag, a in page.tags:
+        if section == "detections" and tag == "rect" and "pill" in a["class"]:
+            left, width = float(a["x"]), float(a["width"])
+            assert left >= 0 and left + width <= 400
+
+
+def test_a_name_of_wide_letters_has_a_label_of_twice_the_width():
+    boxes = [[200, 200, 9, 9]] * 3
+    narrow, wide, marked = (
+        label["width"] - 8 for label in place_labels(boxes, ["nnnn", "狗狗狗狗", "n̈n̈n̈n̈"], 400, 400)
+    )
+    assert 1.5 * narrow < wide < 2.1 * narrow
+    assert marked == narrow
+
+
+def many(run: dict[str, Any], count: int) -> dict[str, Any]:
+    """The arguments for a run with `count` novel classes that no json lists."""
+    names = [f"class {n:03}" for n in range(count)]
+    content = json.loads(run["val"].read_text())
+    first = max(c["id"] for c in content["categories"]) + 1
+    results = [
+        {
+            "image_id": content["images"][n % 6]["id"],
+            "category_id": first + n,
+            "bbox": [5 + n, 90, 50, 60],
+            "score": 0.5,
+        }
+        for n in range(count)
+    ]
+    run["detections"].write_text(json.dumps(results))
+    classes = {"base": BASE, "novel": names}
+    edit(run["metrics"], lambda c: c.update(classes=classes))
+    folder = run["output"].parents[1]
+    labels = [
+        pseudo_labels(folder / f"{n}.json", name, STARS[:1], run["val"].parent)
+        for n, name in enumerate(names)
+    ]
+    return run | {"run": configured(classes=classes), "pseudo_labels": labels}
+
+
+def test_many_classes_are_folded_and_all_are_there(run):
+    page = written(many(run, 70))
+    assert {f"class {n:03}" for n in range(70)} <= set(page.table("classes"))
+    crops = [folds for s, tag, folds in page.folded if (s, tag) == ("retrieved", "image")]
+    # Thirty in the open; the others in a fold each, inside one fold.
+    assert crops == [0] * 30 + [2] * 40
+    rows = [folds for s, tag, folds in page.folded if (s, tag) == ("classes", "tr")]
+    assert rows == [0] * (1 + 30) + [1] * (1 + 40) + [0] * (1 + len(BASE))
+    # Six images, each with the detections of a dozen classes.
+    detected = {
+        name
+        for s, t, a in page.tags
+        if s == "detections" and "aria-label" in a
+        for name in re.findall(r"class \d{3}", a["aria-label"])
+    }
+    assert len(detected) == 70
+
+
+def test_facts_of_data_models_and_settings(run):
+    changes = {
+        "seed": 3,
+        "evaluation": {"beta": 0.25},
+        "backbone": {"architecture": "timm:resnet18"},
+    }
+    page = written(run, run=configured(**changes))
+    text = page.texts["run"]
+    # 8 images: 8 squares, 8 stars and 3 fish; of base classes the squares alone.
+    assert "8, with 8 boxes of base and 11 of novel classes" in text
+    assert "6, with 6 boxes of base and 9 of novel classes" in text
+    for stated in (
+        "the drawn miniature world (nuisance 0.5, nested 0.8, distractors 0)",
+        "200, to choose settings on, never reported",
+        "2 base, 2 novel",
+        "resources/small_clip/architecture.json, weights resources/small_clip/weights.safetensors",
+        "timm:resnet18, started from random weights",
+        "the 5 of 6 validation images in which one of these classes is annotated (OV-COCO's",
+        "0.01235",
+    ):
+        assert stated in text, stated
+    assert page.table("run") == {
+        "Key": ["Value", "Default"],
+        "seed": ["3", "0"],
+        "backbone.architecture": ['"timm:resnet18"', '"small"'],
+        "evaluation.beta": ["0.25", "0.8"],
+        "report.images": ["4", "12"],
+    }
+    assert "one run, seed 3, on Abacus" in page.texts["header"]
+    assert "4 settings differ from the defaults" in text
+
+
+def test_crowds_are_not_counted(run):
+    edit(run["val"], lambda c: c["annotations"][0].update(iscrowd=1))
+    edit(run["metrics"], lambda c: c.update(made_from={"dataset": sha256(run["val"])}))
+    assert written(run).table("classes")["square"][2] == "5"
+
+
+def test_paths_of_the_users_files_are_stated(run):
+    coco = {"root": "/data/犬", "train_images": "a", "train_annotations": "a.json"}
+    coco |= {"val_images": None, "val_annotations": None}
+    page = written(
+        run,
+        run=configured(dataset={"source": "coco", "coco": coco, "miniature": {"train_images": 7}}),
+        metrics=None,
+        detections=None,
+        val=None,
+    )
+    assert "/data/犬/a, /data/犬/a.json" in page.texts["run"]
+    assert "Validation" not in page.texts["run"]
+    assert page.table("run")["dataset.coco.root"] == ['"/data/犬"', "null"]
+    assert "dataset.miniature.train_images" not in page.table("run")
+    assert "knows drawn pictograms alone" in page.texts["run"]
+
+
+def test_prompts_are_shown_with_their_classes(run):
+    novel = ["star", {"name": "fish", "prompt": "a cod"}]
+    page = written(run, run=configured(classes={"base": BASE, "novel": novel}))
+    assert "prompt: a cod" in page.texts["classes"]
+
+
+def test_the_making_of_the_page_is_stated_once(page, run):
+    text = page.texts["made"]
+    for stated in (MADE.date, "commit c0ffee", MADE.machine, "lpovod 9.8.7"):
+        assert stated in text
+    assert run["output"].read_text().count(MADE.date) == 1
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b"]
+    command = ["git", "-C", str(folder), *identity, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_commit_is_that_of_the_code_and_changes_are_said(tmp_path):
+    package = tmp_path / "lpovod"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert commit_of(package) is None  # outside git
+    git(tmp_path, "init", "-q")
+    assert commit_of(package) is None  # in somebody's repository that does not hold the code
+    git(tmp_path, "add", "lpovod")
+    git(tmp_path, "commit", "-qm", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert commit_of(package) == commit
+    (tmp_path / "mine.yaml").write_text("seed: 1\n")  # a configuration is no code
+    assert commit_of(package) == commit
+    (package / "new.py").write_text("")
+    assert commit_of(package) == f"{commit}, with changes"
+
+
+def test_machine_and_versions_are_of_this_machine():
+    made = made_now(gpu=False)
+    assert made.versions["numpy"] == np.__version__
+    cores = len(os.sched_getaffinity(0))
+    assert re.search(rf"\S, {cores} cores?$", made.machine)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d [+-]\d{4}", made.date)
 
 
 def edit(path: Path, change) -> None:
@@ -438,6 +741,11 @@ def keep_images(content: dict, count: int) -> dict:
             "metrics",
             lambda c: c["rows"].pop("full") and None,
             ["metrics.json", "rows.full", "--forcerun"],
+        ),
+        (
+            "metrics",
+            lambda c: c["classes"]["novel"].pop() and None,
+            ["other classes", "--forcerun"],
         ),
         ("metrics", lambda c: c["made_from"].update(dataset="0" * 64), ["val.json", "--forcerun"]),
         ("detections", lambda c: c[3].update(image_id=5), ["detection 3", "has no image 5"]),
@@ -491,6 +799,70 @@ def test_chosen_images_spread_over_the_classes(drawn):
     assert chosen == first[:4]  # three with star and fish, then one with a star
     assert choose_images(data, BASE, ["fish"], 9) == first[:3]
     assert choose_images(data, BASE, ["ring"], 9) == []
+
+
+def test_every_detected_novel_class_is_in_a_picture(drawn):
+    """Against a plain reading of the rule, on random detections."""
+    data = read_dataset(drawn / "dataset" / "val.json")
+    names = [f"class {n}" for n in range(12)]
+    data = data.of_classes(BASE, [*NOVEL, *names])
+    ids = dict(zip(names, data.category_ids(names), strict=True))
+    random = np.random.default_rng(5)
+    by_image = {}
+    for image_id in data.images:
+        drawn_classes = random.choice([*names, "square"], 20)
+        results = [
+            {
+                "image_id": image_id,
+                "category_id": ids.get(name, data.category_ids(["square"])[0]),
+                "bbox": [0, 0, 9, 9],
+                "score": float(random.uniform(0.05, 0.2 if name in ids else 1)),
+            }
+            for name in drawn_classes
+        ]
+        by_image[image_id] = sorted(results, key=lambda r: -r["score"])
+    scenes = choose_scenes(data, by_image, BASE, [*NOVEL, *names], 2)
+    assert [s.image_id for s in scenes[:2]] == choose_images(data, BASE, NOVEL, 2)
+    assert len({s.image_id for s in scenes}) == len(scenes)
+    shown = {r["category_id"] for scene in scenes for r in scene.results}
+    assert shown >= set(ids.values())
+    for name, scene in ((n, s) for s in scenes for n in s.chosen_for):
+        best = max(
+            (r for results in by_image.values() for r in results if r["category_id"] == ids[name]),
+            key=lambda r: r["score"],
+        )
+        assert any(r is best for r in scene.results)
+        assert scene.image_id == best["image_id"]
+    again = choose_scenes(data, dict(reversed(by_image.items())), BASE, [*NOVEL, *names], 2)
+    assert again == scenes
+
+
+def test_without_novel_annotations_pictures_are_filled_by_detections(drawn):
+    data = read_dataset(drawn / "dataset" / "val.json").of_classes(BASE, ["ring"])
+    ring = data.category_ids(["ring"])[0]
+    scores = dict(zip(data.images, (0.1, 0.6, 0.3, 0.5, 0.2), strict=False))
+    by_image = {
+        i: [{"image_id": i, "category_id": ring, "bbox": [0, 0, 9, 9], "score": score}]
+        for i, score in scores.items()
+    }
+    scenes = choose_scenes(data, by_image, BASE, ["ring"], 3)
+    images = list(data.images)
+    assert [s.image_id for s in scenes] == [images[1], images[3], images[2]]
+
+
+def test_a_class_that_nobody_annotated_shows_its_best_even_if_a_picture_has_it(drawn):
+    """Equal scores: the image with the smaller id comes first, in whatever order they are read."""
+    data = read_dataset(drawn / "dataset" / "val.json").of_classes(BASE, ["star", "ring"])
+    ring, images = data.category_ids(["ring"])[0], sorted(data.images)
+    selected = choose_images(data, BASE, ["star"], 1)
+    scores = dict.fromkeys(images, 0.5) | dict.fromkeys(selected, 0.1)
+    by_image = {
+        i: [{"image_id": i, "category_id": ring, "bbox": [0, 0, 9, 9], "score": scores[i]}]
+        for i in reversed(images)
+    }
+    scenes = choose_scenes(data, by_image, BASE, ["star", "ring"], 1)
+    best = next(i for i in images if i not in selected)
+    assert [(s.image_id, s.chosen_for) for s in scenes] == [(*selected, []), (best, ["ring"])]
 
 
 def test_labels_avoid_one_another_and_stay_inside():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lpovod.artifacts import identity, read_json, write_json
-from lpovod.config import CocoSettings, MiniatureSettings, Split
+from lpovod.config import MiniatureSettings, Split
 from lpovod.exceptions import LpovodError, some
 from lpovod.formats.coco import BOX_KEYS, IMAGE_KEYS, read_dataset
 from lpovod.miniature.split import draw_split
@@ -52,13 +52,19 @@ def draw(
 
 
 def list_images(
-    split: Split, settings: CocoSettings, digest: str, output: Path, check: Path | None = None
+    split: Split,
+    folder: Path,
+    annotations: Path,
+    digest: str,
+    output: Path,
+    check: Path | None = None,
 ) -> None:
     """List the images of a split of the user's data.
 
     Args:
         split: which.
-        settings: paths of the user's files.
+        folder: of the image files.
+        annotations: COCO json.
         digest: of the image files and of the list; it becomes part of the output's identity, so
             that what was made from an image that was replaced is never taken for current.
         output: json with the images.
@@ -67,7 +73,7 @@ def list_images(
     Raises:
         LpovodError: if an image or the folder is missing.
     """
-    folder, data = settings.images(split), read_dataset(settings.annotations(split))
+    data = read_dataset(annotations)
     if not folder.is_dir():
         raise LpovodError(f"{folder}: no such folder (dataset.coco.{split}_images)")
     bad = set(read_json(check)["bad_images"].get(split, [])) if check else set()

@@ -1,100 +1,142 @@
 """Stage `report`: all results of a run on one page that opens offline.
 
-This package gathers numbers, crops and overlays; its `template.html.jinja` lays them out. Images
-are inline JPEGs under SVG overlays, charts are SVG or plain boxes: the page loads nothing and needs
-no script, and the same inputs give the same bytes. Needs no torch.
+This package gathers facts, numbers, crops and overlays; its `template.html.jinja` lays them out.
+Images are inline JPEGs under SVG overlays, charts are SVG or plain boxes: the page loads nothing
+and needs no script. The same inputs give the same bytes, except for what the page says of its own
+making (`made`). Needs no torch.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lpovod import __version__
 from lpovod.artifacts import atomic
-from lpovod.config import ReportSettings
-from lpovod.drawing import choose_images
+from lpovod.config import Config
 from lpovod.formats.benchmarks import stage_times
-from lpovod.formats.coco import read_dataset
+from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.measures.mistakes import KINDS
 from lpovod.progress import log
+from lpovod.stages.report.facts import box_counts, changed_settings, measured_on, run_facts
+from lpovod.stages.report.made import Made, made_now
 from lpovod.stages.report.numbers import (
     class_rows,
     loss_curves,
     mistake_columns,
     read_measured,
+    recall_table,
     table_rows,
 )
 from lpovod.stages.report.retrieved import retrieved
-from lpovod.stages.report.scenes import draw_scene, read_detections
+from lpovod.stages.report.scenes import (
+    LARGE_SCENES,
+    WITHOUT_OBJECTS,
+    choose_scenes,
+    draw_scenes,
+    read_detections,
+)
 
 TEMPLATE = "template.html.jinja"
+OPEN_CLASSES = 30  # of each list of classes; a page with more folds the others away
 
 
 def write_report(
-    metrics: Path,
-    detections: Path,
-    val: Path,
+    run: Config,
     train: Path,
     truth: Path,
     pseudo_labels: list[Path],
     detector_history: Path,
     benchmarks: Path,
-    settings: ReportSettings,
     output: Path,
+    metrics: Path | None = None,
+    detections: Path | None = None,
+    val: Path | None = None,
     proposals_history: Path | None = None,
 ) -> None:
     """Write the page.
 
     Args:
-        metrics: json of stage `evaluation`, in percent.
-        detections: COCO results of the full method on `val`.
-        val: json of the evaluated split, with all classes annotated.
+        run: the run's configuration.
         train: json of the training split; retrieved regions are cropped from its images.
         truth: annotations of all classes in the training images, to judge retrieved regions.
         pseudo_labels: one file per novel class; empty if nothing was retrieved.
         detector_history: one JSON line per epoch: ``epoch`` and named losses.
         benchmarks: folder with Snakemake's benchmark files (seconds, MiB), read recursively.
-        settings: settings of this stage.
         output: one html file.
+        metrics: json of stage `evaluation`, in percent. This and the next two are given together,
+            or not at all: a run without a validation split measures nothing.
+        detections: COCO results of the full method on `val`.
+        val: json of the validation split, with all classes annotated.
         proposals_history: history of the proposal network, if one was trained.
 
     Raises:
         LpovodError: if files contradict one another or cannot be read.
     """
-    measured = read_measured(metrics, val)
-    data = read_dataset(val)
-    novel, base = measured["classes"]["novel"], measured["classes"]["base"]
-    by_image = read_detections(detections, data)
+    base, novel = run.classes.base, run.classes.novel
+    known = read_dataset(truth).of_classes(base, novel)
+    data = read_dataset(val).of_classes(base, novel) if val else None
+    measured = read_measured(metrics, val, base, novel) if metrics and val else None
+    in_train, in_val = box_counts(known), box_counts(data) if data else Counter()
+    by_class = measured.get("per_class", {}) if measured else {}
     page = {
-        "run": metrics.resolve().parent.parent.name,
-        "measured": measured,
-        "rows": table_rows(measured),
-        "classes": class_rows(measured),
-        "recall": measured.get("proposal_recall", {}),
-        "mistakes": mistake_columns(measured),
-        "kinds": KINDS,
-        "curves": [
-            ("Proposal network", loss_curves(proposals_history) if proposals_history else []),
-            ("Detector", loss_curves(detector_history)),
-        ],
-        "retrieved": retrieved(pseudo_labels, novel, train, truth, settings.crops_per_class),
-        "anything_found": bool(by_image),
-        "scenes": [
-            draw_scene(data, image_id, by_image.get(image_id, []), base, novel)
-            for image_id in choose_images(data, base, novel, settings.images)
-        ],
-        "val_images": len(data.images),
+        "run": run,
+        "facts": run_facts(run, known, data),
+        "changed": changed_settings(run),
+        "classes": {
+            split: class_rows(names, by_class, in_train, in_val)
+            for split, names in (("novel", novel), ("base", base))
+        },
+        "measured": _measurement(run, measured) if measured else None,
+        "pictures": _pictures(run, data, detections) if data and detections else None,
+        "curves": {
+            "Proposal network": loss_curves(proposals_history) if proposals_history else None,
+            "Detector": loss_curves(detector_history),
+        },
+        "retrieved": retrieved(pseudo_labels, novel, train, truth, run.report.crops_per_class),
         "stages": stage_times(benchmarks),
-        "version": __version__,
     }
     with atomic(output) as partial:
-        partial.write_text(render(page), encoding="utf-8")
+        partial.write_text(render(page, made_now(run.gpu)), encoding="utf-8")
     log.info(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 
-def render(page: dict[str, Any]) -> str:
-    """Fill the template."""
+def _measurement(run: Config, measured: dict[str, Any]) -> dict[str, Any]:
+    heads, recall = recall_table(measured.get("proposal_recall", {}), run.proposals.per_image)
+    return {
+        "means": measured["rows"]["full"],
+        "on": measured_on(measured.get("evaluated", {})),
+        "rows": table_rows(measured),
+        "temperature": measured.get("temperature"),
+        "recall_heads": heads,
+        "recall": recall,
+        "mistakes": mistake_columns(measured),
+        "kinds": KINDS,
+        "made_from": measured.get("made_from", {}),
+    }
+
+
+def _pictures(run: Config, data: CocoDataset, detections: Path) -> dict[str, Any]:
+    base, novel = run.classes.base, run.classes.novel
+    by_image = read_detections(detections, data)
+    scenes = choose_scenes(data, by_image, base, novel, run.report.images)
+    detected = {r["category_id"] for results in by_image.values() for r in results}
+    return {
+        "scenes": draw_scenes(data, scenes, novel),
+        "large": LARGE_SCENES,
+        "without_objects": WITHOUT_OBJECTS,
+        "anything": bool(by_image),
+        "undetected": [n for n in novel if data.category_ids([n])[0] not in detected],
+    }
+
+
+def render(page: dict[str, Any], made: Made) -> str:
+    """Fill the template.
+
+    Args:
+        page: what `write_report` gathers.
+        made: date, code and machine; equal values give an equal page.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -103,7 +145,7 @@ def render(page: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": signed, "duration": duration}
-    return environment.get_template(TEMPLATE).render(page)
+    return environment.get_template(TEMPLATE).render(page, made=made, shown=OPEN_CLASSES)
 
 
 def number(value: float | None, digits: int = 1) -> str:

@@ -1,6 +1,7 @@
 """The numbers of the report: metrics, mistakes and losses."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ METHODS = ("full", "without_probe", "without_clip_head")
 # --- numbers
 
 
-def read_measured(path: Path, val: Path) -> dict[str, Any]:
-    """Read metrics and check that they were measured on this split."""
+def read_measured(path: Path, val: Path, base: list[str], novel: list[str]) -> dict[str, Any]:
+    """Read metrics and check that they were measured on this split, with these classes."""
     content = read_metrics(path)
     if made_from := content.get("made_from"):
         ident = {"stage": "evaluation", "inputs": made_from}
         check_made_from(path, ident, "dataset", val)
+    classes = content.get("classes", {})
+    if any(set(classes.get(s, ())) != set(n) for s, n in (("base", base), ("novel", novel))):
+        raise LpovodError(
+            f"{path} was measured with other classes than this run has. Make it again: "
+            "snakemake --forcerun evaluation"
+        )
     return content
 
 
@@ -47,17 +54,43 @@ def _title(name: str) -> str:
     return name[:1].upper() + name[1:]
 
 
-def class_rows(measured: dict[str, Any]) -> dict[str, list[tuple[str, float | None]]]:
-    """AP50 by split and class, best first; None for a class without objects."""
-    by_class = measured.get("per_class", {})
-    return {
-        split: sorted(
-            ((name, by_class.get(name)) for name in measured["classes"][split]),
-            key=lambda item: (-(-1 if item[1] is None else item[1]), item[0]),
-        )
-        for split in ("novel", "base")
-        if by_class
+def class_rows(
+    names: list[str], by_class: dict[str, float], train: Counter[str], val: Counter[str]
+) -> list[dict[str, Any]]:
+    """The classes, best first: name, AP50 (None if it was not measured) and annotated boxes.
+
+    Args:
+        names: of the classes.
+        by_class: AP50 of the classes that have an object.
+        train: annotated training boxes by class.
+        val: annotated validation boxes by class.
+    """
+    ranked = sorted(names, key=lambda name: (-by_class.get(name, -1.0), name))
+    return [
+        {"name": name, "ap": by_class.get(name), "train": train[name], "val": val[name]}
+        for name in ranked
+    ]
+
+
+def recall_table(
+    recall: dict[str, dict[str, float]], per_image: int
+) -> tuple[list[str], dict[str, list[float | None]]]:
+    """Recall of the proposals that are used: heads of the columns, and values of each split.
+
+    Args:
+        recall: percent by split and number of proposals; without a split that has no object.
+        per_image: number of proposals per image that are used. A column beyond it shows them all.
+
+    Returns:
+        no columns if there is no recall at all; None for a value that was not measured.
+    """
+    heads: dict[str, str] = {}
+    for n in sorted({int(n) for values in recall.values() for n in values}):
+        heads.setdefault(f"n = {n}" if n < per_image else f"all {per_image}", str(n))
+    rows = {
+        split: [recall.get(split, {}).get(n) for n in heads.values()] for split in ("novel", "base")
     }
+    return list(heads), rows
 
 
 def mistake_columns(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:

@@ -1,30 +1,51 @@
 """The report's pictures: validation images with their detections."""
 
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from lpovod.drawing import place_labels
+from lpovod.drawing import choose_images, jpeg_uri, place_labels, shortened
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, read_results
-from lpovod.stages.report.retrieved import jpeg_uri
+from lpovod.progress import progress
 
-SCENE_PIXELS = 960
+SCENE_PIXELS, SMALL_SCENE_PIXELS = 960, 480
+LARGE_SCENES = 30  # pictures of full size; a page with more folds the others away
 SCENE_UNITS = 400  # width of a scene's overlay; lines and letters are sized in these units
+LABEL_UNITS = 260  # largest width of a label
+WITHOUT_OBJECTS = 5  # detections shown in an image without an annotated object
+
+Results = list[dict[str, Any]]
+
+
+@dataclass
+class Scene:
+    """An image to show.
+
+    Attributes:
+        image_id: its id.
+        results: detections to draw, best first.
+        chosen_for: classes whose detection is the reason to show the image.
+    """
+
+    image_id: int
+    results: Results
+    chosen_for: list[str] = field(default_factory=list)
 
 
 # --- detections on images
 
 
-def read_detections(path: Path, data: CocoDataset) -> dict[int, list[dict[str, Any]]]:
+def read_detections(path: Path, data: CocoDataset) -> dict[int, Results]:
     """Detections by image id, best first.
 
     Raises:
         LpovodError: if a detection names an image or a category that the split lacks.
     """
-    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    by_image: dict[int, Results] = defaultdict(list)
     for place, result in enumerate(read_results(path, data)):
         if result.get("category_id") not in data.categories:
             raise LpovodError(
@@ -35,45 +56,145 @@ def read_detections(path: Path, data: CocoDataset) -> dict[int, list[dict[str, A
     return {i: sorted(results, key=lambda r: -r["score"]) for i, results in by_image.items()}
 
 
-def draw_scene(
+def choose_scenes(
     data: CocoDataset,
-    image_id: int,
-    results: list[dict[str, Any]],
+    by_image: dict[int, Results],
     base: list[str],
     novel: list[str],
-) -> dict[str, Any]:
-    """An image with its n annotated boxes and its n + 2 best detections.
+    count: int,
+) -> list[Scene]:
+    """Images in which every novel class that is detected anywhere has a detection drawn.
+
+    First come images by their annotations only (`choose_images`). Then every class that nobody
+    annotated, and every other one that is detected but not drawn yet, adds the image of its
+    best-scored detection, beyond `count` if need be. What is left of `count` goes to further
+    detections of the classes that nobody annotated. Base classes decide if nothing is annotated or
+    detected of the novel ones.
+
+    Args:
+        data: the split, with the annotations of these classes alone.
+        by_image: detections by image, best first.
+        base: names of the base classes.
+        novel: names of the novel classes.
+        count: number of images, if that many show anything.
+    """
+    for names in (novel, base):
+        chosen = choose_images(data, base, names, count)
+        scenes = {i: Scene(i, _best(data, i, by_image.get(i, []))) for i in chosen}
+        ranked = _ranked(data, by_image, names)
+        annotated = _names(data, (a for objects in data.annotations.values() for a in objects))
+        for name, results in ranked.items():
+            if name not in annotated or name not in _drawn(data, scenes.values()):
+                _add(scenes, data, by_image, name, results[0])
+        unknown = {n: results for n, results in ranked.items() if n not in annotated}
+        _fill(scenes, data, by_image, unknown, count)
+        if scenes:
+            break
+    return list(scenes.values())
+
+
+def _ranked(
+    data: CocoDataset, by_image: dict[int, Results], names: list[str]
+) -> dict[str, Results]:
+    """The best detection of each class in each image, best first, by class name."""
+    best: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    for image_id in sorted(by_image):
+        for result in by_image[image_id]:
+            name = data.categories[result["category_id"]]["name"]
+            if name in best:
+                best[name].setdefault(image_id, result)
+    ranked = {n: sorted(r.values(), key=lambda r: -r["score"]) for n, r in best.items()}
+    return {name: results for name, results in ranked.items() if results}
+
+
+def _fill(
+    scenes: dict[int, Scene],
+    data: CocoDataset,
+    by_image: dict[int, Results],
+    ranked: dict[str, Results],
+    count: int,
+) -> None:
+    """Add images until there are `count`: the next best of each class in turn."""
+    for place in range(1, max(map(len, ranked.values()), default=0)):
+        for name, results in ranked.items():
+            if len(scenes) < count and place < len(results):
+                _add(scenes, data, by_image, name, results[place])
+
+
+def _add(
+    scenes: dict[int, Scene],
+    data: CocoDataset,
+    by_image: dict[int, Results],
+    name: str,
+    result: dict[str, Any],
+) -> None:
+    image_id = result["image_id"]
+    if image_id not in scenes:
+        scenes[image_id] = Scene(image_id, _best(data, image_id, by_image[image_id]))
+    scene = scenes[image_id]
+    scene.chosen_for.append(name)
+    if not any(result is other for other in scene.results):
+        scene.results = sorted([*scene.results, result], key=lambda r: -r["score"])
+
+
+def _best(data: CocoDataset, image_id: int, results: Results) -> Results:
+    objects = len(_objects(data, image_id))
+    return results[: objects + 2 if objects else WITHOUT_OBJECTS]
+
+
+def _objects(data: CocoDataset, image_id: int) -> list[dict[str, Any]]:
+    return [a for a in data.annotations[image_id] if not a.get("iscrowd")]
+
+
+def _names(data: CocoDataset, items: Any) -> set[str]:
+    return {data.categories[item["category_id"]]["name"] for item in items}
+
+
+def _drawn(data: CocoDataset, scenes: Any) -> set[str]:
+    return _names(data, (result for scene in scenes for result in scene.results))
+
+
+def draw_scenes(data: CocoDataset, scenes: list[Scene], novel: list[str]) -> list[dict[str, Any]]:
+    """The pictures, smaller from the thirty-first on.
 
     Returns:
-        The image as a data URI, and boxes in the overlay's units with their labels' positions.
+        For each, the image as a data URI, and boxes in the overlay's units with their labels.
     """
-    size = data.images[image_id]
-    scale = SCENE_UNITS / size["width"]
-    width, height = SCENE_UNITS, size["height"] * scale
-    named = {i: c["name"] for i, c in data.categories.items() if c["name"] in {*base, *novel}}
-    objects = [
-        a for a in data.annotations[image_id] if a["category_id"] in named and not a.get("iscrowd")
+    sizes = [SCENE_PIXELS if n < LARGE_SCENES else SMALL_SCENE_PIXELS for n in range(len(scenes))]
+    return [
+        _draw(data, scene, set(novel), pixels)
+        for scene, pixels in progress(list(zip(scenes, sizes, strict=True)), "detections", "image")
     ]
 
-    def box(item: dict[str, Any]) -> dict[str, Any]:
-        name = named[item["category_id"]]
-        return {"name": name, "novel": name in novel, "box": [scale * v for v in item["bbox"]]}
 
-    shown = [r for r in results if r["category_id"] in named][: len(objects) + 2]
-    detections = [box(r) | {"score": r["score"]} for r in shown]
-    labels = place_labels(
-        [d["box"] for d in detections],
-        [f"{d['name']} {d['score']:.2f}" for d in detections],
-        width,
-        height,
-    )
-    counted = Counter(named[a["category_id"]] for a in objects)
+def _draw(data: CocoDataset, scene: Scene, novel: set[str], pixels: int) -> dict[str, Any]:
+    size = data.images[scene.image_id]
+    scale = SCENE_UNITS / size["width"]
+    width, height = SCENE_UNITS, size["height"] * scale
+
+    def box(item: dict[str, Any], ending: str = "") -> dict[str, Any]:
+        name = data.categories[item["category_id"]]["name"]
+        return {
+            "text": name + ending,
+            "short": shortened(name, ending, LABEL_UNITS),
+            "novel": name in novel,
+            "box": [scale * v for v in item["bbox"]],
+        }
+
+    objects = _objects(data, scene.image_id)
+    detections = [box(result, f" {result['score']:.2f}") for result in scene.results]
+    annotated = [box(a) for a in objects]
+    boxes = [*detections, *annotated]
+    labels = place_labels([b["box"] for b in boxes], [b["short"] for b in boxes], width, height)
+    labelled = [b | {"label": label} for b, label in zip(boxes, labels, strict=True)]
+    counted = Counter(data.categories[a["category_id"]]["name"] for a in objects)
     return {
-        "image_id": image_id,
-        "uri": jpeg_uri(Image.fromarray(data.load(image_id)), SCENE_PIXELS),
+        "name": size["file_name"],
+        "uri": jpeg_uri(Image.fromarray(data.load(scene.image_id)), pixels),
         "size": (width, height),
-        "objects": [box(a) for a in objects],
-        "detections": [d | {"label": label} for d, label in zip(detections, labels, strict=True)],
+        "detections": labelled[: len(detections)],
+        "objects": labelled[len(detections) :],
         "annotated": sorted(counted.items(), key=lambda item: (item[0] not in novel, item[0])),
-        "novel": set(novel),
+        "chosen_for": scene.chosen_for,
+        "novel": novel,
     }
