@@ -1,9 +1,9 @@
-"""The store: what was made for one class or a few images, kept under a key of all that shaped it.
+"""The store: what was made for one class or image, kept under a key of all that shaped it.
 
 A stage that works on all classes at once takes from the store what it holds, makes the rest, and
 adds it. Its declared outputs are complete without the store, so deleting the store, in whole or in
-part and at any time, costs time and nothing else. A file appears under its name when it is whole, and
-equal keys mean equal content, so several runs may share a store.
+part and at any time, costs time and nothing else. A file appears under its name when it is whole,
+and equal keys mean equal content, so several runs may share a store.
 """
 
 import hashlib
