@@ -496,9 +496,8 @@ def texts_of(
     name: str, settings: TextEmbeddingsSettings, prompts: dict[str, str] | None = None
 ) -> list[str]:
     """The texts whose embeddings stand for a class."""
-    if prompts and name in prompts:
-        return [prompts[name]]
-    return [template.format(name) for template in settings.templates]
+    words = (prompts or {}).get(name, name)
+    return [template.format(words) for template in settings.templates]
 
 
 def as_class_embeddings(

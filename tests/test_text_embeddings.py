@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from conftest import make_clip
 
 from lpovod.artifacts import identity, read_identity, sha256, write_tensors
 from lpovod.clip import load_clip
-from lpovod.config import TextEmbeddingsSettings
+from lpovod.config import ClassSettings, ClipSettings, TextEmbeddingsSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.class_embeddings import read_text_embeddings
 from lpovod.stages.text_embeddings import embed_classes
@@ -17,9 +18,18 @@ BARE = TextEmbeddingsSettings()
 ENSEMBLE = TextEmbeddingsSettings(templates=["{}", "a photo of a {}", "many {}s"])
 
 
+def embed(
+    names: list[str], clip: ClipSettings, settings: TextEmbeddingsSettings, output: Path
+) -> None:
+    """Embed base classes; the one novel class and the store are beside the output."""
+    beside = output.with_name(f"{output.name}.novel"), output.with_name("store")
+    classes = ClassSettings(base=names, novel=["zebra"])
+    embed_classes(classes, clip, settings, output, *beside, code="c")
+
+
 def test_a_bare_name_is_its_unit_vector(tiny_clip, tmp_path):
     names = ["traffic light", "dog"]
-    embed_classes(names, tiny_clip, BARE, tmp_path / "t")
+    embed(names, tiny_clip, BARE, tmp_path / "t")
     read = read_text_embeddings(tmp_path / "t")
     model = load_clip(tiny_clip)
     assert sorted(read.names) == ["dog", "traffic light"]
@@ -32,7 +42,7 @@ def test_a_bare_name_is_its_unit_vector(tiny_clip, tmp_path):
 
 
 def test_templates_are_averaged_as_unit_vectors(tiny_clip, tmp_path):
-    embed_classes(["dog", "cat"], tiny_clip, ENSEMBLE, tmp_path / "t")
+    embed(["dog", "cat"], tiny_clip, ENSEMBLE, tmp_path / "t")
     read = read_text_embeddings([tmp_path / "t"])
     raw = load_clip(tiny_clip).encode_texts(["dog", "a photo of a dog", "many dogs"]).numpy()
     mean = (raw / np.linalg.norm(raw, axis=1, keepdims=True)).mean(axis=0)
@@ -42,7 +52,7 @@ def test_templates_are_averaged_as_unit_vectors(tiny_clip, tmp_path):
 
 
 def test_the_file_says_what_it_was_made_from(tiny_clip, tmp_path):
-    embed_classes(["dog"], tiny_clip, ENSEMBLE, tmp_path / "t")
+    embed(["dog"], tiny_clip, ENSEMBLE, tmp_path / "t")
     ident = read_identity(tmp_path / "t")
     assert ident["settings"]["templates"] == ENSEMBLE.templates
     assert ident["inputs"] == {
@@ -53,16 +63,33 @@ def test_the_file_says_what_it_was_made_from(tiny_clip, tmp_path):
 
 
 def test_a_class_made_alone_equals_the_class_among_others(tiny_clip, tmp_path):
-    embed_classes(["dog", "cat", "bus"], tiny_clip, ENSEMBLE, tmp_path / "all")
-    embed_classes(["cat"], tiny_clip, ENSEMBLE, tmp_path / "one")
-    together, alone = read_text_embeddings(tmp_path / "all"), read_text_embeddings(tmp_path / "one")
-    row = together.vectors[together.names.index("cat")]
-    np.testing.assert_allclose(alone.vectors[0], row, atol=1e-6)
+    for folder in ("a", "b"):  # each with a store of its own
+        (tmp_path / folder).mkdir()
+    embed(["dog", "cat", "bus"], tiny_clip, ENSEMBLE, tmp_path / "a/all")
+    embed(["cat"], tiny_clip, ENSEMBLE, tmp_path / "b/one")
+    together = read_text_embeddings(tmp_path / "a/all")
+    alone = read_text_embeddings(tmp_path / "b/one")
+    np.testing.assert_array_equal(alone.vectors[0], together.vectors[together.names.index("cat")])
+
+
+def test_base_and_novel_classes_have_a_file_each(tiny_clip, tmp_path):
+    classes = ClassSettings(
+        base=["dog", "traffic light"], novel=["cat", {"name": "狗", "prompt": "a red dog"}]
+    )
+    outputs = tmp_path / "base", tmp_path / "novel"
+    embed_classes(classes, tiny_clip, ENSEMBLE, *outputs, tmp_path / "store", code="c")
+    base, novel = (read_text_embeddings(path) for path in outputs)
+    assert (sorted(base.names), sorted(novel.names)) == (classes.base, ["cat", "狗"])
+    texts = ["a red dog", "a photo of a a red dog", "many a red dogs"]
+    raw = load_clip(tiny_clip).encode_texts(texts).numpy()
+    mean = (raw / np.linalg.norm(raw, axis=1, keepdims=True)).mean(axis=0)
+    vector = novel.vectors[novel.names.index("狗")]
+    np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
 
 
 def test_files_are_merged(tiny_clip, tmp_path):
-    embed_classes(["dog"], tiny_clip, BARE, tmp_path / "a")
-    embed_classes(["cat", "bus"], tiny_clip, BARE, tmp_path / "b")
+    embed(["dog"], tiny_clip, BARE, tmp_path / "a")
+    embed(["cat", "bus"], tiny_clip, BARE, tmp_path / "b")
     merged = read_text_embeddings([tmp_path / "a", tmp_path / "b"])
     assert merged.names == ["dog", "bus", "cat"]
     alone = read_text_embeddings(tmp_path / "b")
@@ -70,15 +97,15 @@ def test_files_are_merged(tiny_clip, tmp_path):
 
 
 def test_files_that_do_not_belong_together_are_refused(tiny_clip, tmp_path):
-    embed_classes(["dog"], tiny_clip, BARE, tmp_path / "a")
-    embed_classes(["dog", "cat"], tiny_clip, BARE, tmp_path / "b")
+    embed(["dog"], tiny_clip, BARE, tmp_path / "a")
+    embed(["dog", "cat"], tiny_clip, BARE, tmp_path / "b")
     with pytest.raises(LpovodError, match=r"class 'dog' is both in .*a and in .*b"):
         read_text_embeddings([tmp_path / "a", tmp_path / "b"])
-    embed_classes(["bus"], tiny_clip, ENSEMBLE, tmp_path / "c")
+    embed(["bus"], tiny_clip, ENSEMBLE, tmp_path / "c")
     with pytest.raises(LpovodError, match=r"c and .*a were made with different templates"):
         read_text_embeddings([tmp_path / "a", tmp_path / "c"])
     (tmp_path / "other").mkdir()
-    embed_classes(["bus"], make_clip(tmp_path / "other", seed=1), BARE, tmp_path / "d")
+    embed(["bus"], make_clip(tmp_path / "other", seed=1), BARE, tmp_path / "d")
     with pytest.raises(LpovodError, match=r"d and .*a were made with different clip_weights"):
         read_text_embeddings([tmp_path / "a", tmp_path / "d"])
     with pytest.raises(LpovodError, match="no file"):
@@ -95,28 +122,28 @@ def test_a_vector_that_is_not_of_unit_length_is_refused(tmp_path, vector):
 
 
 def test_rows_of_a_file_stand_in_for_prompts(tiny_clip, tmp_path):
-    names = ["dog", "cat", "bus", "traffic light"]
+    names = ["dog", "cat", "bus", "traffic light", "zebra"]
     raw = load_clip(tiny_clip).encode_texts(names).numpy() * 10
     np.save(tmp_path / "rows.npy", raw)
     (tmp_path / "names.json").write_text(json.dumps(names))
     settings = TextEmbeddingsSettings(file=tmp_path / "rows.npy", classes=tmp_path / "names.json")
-    embed_classes(["bus", "dog"], tiny_clip, settings, tmp_path / "t")
+    embed(["bus", "dog"], tiny_clip, settings, tmp_path / "t")
     read = read_text_embeddings(tmp_path / "t")
     for name, vector in zip(read.names, read.vectors, strict=True):
         row = raw[names.index(name)]
         np.testing.assert_allclose(vector, row / np.linalg.norm(row), atol=1e-6)
     assert read.clip_weights == sha256(tiny_clip.weights)  # retrieval checks it
     with pytest.raises(LpovodError, match="does not list the class 'cow'"):
-        embed_classes(["cow"], tiny_clip, settings, tmp_path / "u")
+        embed(["cow"], tiny_clip, settings, tmp_path / "u")
 
     without = tiny_clip.model_copy(update={"weights": None})
-    embed_classes(["bus"], without, settings, tmp_path / "v")
+    embed(["bus"], without, settings, tmp_path / "v")
     alone = read_text_embeddings(tmp_path / "v")
     assert alone.logit_scale is None and alone.clip_weights == "none"
 
     (tmp_path / "names.json").write_text(json.dumps(names[1:] + names[:1]))
-    with pytest.raises(LpovodError, match="of 4 rows are most similar"):
-        embed_classes(["bus"], tiny_clip, settings, tmp_path / "w")
+    with pytest.raises(LpovodError, match="of 5 rows are most similar"):
+        embed(["bus"], tiny_clip, settings, tmp_path / "w")
 
 
 def test_reading_and_retrieval_load_no_torch():
