@@ -29,8 +29,9 @@ import tyro
 from torch import Tensor
 
 from lpovod.boxes import match, sample
-from lpovod.config import Config, LinearProbeSettings, TrainingSettings, read_config, slug
+from lpovod.config import Config, LinearProbeSettings, TrainingSettings, read_config
 from lpovod.formats.coco import CocoDataset, coco_results, read_dataset
+from lpovod.formats.image_features import ImageFeatures
 from lpovod.formats.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
 from lpovod.formats.regions import RegionStore, read_proposals
 from lpovod.measures.ablations import variants
@@ -167,20 +168,20 @@ def measure(options: Options) -> dict:
     train, proposals = run / "dataset/train.json", run / "proposals/train.h5"
     detector = run / "base_detector/detector.safetensors"
     score = scorer(run, config)
-    names = sorted(config.classes.novel)
-    labels = [run / f"pseudo_labels/{slug(name)}.json" for name in names]
+    labels = run / "pseudo_labels/novel.json"
     retrieved, ignored = read_pseudo_labels(labels), read_ignored(labels)
-    stored = [run / f"region_features/retrieved/{slug(name)}.h5" for name in names]
+    retrieved = {name: retrieved[name] for name in sorted(retrieved)}  # as the scorer has them
+    stored = ImageFeatures(sorted((run / "region_features/retrieved").iterdir()))
     model, _ = load_detector(detector, config.backbone, config.base_detector)
     data = read_dataset(train)
     images = label_images(retrieved, ignored, read_proposals(proposals, train))
 
     def cached(seed: int) -> Tensor:
         candidates = list(gather_candidates(retrieved, ignored, stored).values())
-        return torch.from_numpy(fit(candidates, len(names), config.linear_probe, seed))
+        return torch.from_numpy(fit(candidates, len(retrieved), config.linear_probe, seed))
 
     def online(seed: int) -> Tensor:
-        return fit_online(model, data, images, len(names), config, seed)
+        return fit_online(model, data, images, len(retrieved), config, seed)
 
     rows = {"cached": [], "online": []}
     for seed in range(options.seeds):
@@ -201,11 +202,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def scorer(run: Path, config: Config) -> Callable[[Tensor], dict[str, float]]:
     """A function that returns the variants' novel AP50 for novel weights, in alphabetical order."""
-    texts = ["base", *(f"novel/{slug(name)}" for name in config.classes.novel)]
     classes = read_class_weights(
         run / "base_detector/detector.safetensors",
         run / "linear_probe/weights.safetensors",
-        [run / f"text_embeddings/{text}.safetensors" for text in texts],
+        [run / f"text_embeddings/{split}.safetensors" for split in ("base", "novel")],
         config.evaluation,
     )
     data = read_dataset(run / "dataset/val.json").of_classes(classes.base, classes.novel)
@@ -217,10 +217,14 @@ def scorer(run: Path, config: Config) -> Callable[[Tensor], dict[str, float]]:
 
     def score(weights: Tensor) -> dict[str, float]:
         of_all = replace(classes, weights=torch.cat([classes.weights[:base], weights]))
-        scores, novel_ap = score_regions(features, None, of_all), {}
+        image_ids, novel_ap = [i for i in features.image_ids if features.count(i)], {}
+        scores = {i: score_regions(features.read(i), None, of_all) for i in image_ids}
         for way in VARIANTS:
-            results = coco_results(detect(scores, base, category_ids, ways[way], config.evaluation))
-            by_class = ap50_by_class(truth, results)
+            detected = {
+                i: detect(of_image, base, category_ids, ways[way], config.evaluation)
+                for i, of_image in scores.items()
+            }
+            by_class = ap50_by_class(truth, coco_results(detected))
             novel_ap[way] = ap50(by_class, classes.base, classes.novel)["novel"]
         return novel_ap
 

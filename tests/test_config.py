@@ -73,11 +73,7 @@ def test_overlays_add_classes_and_prompts_leave_the_names():
     content["classes"] |= {"add_base": [{"name": "cow"}], "prompts": {"owl": "an owl at night"}}
     classes = load_config(content).classes
     assert (classes.base, classes.novel) == (["cat", "cow"], ["狗", "traffic light", "owl"])
-    assert [classes.prompt(n) for n in classes.novel] == [
-        "a dog",
-        "traffic light",
-        "an owl at night",
-    ]
+    assert classes.prompts == {"狗": "a dog", "owl": "an owl at night"}
     # What is printed can be read again.
     assert load_config(content | {"classes": classes.model_dump()}).classes == classes
 

@@ -573,29 +573,31 @@ def labels_file(folder: Path, world, **change) -> Path:
     return folder / "labels.json"
 
 
-def split_off(name: str, file: Path, world, output: Path) -> dict:
-    import_pseudo_labels(name, file, world.dataset, PseudoLabelsSettings(file=file), output)
+def labels_of(names: list[str], file: Path, world, output: Path) -> dict:
+    import_pseudo_labels(names, file, world.dataset, PseudoLabelsSettings(file=file), output)
     return json.loads(output.read_text())
 
 
-def test_a_class_is_split_off_a_file_of_all(world, tmp_path):
+def test_the_novel_classes_are_taken_from_a_file_of_all(world, tmp_path):
     file = labels_file(tmp_path, world)
-    content = split_off("airplane", file, world, tmp_path / "airplane.json")
+    content = labels_of(["airplane"], file, world, tmp_path / "airplane.json")
     assert [a["image_id"] for a in content["annotations"]] == [20, 3, 7]  # best cosine first
     assert [c["name"] for c in content["categories"]] == ["airplane"]
     assert content["info"]["identity"]["inputs"] == {
         "dataset": sha256(world.dataset),
         "file": sha256(file),
     }
-    split_off("cat", file, world, tmp_path / "cat.json")
-    whole = read_pseudo_labels([file])
-    parts = read_pseudo_labels([tmp_path / "airplane.json", tmp_path / "cat.json"])
-    assert whole.keys() == parts.keys() == {"airplane", "cat"}
+    content = labels_of(["cat", "airplane"], file, world, tmp_path / "both.json")
+    assert [c["name"] for c in content["categories"]] == ["cat", "airplane"]
+    assert [a["id"] for a in content["annotations"]] == [1, 2, 3, 4]
+    assert [a["category_id"] for a in content["annotations"]] == [1, 2, 2, 2]
+    whole, taken = read_pseudo_labels(file), read_pseudo_labels(tmp_path / "both.json")
+    assert whole.keys() == {"airplane", "cat"} and list(taken) == ["cat", "airplane"]
     for name, images in whole.items():
-        assert images.keys() == parts[name].keys()
+        assert images.keys() == taken[name].keys()
         for image_id, (boxes, scores) in images.items():
-            np.testing.assert_array_equal(boxes, parts[name][image_id][0])
-            np.testing.assert_array_equal(scores, parts[name][image_id][1])
+            np.testing.assert_array_equal(boxes, taken[name][image_id][0])
+            np.testing.assert_array_equal(scores, taken[name][image_id][1])
 
 
 @pytest.mark.parametrize(
@@ -609,7 +611,7 @@ def test_a_class_is_split_off_a_file_of_all(world, tmp_path):
 def test_labels_that_do_not_fit_are_refused(world, tmp_path, name, change, message):
     file = labels_file(tmp_path, world, **change)
     with pytest.raises(LpovodError, match=message):
-        split_off(name, file, world, tmp_path / "out.json")
+        labels_of(["cat", name], file, world, tmp_path / "out.json")
 
 
 def test_labels_of_other_images_are_refused(world, tmp_path):
@@ -618,11 +620,11 @@ def test_labels_of_other_images_are_refused(world, tmp_path):
     content["images"][0]["width"] += 1
     world.dataset.write_text(json.dumps(content))
     with pytest.raises(LpovodError, match="annotation 1: its image is"):
-        split_off("airplane", file, world, tmp_path / "out.json")
+        labels_of(["airplane"], file, world, tmp_path / "out.json")
     content["images"] = content["images"][1:]
     world.dataset.write_text(json.dumps(content))
     with pytest.raises(LpovodError, match="annotation 1: .*train.json has no image 7"):
-        split_off("airplane", file, world, tmp_path / "out.json")
+        labels_of(["airplane"], file, world, tmp_path / "out.json")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the original's file")
@@ -632,10 +634,9 @@ def test_all_of_the_original_s_1700_labels_arrive_with_their_names(tmp_path):
     train = tmp_path / "train.json"
     train.write_text(json.dumps({**content, "annotations": []}))
     novel = [c["name"] for c in content["categories"] if c["split"] == "unseen"]
-    for name in novel:
-        output = tmp_path / f"{name}.json"
-        import_pseudo_labels(name, file, train, PseudoLabelsSettings(file=file), output)
-    found = read_pseudo_labels([tmp_path / f"{name}.json" for name in novel])
+    output = tmp_path / "novel.json"
+    import_pseudo_labels(novel, file, train, PseudoLabelsSettings(file=file), output)
+    found = read_pseudo_labels(output)
     assert len(novel) == 17 and list(found) == novel
     counts = {n: sum(len(boxes) for boxes, _ in found[n].values()) for n in novel}
     assert counts == dict.fromkeys(novel, 100)

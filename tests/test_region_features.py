@@ -10,6 +10,7 @@ from lpovod.boxes import decode
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import read_dataset
+from lpovod.formats.image_features import ImageFeatures
 from lpovod.formats.regions import RegionStore
 from lpovod.networks.detector import Detector
 from lpovod.stages.region_features import extract_retrieved, extract_split
@@ -69,24 +70,71 @@ def test_a_split_is_extracted_region_by_region(world, detector, tmp_path):
         assert np.allclose(np.linalg.norm(found["embedding"].astype(float), axis=1), 1, atol=2e-3)
 
 
-def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, detector, tmp_path):
-    path, _ = detector
-    data = read_dataset(world.dataset)
-    box = world.boxes[3][2].astype(float)
-    annotation = {"id": 1, "image_id": 3, "category_id": 1, "score": 0.8, "cosine": 0.3}
-    annotation["bbox"] = [*box[:2], *(box[2:] - box[:2])]
-    labels, output = tmp_path / "fish.json", tmp_path / "fish.h5"
-    content = {"images": [data.images[3]], "annotations": [annotation]}
-    write_json(labels, content | {"categories": [{"id": 1, "name": "fish"}]})
-    extract_retrieved(
-        world.dataset, world.proposals, labels, path, BACKBONE, HEADS, SETTINGS, output
+def write_labels(path, data, labels):
+    """Pseudo-labels (class, image id, box, score) in a file."""
+    names = list(dict.fromkeys(name for name, *_ in labels))
+    annotations = []
+    for number, (name, image_id, box, score) in enumerate(labels, 1):
+        x1, y1, x2, y2 = np.asarray(box, float).tolist()
+        annotation = {"id": number, "image_id": image_id, "category_id": names.index(name) + 1}
+        annotation |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": score, "cosine": 0.3}
+        annotations.append(annotation)
+    write_json(
+        path,
+        {
+            "images": [data.images[i] for i in dict.fromkeys(i for _, i, *_ in labels)],
+            "annotations": annotations,
+            "categories": [{"id": n, "name": name} for n, name in enumerate(names, 1)],
+        },
     )
-    store = RegionStore(output, "region_features")
-    assert store.image_ids == [3]
-    found = store.read(3)
-    assert np.allclose(found.box, np.concatenate([box[None], world.boxes[3]]), atol=1e-4)
-    assert found.objectness[0] == pytest.approx(0.8)
-    assert np.allclose(found["feature"][0], found["feature"][3], atol=0.01)
+
+
+def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, detector, tmp_path):
+    path, model = detector
+    data = read_dataset(world.dataset)
+    labels, output, foreign = tmp_path / "novel.json", tmp_path / "retrieved", [3, 4, 30, 31]
+    retrieved = [("fish", 3, world.boxes[3][2], 0.8), ("star", 3, foreign, 0.7)]
+    retrieved += [("star", 20, world.boxes[20][0], 0.6), ("fish", 41, world.boxes[41][0], 0.9)]
+    write_labels(labels, data, retrieved)
+    extract_retrieved(
+        *(world.dataset, world.proposals, labels, path, BACKBONE, HEADS, SETTINGS),
+        *(0, output, tmp_path / "store", "c"),
+    )
+    assert sorted(file.name for file in output.iterdir()) == [
+        f"{i}.safetensors" for i in (20, 3, 41)
+    ]
+    features = ImageFeatures([output])
+    assert sorted(features.image_ids) == [3, 20, 41]
+    for image_id in (3, 20, 41):
+        found, proposed = features.read(image_id), world.boxes[image_id]
+        # A label that is none of the proposals comes first.
+        extra = 1 if image_id == 3 else 0
+        assert len(found["box"]) == len(proposed) + extra
+        np.testing.assert_array_equal(found["box"][extra:], proposed)
+        np.testing.assert_array_equal(found["objectness"][extra:], world.objectness[image_id])
+        assert {found[k].dtype for k in ("feature", "embedding")} == {np.dtype(np.float16)}
+        assert {found[k].dtype for k in ("box", "objectness", "refined")} == {np.dtype(np.float32)}
+        feature, embedding, refined = directly(model, data, image_id, found["box"])
+        assert np.allclose(found["feature"], feature, rtol=2e-3, atol=2e-3)
+        assert np.allclose(found["embedding"], embedding, atol=2e-3)
+        assert np.allclose(found["refined"], refined, atol=0.02)
+    first = features.read(3)
+    assert np.allclose(first["box"][0], foreign)
+    assert first["objectness"][0] == pytest.approx(0.7)
+
+
+def test_shards_share_the_images(world, detector, tmp_path):
+    data, labels = read_dataset(world.dataset), tmp_path / "novel.json"
+    write_labels(labels, data, [("fish", i, world.boxes[i][0], 0.8) for i in (41, 3, 20)])
+    settings = RegionFeaturesSettings(batch_size=2, shards=2)
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for shard, folder in enumerate(folders):
+        extract_retrieved(
+            *(world.dataset, world.proposals, labels, detector[0], BACKBONE, HEADS, settings),
+            *(shard, folder, tmp_path / "store", "c"),
+        )
+    assert [sorted(ImageFeatures([folder]).image_ids) for folder in folders] == [[3, 41], [20]]
+    assert sorted(ImageFeatures(folders).image_ids) == [3, 20, 41]
 
 
 def test_a_detector_of_other_settings_is_refused(world, detector, tmp_path):

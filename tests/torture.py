@@ -31,7 +31,8 @@ class Stage:
     """One job of the workflow, by paths below results/smallest.
 
     Attributes:
-        outputs: its files; the first one is what Snakemake is asked for.
+        outputs: its files, and what it keeps in the store; the first one is what Snakemake is asked
+            for.
         log: what it prints.
         checkpoint: where a training keeps what it has.
     """
@@ -48,7 +49,12 @@ STAGES = {
     ),
     "annotations": Stage(("dataset/train.json",), "annotations/train.log"),
     "text_embeddings": Stage(
-        ("text_embeddings/novel/star.safetensors",), "text_embeddings/novel/star.log"
+        (
+            "text_embeddings/base.safetensors",
+            "text_embeddings/novel.safetensors",
+            "store/text_embeddings",
+        ),
+        "text_embeddings.log",
     ),
     "proposal_network": Stage(
         ("proposals/network.safetensors", "proposals/history.jsonl"),
@@ -63,10 +69,12 @@ STAGES = {
         "base_detector.log",
         "base_detector/detector.safetensors.checkpoint",
     ),
-    "pseudo_labels": Stage(("pseudo_labels/star.json",), "pseudo_labels/star.log"),
+    "pseudo_labels": Stage(
+        ("pseudo_labels/novel.json", "store/pseudo_labels"), "pseudo_labels.log"
+    ),
     "region_features": Stage(("region_features/val.h5",), "region_features/val.log"),
     "retrieved_region_features": Stage(
-        ("region_features/retrieved/star.h5",), "region_features/retrieved/star.log"
+        ("region_features/retrieved/0", "store/region_features"), "region_features/retrieved/0.log"
     ),
     "linear_probe": Stage(("linear_probe/weights.safetensors",), "linear_probe.log"),
     "evaluation": Stage(
