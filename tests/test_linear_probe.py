@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from counting import count
+
 from benchmarks.linear_probe import label_images, online_loss
 from lpovod.artifacts import identity, read_json, read_tensors, write_json, write_tensors
 from lpovod.config import (
@@ -116,10 +116,10 @@ def test_what_overlaps_an_ignored_object_is_no_negative_and_may_be_a_positive(tm
     retrieved = {"fish": {1: (good[None], np.array([0.9]))}}
     near, far = bad + np.float32([0, 0, 6, 6]), bad + np.float32([0, 0, 8, 8])  # IoU .51 and .43
     ignored = {1: np.array([good, bad]), 2: np.array([bad])}
-    for given, count in (({}, 2), (ignored, 1), ({1: near[None]}, 1), ({1: far[None]}, 2)):
+    for given, usable in (({}, 2), (ignored, 1), ({1: near[None]}, 1), ({1: far[None]}, 2)):
         found = gather_candidates(retrieved, given, ImageFeatures(features))
         assert found[1].label.tolist().count(0) == 1
-        assert len(found[1].label) == count
+        assert len(found[1].label) == usable
 
 
 def test_a_box_that_the_file_repeats_is_a_candidate_once(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpovod.artifacts import Identity, read_tensors
+from lpovod.artifacts import Identity, atomic, read_tensors
 from lpovod.exceptions import LpovodError
 
 STAGE = "region_features"
@@ -76,13 +76,15 @@ def link_images(paths: dict[int, Path], folder: Path) -> None:
 
     Args:
         paths: file of each image.
-        folder: to make; files already there are replaced.
+        folder: to make; images already there are replaced or, if they are none of these, removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
     for image_id, path in paths.items():
         target = folder / f"{image_id}.safetensors"
-        target.unlink(missing_ok=True)
         try:
             os.link(path, target)
         except OSError:  # another file system, or one without hard links
-            shutil.copyfile(path, target)
+            with atomic(target) as partial:
+                shutil.copyfile(path, partial)
