@@ -95,11 +95,15 @@ def make_features(folder: Path, images: int) -> None:
         vectors = random.standard_normal((rows, columns)).astype(np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    detector = {"prototypes": units(len(BASE), DIMENSION)}
+    def weights(rows: int) -> np.ndarray:
+        # A constant component, so that few of the classes score high, as with a trained detector.
+        return np.hstack([np.full((rows, 1), -1, np.float32), units(rows, DIMENSION - 1)])
+
+    detector = {"prototypes": weights(len(BASE))}
     write_tensors(
         folder / "detector.safetensors", detector, identity("base_detector") | {"classes": BASE}
     )
-    probe = dict(zip(NOVEL, units(len(NOVEL), DIMENSION), strict=True))
+    probe = dict(zip(NOVEL, weights(len(NOVEL)), strict=True))
     ident = identity("linear_probe", detector=folder / "detector.safetensors")
     write_tensors(folder / "probe.safetensors", probe, ident)
     ident = identity("text_embeddings", clip_weights="w", clip_architecture="a")
@@ -113,11 +117,13 @@ def make_features(folder: Path, images: int) -> None:
         for i in range(1, images + 1):
             low = random.uniform(0, [500, 380], (REGIONS, 2))
             box = np.hstack([low, low + random.uniform(20, 100, (REGIONS, 2))]).astype(np.float32)
+            feature = 2 * random.standard_normal((REGIONS, DIMENSION)).astype(np.float16)
+            feature[:, 0] = 6
             writer.add(
                 i,
                 box,
                 random.random(REGIONS, np.float32),
-                feature=(3 * random.standard_normal((REGIONS, DIMENSION))).astype(np.float16),
+                feature=feature,
                 embedding=units(REGIONS, D).astype(np.float16),
                 refined=box,
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from lpovod.artifacts import check_made_from, read_tensors
 from lpovod.config import EvaluationSettings
@@ -21,6 +21,8 @@ from lpovod.formats.class_embeddings import read_text_embeddings
 from lpovod.formats.coco import Detected
 from lpovod.formats.regions import Regions
 from lpovod.measures.ablations import Variant
+
+FIRST_CANDIDATES = 1000  # that enter the NMS of an image
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,25 @@ def detect(
     """
     score = final_scores(scores, base, variant)
     rows, classes = (score > settings.score_threshold).nonzero(as_tuple=True)
-    boxes = (scores.refined if variant.refined else scores.boxes)[rows]
-    best = batched_nms(boxes, score[rows, classes], classes, settings.nms)[: settings.per_image]
-    return (
-        boxes[best].numpy(),
-        score[rows, classes][best].numpy(),
-        torch.tensor(category_ids)[classes][best].numpy(),
-    )
+    boxes, above = (scores.refined if variant.refined else scores.boxes)[rows], score[rows, classes]
+    best = _best(boxes, above, classes, settings)
+    categories = torch.tensor(category_ids)[classes[best]]
+    return boxes[best].numpy(), above[best].numpy(), categories.numpy()
+
+
+def _best(boxes: Tensor, score: Tensor, classes: Tensor, settings: EvaluationSettings) -> Tensor:
+    """Rows of the best detections after NMS within each class, best first.
+
+    A detection suppresses none with a higher score, so the NMS sees the highest scores first, and
+    more of them only if too few are left: a thousand classes give hundreds of thousands.
+    """
+    order, count = score.argsort(descending=True, stable=True), FIRST_CANDIDATES
+    while True:
+        top = order[:count]
+        kept = torch.zeros(len(top), dtype=torch.bool)
+        for of_class in classes[top].unique():
+            rows = (classes[top] == of_class).nonzero()[:, 0]
+            kept[rows[nms(boxes[top[rows]], score[top[rows]], settings.nms)]] = True
+        if kept.sum() >= settings.per_image or count >= len(order):
+            return top[kept][: settings.per_image]
+        count *= 4
