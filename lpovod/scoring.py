@@ -170,6 +170,8 @@ def detect(
     """
     score = final_scores(scores, base, variant)
     rows, classes = (score > settings.score_threshold).nonzero(as_tuple=True)
+    if not len(rows):
+        return np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, np.int64)
     boxes, above = (scores.refined if variant.refined else scores.boxes)[rows], score[rows, classes]
     best = _best(boxes, above, classes, settings)
     categories = torch.tensor(category_ids)[classes[best]]
@@ -182,13 +184,13 @@ def _best(boxes: Tensor, score: Tensor, classes: Tensor, settings: EvaluationSet
     A detection suppresses none with a higher score, so the NMS sees the highest scores first, and
     more of them only if too few are left: a thousand classes give hundreds of thousands.
     """
-    order, count = score.argsort(descending=True, stable=True), FIRST_CANDIDATES
+    count = FIRST_CANDIDATES
     while True:
-        top = order[:count]
-        kept = torch.zeros(len(top), dtype=torch.bool)
-        for of_class in classes[top].unique():
-            rows = (classes[top] == of_class).nonzero()[:, 0]
-            kept[rows[nms(boxes[top[rows]], score[top[rows]], settings.nms)]] = True
-        if kept.sum() >= settings.per_image or count >= len(order):
-            return top[kept][: settings.per_image]
+        high, top = score.topk(min(count, len(score)))
+        # Each class gets a place of its own, where boxes of other classes never overlap; in float64
+        # no digit of a coordinate is lost by it.
+        apart = classes[top, None] * (boxes.max().double() + 1)
+        kept = nms(boxes[top].double() + apart, high.double(), settings.nms)
+        if len(kept) >= settings.per_image or count >= len(score):
+            return top[kept[: settings.per_image]]
         count *= 4

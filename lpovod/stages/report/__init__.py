@@ -60,7 +60,7 @@ def write_report(
         run: the run's configuration.
         train: json of the training split; retrieved regions are cropped from its images.
         truth: annotations of all classes in the training images, to judge retrieved regions.
-        pseudo_labels: one file per novel class; empty if nothing was retrieved.
+        pseudo_labels: the file of stage `pseudo_labels`; empty if nothing was retrieved.
         detector_history: one JSON line per epoch: ``epoch`` and named losses.
         benchmarks: folder with Snakemake's benchmark files (seconds, MiB), read recursively.
         output: one html file.
