@@ -42,6 +42,8 @@ def _read_block(block: type[Settings], text: str) -> Settings:
             f"{'.'.join(map(str, problem['loc'])) or text}: {problem['msg']}"
             for problem in error.errors()
         ]
+        if any(problem["type"] == "extra_forbidden" for problem in error.errors()):
+            problems.append(f"keys are {', '.join(block.model_fields)}")
         raise ValueError("; ".join(problems)) from None
 
 

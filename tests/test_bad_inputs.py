@@ -479,7 +479,7 @@ def list_json(_: str) -> str:
 def damaged_benchmark() -> None:
     folder = Path("results/mini/benchmarks")
     folder.mkdir(parents=True)
-    (folder / "dataset.txt").write_text("s\th:m:s\n1")
+    (folder / "dataset.tsv").write_text("s\th:m:s\n1")
     command("plan")()
 
 
@@ -608,8 +608,8 @@ CASES = [
     Case(
         "config",
         "a milestone beyond the last epoch",
-        keys(base_detector__training__epochs=5),
-        ("base_detector.training", "milestone", "5 epochs"),
+        keys(base_detector__training__milestones=[2, 9]),
+        ("base_detector.training", "milestone", "3 epochs"),
     ),
     Case(
         "config",
@@ -1191,7 +1191,7 @@ CASES = [
         "command",
         "score: no detections",
         command("score", "--ground-truth", "truth.json"),
-        ("--detections", "usage: lpovod score"),
+        ("--detections PATH", "lpovod score --help"),
         2,
     ),
     Case("command", "score: a missing file", command(*SCORE), ("truth.json: no such file",)),
@@ -1410,7 +1410,7 @@ CASES = [
         "command",
         "a stage: settings that are no json",
         stage("region_index", "--shards", "a.h5", "--output", "i", "--settings", "factory=Flat"),
-        ("--settings", "usage: python -m workflow_scripts.region_index"),
+        ("--settings", "python -m workflow_scripts.region_index --help"),
         2,
     ),
     Case(
@@ -1435,14 +1435,14 @@ CASES = [
         "command",
         "a stage: a missing option",
         stage("region_index"),
-        ("--shards", "usage: python -m workflow_scripts.region_index"),
+        ("--shards", "python -m workflow_scripts.region_index --help"),
         2,
     ),
     Case(
         "command",
         "a stage: no command of several",
         stage("dataset"),
-        ("usage: python -m workflow_scripts.dataset",),
+        ("python -m workflow_scripts.dataset --help",),
         2,
     ),
     Case(
