@@ -704,9 +704,11 @@ def _document(block: type[Settings], path: str) -> list[str]:
             blocks += _document(field.annotation, f"{full_name}.")
         else:
             default = "required" if field.is_required() else json.dumps(_plain(field.default))
-            # A schema that is written by hand does not hold the field's own limit.
-            least = {"minItems": m.min_length for m in field.metadata if hasattr(m, "min_length")}
-            cells = [f"`{full_name}`", f"`{default}`", _permitted(schemas[name] | least)]
+            schema = schemas[name]
+            for limit in field.metadata:  # which a schema written by hand does not hold
+                if hasattr(limit, "min_length"):
+                    schema["minItems"] = limit.min_length
+            cells = [f"`{full_name}`", f"`{default}`", _permitted(schema)]
             rows.append(f"| {' | '.join(cells)} | {field.description} |")
     return (rows if len(rows) > 3 else []) + blocks
 
