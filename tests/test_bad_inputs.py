@@ -1271,7 +1271,7 @@ def test_the_message_names_what_is_wrong(case, capsys):
     ("text", "words"),
     [
         ("proposals: {nsm: 0.5}", "proposals.nsm: unknown key; did you mean nms?"),
-        ("proposals:\n\tnms: 0.5\n", "mine.yaml ... line 2"),
+        ("proposals:\n\tnms: 0.5\n", "not valid JSON or YAML ... whitespace and tab"),
         ("classes: {base: [sqare]}", "has no class 'sqare'; did you mean square?"),
     ],
 )
