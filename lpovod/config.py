@@ -685,12 +685,17 @@ def documentation() -> str:
         "# Configuration",
         "",
         "Made from `lpovod/config.py` by `lpovod config --print documentation`.",
+        "",
+        "- Blocks are merged: an overlay names only the keys that it changes.",
+        "- A list replaces the whole list below it.",
+        "- `classes.add_base` and `classes.add_novel` add to the lists of classes instead.",
     ]
     return "\n".join([*lines, *_document(Config, "")]) + "\n"
 
 
 def _document(block: type[Settings], path: str) -> list[str]:
-    rows = ["", "| key | default | meaning |", "|---|---|---|"]
+    rows = ["", "| key | default | permitted | meaning |", "|---|---|---|---|"]
+    schemas = block.model_json_schema()["properties"]
     blocks: list[str] = []
     for name, field in block.model_fields.items():
         full_name = f"{path}{name}"
@@ -699,8 +704,39 @@ def _document(block: type[Settings], path: str) -> list[str]:
             blocks += _document(field.annotation, f"{full_name}.")
         else:
             default = "required" if field.is_required() else json.dumps(_plain(field.default))
-            rows.append(f"| `{full_name}` | `{default}` | {field.description} |")
+            schema = schemas[name]
+            for limit in field.metadata:  # which a schema written by hand does not hold
+                if hasattr(limit, "min_length"):
+                    schema["minItems"] = limit.min_length
+            cells = [f"`{full_name}`", f"`{default}`", _permitted(schema)]
+            rows.append(f"| {' | '.join(cells)} | {field.description} |")
     return (rows if len(rows) > 3 else []) + blocks
+
+
+def _permitted(schema: dict[str, Any]) -> str:
+    """What a json schema permits, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_permitted(part) for part in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    words: str = {"boolean": "`true` or `false`", "string": "text", "null": "`null`"}.get(
+        schema["type"], schema["type"]
+    )
+    if schema["type"] == "array":
+        least = f" at least {schema['minItems']}" if "minItems" in schema else ""
+        words = f"list of{least}: {_permitted(schema['items'])}"
+    elif "properties" in schema:
+        words = f"`{{{', '.join(f'{name}: ...' for name in schema['properties'])}}}`"
+    elif schema["type"] == "object":
+        names = _permitted(schema.get("propertyNames", {"type": "string"}))
+        words = f"block: {_permitted(schema['additionalProperties'])} by {names}"
+    elif "pattern" in schema:
+        words = f"text, `{schema['pattern']}`"
+    elif schema.get("format") == "path":
+        words = "path"
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[limit]:g}" for limit, sign in limits.items() if limit in schema]
+    return " ".join([words, ", ".join(bounds)]).strip()
 
 
 def _plain(value: Any) -> Any:
