@@ -30,7 +30,7 @@ from lpovod.exceptions import LpovodError, existing
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["train", "val", "tune"]
 BACKBONES = ("small", "resnet50", "resnet50_torchvision")
 TIMM = "timm:"
@@ -198,9 +198,9 @@ class ClassSettings(Settings):
             if isinstance(names := content.get(name), list):
                 plain[name] = [_plain_name(item, prompts) for item in names]
         for name in ("base", "novel"):
-            added = plain.pop(f"add_{name}", [])
+            added = plain.get(f"add_{name}")
             if isinstance(plain.get(name), list) and isinstance(added, list):
-                plain[name] = [*plain[name], *added]
+                plain[name] = [*plain[name], *plain.pop(f"add_{name}")]
         return plain | {"prompts": prompts}
 
     @model_validator(mode="after")
@@ -342,10 +342,14 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _milestones_are_reached(self) -> Self:
-        late = [epoch for epoch in self.milestones if epoch > self.epochs]
-        if late:
-            raise ValueError(f"milestone {late[0]} lies beyond the last of {self.epochs} epochs")
+        _check_milestones(self.milestones, self.epochs)
         return self
+
+
+def _check_milestones(milestones: list[int], epochs: int) -> None:
+    late = [epoch for epoch in milestones if epoch > epochs]
+    if late:
+        raise ValueError(f"milestone {late[0]} lies beyond the last of {epochs} epochs")
 
 
 class ProposalsSettings(Settings):
@@ -468,6 +472,11 @@ class LinearProbeSettings(Settings):
         "the original's fine-tuned checkpoint, whose novel weights are imported instead of trained",
     )
 
+    @model_validator(mode="after")
+    def _milestones_are_reached(self) -> Self:
+        _check_milestones(self.milestones, self.epochs)
+        return self
+
 
 class EvaluationSettings(Settings):
     protocol: Literal["all_images", "annotated_images"] = key(
@@ -516,7 +525,7 @@ class SmallClipSettings(Settings):
 class Config(Settings):
     """The whole configuration."""
 
-    name: str = key("mini", "folder below results/", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = key("mini", "folder below results/", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     seed: int = key(0, "seed for all random numbers", ge=0)
     gpu: bool = key(False, "whether the stages that can use a GPU request and use one")
     training_gpus: PositiveInt = key(
@@ -579,9 +588,12 @@ def read_config(paths: Iterable[Path], weights: bool = True) -> Config:
     content: dict[str, Any] = {}
     for path in paths:
         try:
-            content = merge(content, yaml.safe_load(existing(path).read_text()) or {})
-        except yaml.YAMLError as error:
+            overlay = yaml.safe_load(existing(path).read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise LpovodError(f"{path} is not valid yaml: {error}") from None
+        if not isinstance(overlay, dict):
+            raise LpovodError(f"{path} holds a {type(overlay).__name__}, expected key: value")
+        content = merge(content, overlay)
     return load_config(content, weights)
 
 

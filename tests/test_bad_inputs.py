@@ -611,6 +611,22 @@ ROWS = {
             keys(text_embeddings__file="rows.npy"),
             "file and classes belong together",
         ),
+        ("infinity", overlay("base_detector: {training: {learning_rate: .inf}}"), "learning_rate"),
+        (
+            "a milestone of the probe beyond its last epoch",
+            keys(linear_probe__epochs=5),
+            "linear_probe ... milestone 8 ... 5 epochs",
+        ),
+        ("a name that leads elsewhere", keys(name=".."), "name = '..'"),
+        (
+            "added classes that are no list",
+            keys(classes__add_base="cat"),
+            "classes.add_base = 'cat' ... valid list",
+        ),
+        ("a list for the whole", overlay("- name: mine\n"), "mine.yaml"),
+        ("a text for the whole", overlay("name mine\n"), "mine.yaml"),
+        ("another encoding", overlay("name: café".encode("latin1")), "mine.yaml"),
+        ("a picture for an overlay", overlay(bytes([137, 80, 78, 71, 0, 1])), "mine.yaml"),
         # Classes.
         ("a class twice", keys(classes__novel=["star", "star"]), "'star' is listed twice"),
         (
@@ -1103,6 +1119,7 @@ ROWS = {
         ("plan: one number of images", command("plan", "--images", "10"), "--images", 2),
         ("plan: no cores", command("plan", "--cores", "0"), "--cores must be positive", 2),
         ("plan: a benchmark cut off", damaged_benchmark, "results/mini/benchmarks"),
+        ("config: a picture", picture_for_config, "1.png"),
         (
             "config: a json for yaml",
             command("config", "mine.yaml", mine__yaml="{"),
