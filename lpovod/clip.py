@@ -340,6 +340,7 @@ def _look_up_model(architecture: str) -> dict:
 
 def _read_document(path: Path) -> tuple[dict, dict]:
     document = read_json(path)
+    document = document if isinstance(document, dict) else {}
     config = document.get("model_cfg", document)
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
@@ -456,7 +457,12 @@ def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) ->
         tokenizer = SimpleTokenizer(context_length=context_length)
     else:
         path = existing(settings.vocabulary, "clip.vocabulary")
-        tokenizer = SimpleTokenizer(bpe_path=str(path), context_length=context_length)
+        try:
+            tokenizer = SimpleTokenizer(bpe_path=str(path), context_length=context_length)
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise LpovodError(
+                f"clip.vocabulary: {path} is not a whole gzipped file of merges ({error})"
+            ) from None
     if tokenizer.vocab_size != vocabulary_size:
         raise LpovodError(
             f"the vocabulary {settings.vocabulary or 'of CLIP'} has {tokenizer.vocab_size} tokens "

@@ -3,12 +3,14 @@
 Exit codes: 0 for success, 1 for wrong data or settings, 2 for wrong usage, 128 + n for signal n.
 """
 
+import json
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import tyro
+from pydantic import ValidationError
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from lpovod.config import Settings
@@ -25,11 +27,38 @@ def _settings_from_json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | N
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="JSON",
-        instance_from_str=lambda words: block.model_validate_json(words[0]),
+        metavar=f"JSON, such as '{_example(block)}'",
+        instance_from_str=lambda words: _read_block(block, words[0]),
         is_instance=lambda value: isinstance(value, block),
         str_from_instance=lambda value: [value.model_dump_json()],
     )
+
+
+def _read_block(block: type[Settings], text: str) -> Settings:
+    try:
+        return block.model_validate_json(text)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or text}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        if any(problem["type"] == "extra_forbidden" for problem in error.errors()):
+            problems.append(f"keys are {', '.join(block.model_fields)}")
+        raise ValueError("; ".join(problems)) from None
+
+
+def _example(block: type[Settings]) -> str:
+    """The first key that has a default of its own, as json."""
+    for name, field in block.model_fields.items():
+        if not (field.is_required() or isinstance(field.default, Settings | None)):
+            return json.dumps({name: field.default}, default=str)
+    return "{}"
+
+
+def _program() -> str | None:
+    """How a module that was started with -m is started again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
 
 def run(
@@ -39,7 +68,7 @@ def run(
 
     Args:
         functions: typed functions.
-        program: name in the help; None for the script's name.
+        program: name in the help; None for that of the running module or script.
         arguments: the command line; None for that of the process.
 
     Returns:
@@ -49,6 +78,7 @@ def run(
         SystemExit: with the message and no traceback, if the user's data or settings are wrong.
     """
     start_logging()
+    program = program or _program()
     try:
         with _registry:
             if len(functions) == 1:

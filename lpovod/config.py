@@ -30,7 +30,7 @@ from lpovod.exceptions import LpovodError, existing
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["train", "val", "tune"]
 BACKBONES = ("small", "resnet50", "resnet50_torchvision")
 TIMM = "timm:"
@@ -198,9 +198,9 @@ class ClassSettings(Settings):
             if isinstance(names := content.get(name), list):
                 plain[name] = [_plain_name(item, prompts) for item in names]
         for name in ("base", "novel"):
-            added = plain.pop(f"add_{name}", [])
+            added = plain.get(f"add_{name}")
             if isinstance(plain.get(name), list) and isinstance(added, list):
-                plain[name] = [*plain[name], *added]
+                plain[name] = [*plain[name], *plain.pop(f"add_{name}")]
         return plain | {"prompts": prompts}
 
     @model_validator(mode="after")
@@ -338,10 +338,14 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _milestones_are_reached(self) -> Self:
-        late = [epoch for epoch in self.milestones if epoch > self.epochs]
-        if late:
-            raise ValueError(f"milestone {late[0]} lies beyond the last of {self.epochs} epochs")
+        _check_milestones(self.milestones, self.epochs)
         return self
+
+
+def _check_milestones(milestones: list[int], epochs: int) -> None:
+    late = [epoch for epoch in milestones if epoch > epochs]
+    if late:
+        raise ValueError(f"milestone {late[0]} lies beyond the last of {epochs} epochs")
 
 
 class ProposalsSettings(Settings):
@@ -465,6 +469,11 @@ class LinearProbeSettings(Settings):
         "the original's fine-tuned checkpoint, whose novel weights are imported instead of trained",
     )
 
+    @model_validator(mode="after")
+    def _milestones_are_reached(self) -> Self:
+        _check_milestones(self.milestones, self.epochs)
+        return self
+
 
 class EvaluationSettings(Settings):
     protocol: Literal["all_images", "annotated_images"] = key(
@@ -513,7 +522,7 @@ class SmallClipSettings(Settings):
 class Config(Settings):
     """The whole configuration."""
 
-    name: str = key("mini", "folder below results/", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = key("mini", "folder below results/", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     seed: int = key(0, "seed for all random numbers", ge=0)
     gpu: bool = key(False, "whether the stages that can use a GPU request and use one")
     training_gpus: PositiveInt = key(
@@ -576,9 +585,12 @@ def read_config(paths: Iterable[Path], weights: bool = True) -> Config:
     content: dict[str, Any] = {}
     for path in paths:
         try:
-            content = merge(content, yaml.safe_load(existing(path).read_text()) or {})
-        except yaml.YAMLError as error:
+            overlay = yaml.safe_load(existing(path).read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise LpovodError(f"{path} is not valid yaml: {error}") from None
+        if not isinstance(overlay, dict):
+            raise LpovodError(f"{path} holds a {type(overlay).__name__}, expected key: value")
+        content = merge(content, overlay)
     return load_config(content, weights)
 
 
@@ -682,12 +694,17 @@ def documentation() -> str:
         "# Configuration",
         "",
         "Made from `lpovod/config.py` by `lpovod config --print documentation`.",
+        "",
+        "- Blocks are merged: an overlay names only the keys that it changes.",
+        "- A list replaces the whole list below it.",
+        "- `classes.add_base` and `classes.add_novel` add to the lists of classes instead.",
     ]
     return "\n".join([*lines, *_document(Config, "")]) + "\n"
 
 
 def _document(block: type[Settings], path: str) -> list[str]:
-    rows = ["", "| key | default | meaning |", "|---|---|---|"]
+    rows = ["", "| key | default | permitted | meaning |", "|---|---|---|---|"]
+    schemas = block.model_json_schema()["properties"]
     blocks: list[str] = []
     for name, field in block.model_fields.items():
         full_name = f"{path}{name}"
@@ -696,8 +713,39 @@ def _document(block: type[Settings], path: str) -> list[str]:
             blocks += _document(field.annotation, f"{full_name}.")
         else:
             default = "required" if field.is_required() else json.dumps(_plain(field.default))
-            rows.append(f"| `{full_name}` | `{default}` | {field.description} |")
+            schema = schemas[name]
+            for limit in field.metadata:  # which a schema written by hand does not hold
+                if hasattr(limit, "min_length"):
+                    schema["minItems"] = limit.min_length
+            cells = [f"`{full_name}`", f"`{default}`", _permitted(schema)]
+            rows.append(f"| {' | '.join(cells)} | {field.description} |")
     return (rows if len(rows) > 3 else []) + blocks
+
+
+def _permitted(schema: dict[str, Any]) -> str:
+    """What a json schema permits, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_permitted(part) for part in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    words: str = {"boolean": "`true` or `false`", "string": "text", "null": "`null`"}.get(
+        schema["type"], schema["type"]
+    )
+    if schema["type"] == "array":
+        least = f" at least {schema['minItems']}" if "minItems" in schema else ""
+        words = f"list of{least}: {_permitted(schema['items'])}"
+    elif "properties" in schema:
+        words = f"`{{{', '.join(f'{name}: ...' for name in schema['properties'])}}}`"
+    elif schema["type"] == "object":
+        names = _permitted(schema.get("propertyNames", {"type": "string"}))
+        words = f"block: {_permitted(schema['additionalProperties'])} by {names}"
+    elif "pattern" in schema:
+        words = f"text, `{schema['pattern']}`"
+    elif schema.get("format") == "path":
+        words = "path"
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[limit]:g}" for limit, sign in limits.items() if limit in schema]
+    return " ".join([words, ", ".join(bounds)]).strip()
 
 
 def _plain(value: Any) -> Any:

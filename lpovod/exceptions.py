@@ -23,12 +23,13 @@ def existing(path: Path, subject: str = "") -> Path:
         subject: the key or item that names it, for the message.
 
     Raises:
-        LpovodError: if there is no such file.
+        LpovodError: if there is no such file, or a folder in its place.
     """
     path = Path(path)
     if not path.is_file():
         prefix = f"{subject}: " if subject else ""
-        raise LpovodError(f"{prefix}{path}: no such file")
+        fault = "is a folder, expected a file" if path.is_dir() else "no such file"
+        raise LpovodError(f"{prefix}{path}: {fault}")
     return path
 
 

@@ -96,3 +96,10 @@ def test_a_stage_s_log_has_times_and_levels(tmp_path):
     first, second = done.stderr.splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d begun", first)
     assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING: odd", second)
+
+
+def test_a_stage_s_help_names_the_command_and_has_an_example_of_its_settings():
+    command = [sys.executable, "-m", "workflow_scripts.region_index", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: python -m workflow_scripts.region_index ")
+    assert """such as '{"factory": "SQfp16"}'""" in done.stdout

@@ -120,3 +120,15 @@ def test_no_heavy_import_while_the_graph_is_built():
 
 def test_the_documentation_is_current():
     assert Path("docs/configuration.md").read_text() == documentation()
+
+
+def test_the_documentation_says_what_is_permitted():
+    rows = [line.split(" | ") for line in documentation().splitlines() if line.startswith("| `")]
+    permitted = {name.strip("| `"): words for name, _, words, *_ in rows}
+    assert permitted["dataset.source"] == "`miniature` or `coco`"
+    assert permitted["pseudo_labels.k"] == "integer ≥ 1"
+    assert permitted["evaluation.beta"] == "number ≥ 0, ≤ 1"
+    assert permitted["region_embeddings.scales"] == "list of at least 1: number > 0"
+    assert permitted["classes.novel"].startswith("list of at least 1: text or ")
+    assert permitted["proposals.files"] == "block: path by `train` or `val` or `tune`"
+    assert permitted["pseudo_labels.per_image"] == "integer ≥ 1 or `null`"

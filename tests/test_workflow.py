@@ -192,7 +192,7 @@ def test_every_job_left_a_log_and_a_benchmark(project):
             {"text_embeddings": {"templates": ["a photo of a {}"]}},
             stages("text_embeddings") | RETRIEVED,
         ),
-        ({"linear_probe": {"epochs": 3}}, SCORED),
+        ({"linear_probe": {"epochs": 3, "milestones": [2]}}, SCORED),
         ({"evaluation": {"beta": 0.6}}, stages("evaluation", "report")),
         ({"region_index": {"factory": "Flat"}}, stages("region_index") | RETRIEVED),
         ({"region_embeddings": {"scales": [1.0]}}, EMBEDDED),

@@ -54,6 +54,7 @@ def search(
     if not texts:
         raise UsageError('name something to search for: lpovod search "a star"')
     config = read_config([Path("config.yaml"), *configfile])
+    limits = _limits(config.pseudo_labels, k, objectness)
     results = results or Path("results") / config.name
     dataset, index = (
         results / "dataset" / "train.images.json",
@@ -61,7 +62,6 @@ def search(
     )
     if not index.exists():
         raise LpovodError(f"{index}: no such file. Make it first: snakemake --cores all {index}")
-    limits = _limits(config.pseudo_labels, k, objectness)
     store = open_shards((results / "region_embeddings" / "train").glob("*.h5"))
     region_index = open_index(index)
     base = config.classes.base if limits.centred else []

@@ -258,6 +258,7 @@ def read_results(path: Path, data: CocoDataset) -> list[dict[str, Any]]:
             x, y, width, height = item["bbox"]
             possible = math.isfinite(x + y + width + height + item["score"])
             possible, image_id = possible and min(width, height) >= 0, item["image_id"]
+            hash((image_id, item.get("category_id")))  # neither is a list
         except (KeyError, TypeError, ValueError):
             raise LpovodError(
                 f"{path}: detection {number} is not of the form image_id, category_id, "

@@ -174,6 +174,8 @@ def class_order(
 def _shape(state: dict[str, Tensor], name: str, checkpoint: Path) -> tuple[int, ...]:
     if name not in state:
         raise LpovodError(f"{checkpoint} has no {name}: it is not a checkpoint of LP-OVOD")
+    if state[name].ndim != 2:
+        raise LpovodError(f"{checkpoint}: {name} is {tuple(state[name].shape)}, expected a matrix")
     return tuple(state[name].shape)
 
 

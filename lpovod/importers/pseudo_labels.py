@@ -5,7 +5,7 @@ from pathlib import Path
 from lpovod.artifacts import identity, write_json
 from lpovod.config import PseudoLabelsSettings
 from lpovod.exceptions import LpovodError
-from lpovod.formats.coco import corners, read_dataset
+from lpovod.formats.coco import NUMBER, corners, read_dataset
 from lpovod.formats.pseudo_labels import Retrieved, as_coco
 from lpovod.progress import log
 
@@ -54,6 +54,9 @@ def _checked_label(
     missing = [key for key in ("score", "cosine") if key not in annotation]
     if missing:
         raise LpovodError(f"{prefix} has no {missing[0]}: the file does not hold pseudo-labels")
+    wrong = [key for key in ("score", "cosine") if type(annotation[key]) not in NUMBER]
+    if wrong:
+        raise LpovodError(f"{prefix}: {wrong[0]} {annotation[wrong[0]]!r} is not a number")
     if image is None:
         raise LpovodError(f"{prefix}: {dataset} has no image {annotation['image_id']}")
     if any(labelled[side] != image[side] for side in ("width", "height")):

@@ -25,7 +25,7 @@ def build_region_index(shards: list[Path], settings: RegionIndexSettings, output
 
     Raises:
         LpovodError: if shards are missing, do not belong together or hold no region, or FAISS does
-            not know the factory.
+            not know the factory or cannot train it.
     """
     store = open_shards(shards)
     if len(store) == 0:
@@ -35,7 +35,7 @@ def build_region_index(shards: list[Path], settings: RegionIndexSettings, output
     if not index.is_trained:
         sample = _sample(store, settings.block_rows)
         log.info(f"training {settings.factory} on {len(sample)} regions")
-        index.train(sample)
+        _train(index, sample, settings.factory)
     ident = identity(STAGE, settings, region_embeddings=digest_of_shards(store))
     header = {"identity": ident, "rows": len(store), "dimension": dimension}
     with (
@@ -64,6 +64,16 @@ def _make_index(factory: str, dimension: int) -> faiss.Index:
             "IVF... indices"
         )
     return index
+
+
+def _train(index: faiss.Index, sample: np.ndarray, factory: str) -> None:
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        raise LpovodError(
+            f"region_index.factory = {factory!r} cannot be trained on {len(sample)} regions: "
+            f"{error}. Choose fewer lists, or SQfp16, which needs no training"
+        ) from None
 
 
 def _sample(store: RegionStore, rows: int) -> np.ndarray:
