@@ -19,7 +19,7 @@ rule pseudo_labels:
         f"{RESULTS}/benchmarks/pseudo_labels.tsv"
     conda:
         "../envs/light.yaml"
-    threads: 1
+    threads: 2
     resources:
         mem_mb=grows(LIGHT + RETRIEVED, 2 * LISTED),
         runtime=grows(30, 0.0003),
@@ -31,8 +31,9 @@ rule pseudo_labels:
     message:
         "Retrieving regions of the novel classes"
     shell:
-        "python -m workflow_scripts.pseudo_labels --names {params.names:q}"
+        # The stage's own threads share the regions; BLAS would start as many again in each.
+        "OMP_NUM_THREADS=1 python -m workflow_scripts.pseudo_labels --names {params.names:q}"
         " --text-embeddings {input.text} --base-text-embeddings {input.base}"
         " --index {input.index} --shards {input.shards} --dataset {input.dataset}"
         " --settings {params.settings:q} --output {output} --store {params.store}"
-        " --code {params.code} 2>&1 | tee {log}"
+        " --code {params.code} --threads {threads} 2>&1 | tee {log}"

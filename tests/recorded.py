@@ -369,8 +369,7 @@ def raw_scores(
 
 def detections(scores: Scores, variant: Variant, settings: EvaluationSettings) -> np.ndarray:
     """(k, 6): box in pixels of the original image, score, place of the class among the 65."""
-    found = detect({0: scores}, BASE_CLASSES, BASE + NOVEL, variant, settings)
-    box, score, place = found[0]
+    box, score, place = detect(scores, BASE_CLASSES, BASE + NOVEL, variant, settings)
     return np.concatenate([box, score[:, None], place[:, None]], axis=1).astype(np.float32)
 
 

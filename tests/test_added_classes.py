@@ -284,14 +284,14 @@ def test_another_detector_passes_all_images_and_embeds_and_searches_nothing(proj
     assert project.run(NOVEL, detector="other_detector", store="new") == changed
 
 
-def test_another_clip_embeds_everything(project, work):
+def test_the_same_clip_under_another_path_costs_nothing(project, work):
     project.run(NOVEL)
     work.done()
     same = project.folder / "copy.safetensors"
     shutil.copy(project.clip.weights, same)
     project.clip = project.clip.model_copy(update={"weights": same})
     project.run(NOVEL)
-    assert work.done() == NOTHING | {"probes": 3}  # the content counts, not the path
+    assert work.done() == NOTHING | {"probes": 3}
 
 
 def test_other_code_makes_everything_again(project, work):

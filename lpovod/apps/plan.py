@@ -226,7 +226,8 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
     embedded = train * (trains or retrieves) + val * config.evaluation.clip_on_crops  # images
     novel = len(config.classes.novel)
     classes = len(config.classes.base) + novel
-    retrieved = novel * min(train, config.pseudo_labels.k) * probes  # images, for each class
+    # At most so many images: those that several classes retrieve are extracted once.
+    retrieved = min(train, novel * config.pseudo_labels.k) * probes
     per_image, (decoding, shown) = proposals.per_image, loading(config, size)
     row = BOX + 2 * work.dimension  # bytes of an embedded region
     indexed = train * per_image * (row + 8)  # bytes
@@ -237,7 +238,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
     rows = [
         Cost("download", disk=sum(remote.size or 0 for remote in COCO.values())),
         _dataset(config.dataset, train + val),
-        Cost("text_embeddings", start=(1 + novel) * HEAVY_START),
+        Cost("text_embeddings", start=HEAVY_START),
         Cost(
             "proposal_network",
             proposals.training.epochs * train * TRAINING * work.proposal_network,
@@ -283,16 +284,15 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
         ),
         Cost(
             "pseudo_labels",
-            core=novel * indexed / READING,
-            divided=True,
-            start=novel * LIGHT_START,
+            core=(1 + bool(config.pseudo_labels.ignored)) * indexed / READING,
+            start=LIGHT_START,
         ),
         Cost(
             "region_features",
             (val + retrieved) * (work.pyramid + per_image * work.extraction),
             (val + retrieved) * shown,
             disk=(val + retrieved) * extracted,
-            start=(1 + novel) * HEAVY_START,
+            start=(1 + config.region_features.shards) * HEAVY_START,
         ),
         Cost(
             "linear_probe",

@@ -73,6 +73,7 @@ def evaluate(
     category_ids = data.category_ids(classes.names)
     measured_images = images_of(data, settings.protocol)
     truth = coco_ground_truth(data, measured_images)
+    write_json(ground_truth, truth.dataset)  # before a measurement in this process changes it
     rows = variants(settings, classes.temperature, embeddings is not None)
     heads = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]
     ways = [*rows.values(), *heads]
@@ -110,7 +111,6 @@ def evaluate(
     }
     content["made_from"] = made_from
     write_json(detections, coco_results(detections_of["full"]))
-    write_json(ground_truth, truth.dataset)
     write_json(metrics, content)
     log.info(table(content))
 

@@ -39,6 +39,7 @@ def retrieve(
     output: Path,
     store: Path,
     code: str,
+    threads: int = 1,
 ) -> None:
     """Write the top K regions by cosine with the query of each class, above the objectness floor.
 
@@ -58,6 +59,7 @@ def retrieve(
         output: COCO json, a category for each class in the order of the names.
         store: folder of what was retrieved so far.
         code: digest of the source code; what different code retrieved is retrieved again.
+        threads: that compare the regions of an exact index.
 
     Raises:
         LpovodError: if a class has no embedding, the files do not belong together, or no region
@@ -67,7 +69,7 @@ def retrieve(
     regions, region_index = open_shards(shards), open_index(index)
     check_belong([classes, base], regions, region_index, dataset)
     vectors = _vectors(names, classes, base, settings)
-    retrieved = retrieve_regions(vectors, region_index, regions, settings, store, code)
+    retrieved = retrieve_regions(vectors, region_index, regions, settings, store, code, threads)
     ident = identity(
         STAGE,
         settings,
@@ -88,6 +90,7 @@ def retrieve_regions(
     settings: PseudoLabelsSettings,
     store: Path,
     code: str,
+    threads: int = 1,
 ) -> dict[str, Retrieved]:
     """The regions of each class; only those that the store lacks are searched for.
 
@@ -98,6 +101,7 @@ def retrieve_regions(
         settings: K, the floor, and how different the regions must be.
         store: folder of what was retrieved so far.
         code: digest of the source code.
+        threads: that compare the regions of an exact index.
 
     Raises:
         LpovodError: if no region reaches the floor.
@@ -113,7 +117,7 @@ def retrieve_regions(
     missing = [name for name, content in stored.items() if content is None]
     log.info(f"{len(vectors)} classes: {len(missing)} to search for in {len(index.keys)} regions")
     if missing:
-        made = _search(index, regions, np.stack([vectors[n] for n in missing]), settings)
+        made = _search(index, regions, np.stack([vectors[n] for n in missing]), settings, threads)
         for name, of_class in zip(missing, made, strict=True):
             stored[name] = asdict(of_class)
             kept.put_json(keys[name], stored[name])
@@ -123,9 +127,13 @@ def retrieve_regions(
 
 
 def _search(
-    index: RegionIndex, regions: RegionStore, vectors: np.ndarray, settings: PseudoLabelsSettings
+    index: RegionIndex,
+    regions: RegionStore,
+    vectors: np.ndarray,
+    settings: PseudoLabelsSettings,
+    threads: int,
 ) -> list[Retrieved]:
-    best = top_regions(index, regions, vectors, settings)
+    best = top_regions(index, regions, vectors, settings, threads=threads)
     if not all(best):
         raise LpovodError(
             f"none of {len(regions)} regions has an objectness of {settings.objectness}. Lower "
@@ -133,12 +141,12 @@ def _search(
         )
     recall: list[float | None] = [None] * len(best)
     if not index.exact:
-        exact = top_regions(index, regions, vectors, settings, exact=True)
+        exact = top_regions(index, regions, vectors, settings, exact=True, threads=threads)
         recall = [_share(*pair) for pair in zip(best, exact, strict=True)]
     ignored: list[list[dict]] = [[] for _ in best]
     if settings.ignored:
         without_floor = PseudoLabelsSettings(k=settings.ignored, objectness=0)
-        similar = top_regions(index, regions, vectors, without_floor)
+        similar = top_regions(index, regions, vectors, without_floor, threads=threads)
         ignored = [_further_objects(*pair) for pair in zip(similar, best, strict=True)]
     return [Retrieved(*parts) for parts in zip(best, ignored, recall, strict=True)]
 
