@@ -66,7 +66,7 @@ def _kind(
         free = [k for k in np.argsort(-iou) if iou[k] >= 0.5 and (image_id, int(k)) not in taken]
         if not free:
             return "duplicate"
-        pass
+        taken.add((image_id, int(free[0])))
         return "correct"
     if badly_placed := placement(iou, inside, covered):
         return badly_placed
