@@ -25,7 +25,7 @@ ROOMS = (
 """From the ground up (docs/architecture.md). A room imports from itself and from those below."""
 
 LIGHT = ("formats", "measures", "config", "miniature")
-OF_FAISS = {"formats.index", "search", "stages.region_index"}
+OF_FAISS = {"formats.index", "search"}
 
 
 @cache

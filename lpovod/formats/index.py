@@ -112,6 +112,30 @@ class RegionIndex:
             yield widen(part, wide[: len(part)]) if half else part
 
 
+def make_index(factory: str, dimension: int) -> faiss.Index:
+    """An empty index of inner products, whose ids are given with the vectors.
+
+    Args:
+        factory: FAISS's description of it.
+        dimension: of the vectors.
+
+    Raises:
+        LpovodError: if FAISS does not know the factory, or cannot make it for this dimension, or a
+            search could not read the index.
+    """
+    try:
+        index = faiss.index_factory(dimension, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, AssertionError) as error:
+        raise LpovodError(f"region_index.factory = {factory!r}: {error}") from None
+    searchable = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexIVF)
+    if not isinstance(faiss.downcast_index(index.index), searchable):
+        raise LpovodError(
+            f"region_index.factory = {factory!r}: retrieval can search only Flat, SQ... and "
+            "IVF... indices"
+        )
+    return index
+
+
 @contextmanager
 def write_index(path: Path, header: dict[str, Any]) -> Iterator["IndexWriter"]:
     """Write a file of FAISS indices; it gets its name when the block ends without an error.
