@@ -15,8 +15,11 @@ from lpovod.networks.detector import Detector
 from lpovod.networks.meta import on_meta
 from lpovod.networks.proposal_network import ProposalNetwork
 
+DIVISIBLE = 960
+"""Dimension that most factories accept, in place of one that is unknown for another problem."""
 
-def preflight(config: Config, gpu: bool) -> None:
+
+def preflight(config: Config, gpu: bool = False) -> None:
     """Refuse a configuration with which a job would fail as soon as it has loaded its models.
 
     Names and shapes are compared; nothing is computed. Weights that are not downloaded yet are not
@@ -40,9 +43,9 @@ def preflight(config: Config, gpu: bool) -> None:
         dimension = _check(lambda: check_clip(config.clip), "clip", problems)
     _check(lambda: _check_backbone(config, dimension or 1), "backbone", problems)
     imported = config.linear_probe.checkpoint or config.pseudo_labels.file
-    if dimension is not None and not imported:
-        factory = config.region_index.factory
-        _check(lambda: make_index(factory, dimension), "region_index.factory", problems)
+    if config.clip.weights is not None and not imported:
+        factory, length = config.region_index.factory, dimension or DIVISIBLE
+        _check(lambda: make_index(factory, length), "region_index.factory", problems)
     if problems:
         raise LpovodError("\nerror: ".join(problems))
 

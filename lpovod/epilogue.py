@@ -1,0 +1,90 @@
+"""The end of a run that failed: each failed stage, its own error, its log, and the next step.
+
+The workflow prints this as the last lines on the screen (rules/console.smk).
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+AGAIN = "run the same command again: finished work is kept"
+INTERRUPTED = f"Interrupted. To continue, {AGAIN}."
+LOCKED = (
+    "error: this folder is locked: another run works in it, or one was killed.\n"
+    "Wait for the other run. If there is none, add --unlock to the command once, then "
+    f"{AGAIN}."
+)
+SHOWN = 5
+"""Failed stages and lines of a message that are shown."""
+
+_PLACE = re.compile(r'^(?:WorkflowError|LpovodError) in file "[^"]*", line \d+:\n')
+_TRACE = re.compile(r'(?:\n\s*File "[^"]*", line \d+, in .*)+\s*$')
+
+
+@dataclass(frozen=True)
+class FailedJob:
+    """A job that failed.
+
+    Attributes:
+        name: of the stage, in words.
+        logs: the files that it wrote its messages to, the stage's own first.
+        message: of the workflow engine, if it had one.
+    """
+
+    name: str
+    logs: tuple[Path, ...]
+    message: str = ""
+
+
+def failed_run(jobs: Iterable[FailedJob], others: Iterable[str] = ()) -> str:
+    """The last lines of a failed run; jobs that failed for the same reason appear once.
+
+    Args:
+        jobs: those that failed.
+        others: errors that belong to no job.
+    """
+    groups: dict[str, list[FailedJob]] = {}
+    for job in jobs:
+        groups.setdefault(_reason(job), []).append(job)
+    lines = ["The run failed."]
+    for reason, members in list(groups.items())[:SHOWN]:
+        names = [job.name for job in members]
+        more = f", and {len(names) - 1} more with the same error" if len(names) > 1 else ""
+        lines += ["", f"{names[0]}{more}:", *(f"  {line}" for line in reason.splitlines())]
+        lines += [f"  log: {path}" for path in members[0].logs]
+    if len(groups) > SHOWN:
+        lines += ["", f"and {len(groups) - SHOWN} more"]
+    for message in dict.fromkeys(others):
+        lines += ["", message]
+    return "\n".join([*lines, "", f"Next: mend the cause, then {AGAIN}."])
+
+
+def wrong_settings(message: str) -> str:
+    """Snakemake's message about an error of ours, without the place in our code."""
+    plain = _TRACE.sub("", _PLACE.sub("", message)) if _PLACE.match(message) else message
+    return plain if plain == message else f"error: {plain}"
+
+
+def error_of(log: str) -> str:
+    """A stage's own error message at the end of its log; empty if there is none.
+
+    After a traceback, which is a defect, only its last line is shown.
+    """
+    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        if line.startswith("error: "):
+            message = list(dict.fromkeys(lines[number:]))  # each rank prints its own
+            left = len(message) - 2 * SHOWN
+            return "\n".join(message[: 2 * SHOWN] + ([f"and {left} more lines"] if left > 0 else []))
+    if any(line.startswith("Traceback ") for line in lines):
+        return f"{lines[-1]} (a defect of the program: its log has the place)"
+    return ""
+
+
+def _reason(job: FailedJob) -> str:
+    for path in job.logs:
+        if path.is_file() and (error := error_of(path.read_text(errors="replace"))):
+            return error
+    reason = job.message or "it was killed, perhaps for lack of memory"
+    return f"error: it ended without a message: {reason}"
