@@ -15,8 +15,8 @@ LOCKED = (
     "Wait for the other run. If there is none, add --unlock to the command once, then "
     f"{AGAIN}."
 )
-SHOWN = 5
-"""Failed stages and lines of a message that are shown."""
+SHOWN = 10
+"""Lines of a stage's message that are shown."""
 
 _PLACE = re.compile(r'^(?:WorkflowError|LpovodError) in file "[^"]*", line \d+:\n')
 _TRACE = re.compile(r'(?:\n\s*File "[^"]*", line \d+, in .*)+\s*$')
@@ -27,34 +27,34 @@ class FailedJob:
     """A job that failed.
 
     Attributes:
-        name: of the stage, in words.
+        stage: the rule.
+        name: what it did, in words.
         logs: the files that it wrote its messages to, the stage's own first.
         message: of the workflow engine, if it had one.
     """
 
+    stage: str
     name: str
     logs: tuple[Path, ...]
     message: str = ""
 
 
 def failed_run(jobs: Iterable[FailedJob], others: Iterable[str] = ()) -> str:
-    """The last lines of a failed run; jobs that failed for the same reason appear once.
+    """The last lines of a failed run, with one job of each stage.
 
     Args:
         jobs: those that failed.
         others: errors that belong to no job.
     """
-    groups: dict[str, list[FailedJob]] = {}
+    stages: dict[str, list[FailedJob]] = {}
     for job in jobs:
-        groups.setdefault(_reason(job), []).append(job)
+        stages.setdefault(job.stage, []).append(job)
     lines = ["The run failed."]
-    for reason, members in list(groups.items())[:SHOWN]:
-        names = [job.name for job in members]
-        more = f", and {len(names) - 1} more with the same error" if len(names) > 1 else ""
-        lines += ["", f"{names[0]}{more}:", *(f"  {line}" for line in reason.splitlines())]
-        lines += [f"  log: {path}" for path in members[0].logs]
-    if len(groups) > SHOWN:
-        lines += ["", f"and {len(groups) - SHOWN} more"]
+    for members in stages.values():
+        first, more = members[0], len(members) - 1
+        lines += ["", f"{first.name}{f', and {more} more of this stage' if more else ''}"]
+        lines += [f"  {line}" for line in _reason(first).splitlines()]
+        lines += [f"  log: {path}" for path in first.logs]
     for message in dict.fromkeys(others):
         lines += ["", message]
     return "\n".join([*lines, "", f"Next: mend the cause, then {AGAIN}."])
@@ -75,8 +75,8 @@ def error_of(log: str) -> str:
     for number, line in enumerate(lines):
         if line.startswith("error: "):
             message = list(dict.fromkeys(lines[number:]))  # each rank prints its own
-            left = len(message) - 2 * SHOWN
-            return "\n".join(message[: 2 * SHOWN] + ([f"and {left} more lines"] if left > 0 else []))
+            left = len(message) - SHOWN
+            return "\n".join(message[: SHOWN] + ([f"and {left} more lines"] if left > 0 else []))
     if any(line.startswith("Traceback ") for line in lines):
         return f"{lines[-1]} (a defect of the program: its log has the place)"
     return ""

@@ -83,7 +83,7 @@ class ShortErrors(logging.Formatter):
         logs = tuple(Path(log) for log in record.log)
         # The cluster's message ends with advice that the last lines give.
         reason = (record.rule_msg or "").partition("For further error details")[0].strip()
-        self.failed[record.jobid] = epilogue.FailedJob(name, logs, reason)
+        self.failed[record.jobid] = epilogue.FailedJob(record.rule_name, name, logs, reason)
         return f"Job {record.jobid} failed: {name}"
 
     def shorten(self, kind, message):

@@ -15,6 +15,7 @@ thus be neither separated nor mixed up, and a truncated file is recognised. Need
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -126,7 +127,10 @@ def make_index(factory: str, dimension: int) -> faiss.Index:
     try:
         index = faiss.index_factory(dimension, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, AssertionError) as error:
-        raise LpovodError(f"region_index.factory = {factory!r}: {error}") from None
+        reason = re.sub(r"^Error in .*?\.(cpp|h):\d+: ", "", str(error))
+        raise LpovodError(
+            f"region_index.factory = {factory!r}, for vectors of {dimension}: {reason}"
+        ) from None
     searchable = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexIVF)
     if not isinstance(faiss.downcast_index(index.index), searchable):
         raise LpovodError(
