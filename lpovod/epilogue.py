@@ -76,7 +76,7 @@ def error_of(log: str) -> str:
         if line.startswith("error: "):
             message = list(dict.fromkeys(lines[number:]))  # each rank prints its own
             left = len(message) - SHOWN
-            return "\n".join(message[: SHOWN] + ([f"and {left} more lines"] if left > 0 else []))
+            return "\n".join(message[:SHOWN] + ([f"and {left} more lines"] if left > 0 else []))
     if any(line.startswith("Traceback ") for line in lines):
         return f"{lines[-1]} (a defect of the program: its log has the place)"
     return ""

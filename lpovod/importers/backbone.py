@@ -40,8 +40,7 @@ def start_from(model: nn.Module, path: Path, architecture: str) -> None:
     tensors, unused = fitting_tensors(model, path, architecture)
     model.load_state_dict(tensors, strict=False)
     log.info(
-        f"training starts from {len(tensors)} tensors of {path}; not used: "
-        f"{some(unused) or 'none'}"
+        f"training starts from {len(tensors)} tensors of {path}; not used: {some(unused) or 'none'}"
     )
 
 
