@@ -3,8 +3,9 @@
 An exact index is read once from end to end, whatever the number of queries. Needs no torch.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lpovod.config import PseudoLabelsSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.class_embeddings import ClassEmbeddings
 from lpovod.formats.coco import corners
-from lpovod.formats.index import READ_ROWS, RegionIndex
+from lpovod.formats.index import READ_ROWS, Piece, RegionIndex
 from lpovod.formats.regions import RegionStore, digest_of_shards, split_key
 from lpovod.overlaps import overlaps
 
@@ -27,7 +28,7 @@ Hits = tuple[np.ndarray, np.ndarray]
 """Inner products (n,) float32, descending, and rows of the index (n,) int64."""
 
 
-def best_rows(vectors: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> list[Hits]:
+def best_rows(vectors: np.ndarray, pieces: Iterable[Piece], k: int, threads: int = 1) -> list[Hits]:
     """The k rows with the largest inner product with each vector, and all that tie with the k-th.
 
     A float32 sum over D products of two unit vectors is at most D * 2**-24 from the true value, in
@@ -36,32 +37,70 @@ def best_rows(vectors: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> list
 
     Args:
         vectors: (q, D) float32, of unit norm, like the rows (up to float16's rounding).
-        blocks: the rows in order, (n, D) float32.
+        pieces: the rows in order.
         k: number of rows.
+        threads: that compare; the result is the same with any number of them.
 
     Returns:
         For each vector, inner products, descending, and rows, int64, ascending among equals: k of
         them, and all that equal the k-th.
     """
-    margin = np.float32(4 * vectors.shape[1] * 2.0**-24)
-    exact = vectors.astype(np.float64)
-    scores = [np.empty(0, np.float32) for _ in vectors]
-    rows = [np.empty(0, np.int64) for _ in vectors]
-    floor, start = np.full(len(vectors), -np.inf, np.float32), 0
-    for block in blocks:
-        products = block @ vectors.T
-        for query in np.flatnonzero(products.max(axis=0, initial=-np.inf) > floor):
-            near = np.flatnonzero(products[:, query] > floor[query])
-            summed = (block[near].astype(np.float64) @ exact[query]).astype(np.float32)
-            scores[query] = np.concatenate([scores[query], summed])
-            rows[query] = np.concatenate([rows[query], start + near])
-            if len(scores[query]) >= 2 * k:
-                kth = np.partition(scores[query], -k)[-k]
-                floor[query] = kth - margin
-                best = scores[query] >= kth
-                scores[query], rows[query] = scores[query][best], rows[query][best]
-        start += len(block)
-    return [_descending(*candidates, k) for candidates in zip(scores, rows, strict=True)]
+    best = _Best(vectors, k)
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[tuple[int, list[_Near]]]] = deque()
+        for piece in pieces:
+            pending.append(pool.submit(best.near, piece))
+            # A piece that waits holds memory, and would be compared with a floor that is too low.
+            if len(pending) > threads:
+                best.add(pending.popleft().result())
+        while pending:
+            best.add(pending.popleft().result())
+    return [_descending(*candidates, k) for candidates in zip(best.scores, best.rows, strict=True)]
+
+
+_Near = tuple[int, np.ndarray, np.ndarray]
+"""A query, and the products and rows of a block that come near its best k."""
+
+
+class _Best:
+    """The candidates for the best k rows of each query so far."""
+
+    def __init__(self, vectors: np.ndarray, k: int):
+        self.k, self.start = k, 0
+        self.margin = np.float32(4 * vectors.shape[1] * 2.0**-24)
+        self.columns, self.exact = np.ascontiguousarray(vectors.T), vectors.astype(np.float64)
+        self.scores = [np.empty(0, np.float32) for _ in vectors]
+        self.rows = [np.empty(0, np.int64) for _ in vectors]
+        self.floor = np.full(len(vectors), -np.inf, np.float32)
+
+    def near(self, piece: Piece) -> tuple[int, list[_Near]]:
+        """Number of rows of a piece, and its candidates; the floor rises while it is compared."""
+        candidates, start = [], 0
+        for block in piece.blocks():
+            products = block @ self.columns
+            for query in np.flatnonzero(products.max(axis=0, initial=-np.inf) > self.floor):
+                column = products[:, query]
+                near = np.flatnonzero(column > self.floor[query])
+                if len(near) > self.k:  # the first pieces find no floor yet
+                    kth = np.partition(column[near], -self.k)[-self.k]
+                    near = near[column[near] >= kth - self.margin]
+                summed = (block[near].astype(np.float64) @ self.exact[query]).astype(np.float32)
+                candidates.append((int(query), summed, start + near))
+            start += len(block)
+        return start, candidates
+
+    def add(self, found: tuple[int, list[_Near]]) -> None:
+        """Take the candidates of the next piece, in order, and raise the floor."""
+        count, candidates = found
+        for query, summed, places in candidates:
+            scores = np.concatenate([self.scores[query], summed])
+            rows = np.concatenate([self.rows[query], self.start + places])
+            if len(scores) >= 2 * self.k:
+                kth = np.partition(scores, -self.k)[-self.k]
+                self.floor[query] = kth - self.margin
+                scores, rows = scores[scores >= kth], rows[scores >= kth]
+            self.scores[query], self.rows[query] = scores, rows
+        self.start += count
 
 
 def _descending(scores: np.ndarray, rows: np.ndarray, k: int) -> Hits:
@@ -72,7 +111,7 @@ def _descending(scores: np.ndarray, rows: np.ndarray, k: int) -> Hits:
 
 
 def search_index(
-    index: RegionIndex, vectors: np.ndarray, k: int, allowed: np.ndarray
+    index: RegionIndex, vectors: np.ndarray, k: int, allowed: np.ndarray, threads: int = 1
 ) -> list[Hits]:
     """The k allowed rows with the largest inner product with each vector.
 
@@ -83,6 +122,7 @@ def search_index(
         vectors: (q, D) float32.
         k: largest number of rows.
         allowed: (rows,) bool.
+        threads: that compare the rows of an exact index.
 
     Returns:
         For each vector, inner products (n,) float32, descending, and rows (n,) int64.
@@ -92,7 +132,7 @@ def search_index(
     vectors = np.ascontiguousarray(vectors, np.float32)
     if index.exact:
         rows = np.flatnonzero(allowed)
-        hits = best_rows(vectors, index.stream(allowed), k)
+        hits = best_rows(vectors, index.stream(allowed), k, threads)
         return [(scores, rows[places]) for scores, places in hits]
     return [_search_parts(index, vector[None], k, allowed) for vector in vectors]
 
@@ -196,6 +236,7 @@ def top_regions(
     vectors: np.ndarray,
     settings: PseudoLabelsSettings,
     exact: bool = False,
+    threads: int = 1,
 ) -> list[list[dict]]:
     """The best regions for each of several vectors, in one pass over an exact index.
 
@@ -208,6 +249,7 @@ def top_regions(
         vectors: (q, D) float32 of unit norm.
         settings: K, the floor, and how different the regions must be.
         exact: search the shards themselves, whatever the index.
+        threads: that compare the rows of an exact search.
 
     Returns:
         For each vector, at most K annotations, each with its ``key``; best first.
@@ -221,11 +263,11 @@ def top_regions(
     while pending := [query for query in range(len(vectors)) if query not in selected]:
         if exact and not index.exact:
             blocks = store.blocks(READ_ROWS)
-            above = (b["embedding"][b.objectness >= floor].astype(np.float32) for b in blocks)
-            hits = best_rows(vectors[pending], above, candidates)
+            pieces = (Piece(b["embedding"], np.flatnonzero(b.objectness >= floor)) for b in blocks)
+            hits = best_rows(vectors[pending], pieces, candidates, threads)
             hits = [(cosines, np.flatnonzero(allowed)[places]) for cosines, places in hits]
         else:
-            hits = search_index(index, vectors[pending], candidates, allowed)
+            hits = search_index(index, vectors[pending], candidates, allowed, threads)
         for query, (cosines, rows) in zip(pending, hits, strict=True):
             if not exact:
                 cosines = _cosines(store, index.keys[rows], vectors[query])

@@ -27,6 +27,7 @@ def weights_digest(path):
 
 
 RESULTS = f"results/{CONFIG.name}"
+DATASET = f"{RESULTS}/dataset"
 DEVICE = "cuda" if CONFIG.gpu else "cpu"
 ENVIRONMENT = "../envs/gpu.yaml" if CONFIG.gpu else "../envs/torch.yaml"
 NOVEL = {slug(name): name for name in CONFIG.classes.novel}
@@ -107,6 +108,50 @@ def evaluated(pattern):
     """An input path for the split that belongs to the output's folder."""
     splits = {"evaluation": "val", "evaluation_tune": "tune"}
     return lambda wildcards: expand(pattern, split=splits[wildcards.evaluation])
+
+
+def miniature_of(split):
+    """The settings of the drawn world that shape a split, as json."""
+    others = {f"{s}_images" for s in SPLITS if s != split}
+    return CONFIG.dataset.miniature.model_dump_json(exclude=others)
+
+
+def split_of(annotations):
+    """The split of a file of annotations."""
+    return annotations.partition("_")[0]
+
+
+def drawn(split):
+    """The json with all annotations of a split, if this run draws it."""
+    return given(CONFIG.dataset.source == "miniature" and f"{DATASET}/drawn/{split}.json")
+
+
+def annotations_of(split):
+    """The json with all annotations of a split."""
+    return "".join(drawn(split)) or str(CONFIG.dataset.coco.annotations(split))
+
+
+def digest_of_annotations(annotations):
+    """Digest of what the user's data say about the classes of a file."""
+    source = SOURCES.get(split_of(annotations), PUBLISHED)
+    return source.digest(CONFIG.classes.base if annotations == "train" else None)
+
+
+def base_options(annotations):
+    """Options for the base classes: a training file has their boxes alone, and may be counted."""
+    boxes = CONFIG.dataset.coco.base_boxes.get(annotations)
+    if annotations != "train" and boxes is None:
+        return ""
+    words = ["--base", *CONFIG.classes.base]
+    words += ["--base-only"] if annotations == "train" else []
+    words += ["--expected-boxes", str(boxes)] if boxes is not None else []
+    return shlex.join(words)
+
+
+def measured_options(files):
+    """Options with the files of the validation split, which a run may lack."""
+    names = ("metrics", "detections", "val")
+    return " ".join(option(f"--{name}", files.get(name)) for name in names)
 
 
 def print_results():

@@ -5,8 +5,6 @@
 #      train_all_classes.json: to judge retrieved regions in the report, never for training
 # COST seconds; images on disk are neither copied nor linked
 
-DATASET = f"{RESULTS}/dataset"
-
 if CONFIG.dataset.source == "miniature":
 
     rule dataset:
@@ -98,41 +96,3 @@ rule annotations:
     shell:
         "python -m workflow_scripts.dataset annotate --images {input.images}"
         " --annotations {params.file:q} {params.base} --output {output} 2>&1 | tee {log}"
-
-
-def miniature_of(split):
-    """The settings of the drawn world that shape a split, as json."""
-    others = {f"{s}_images" for s in SPLITS if s != split}
-    return CONFIG.dataset.miniature.model_dump_json(exclude=others)
-
-
-def split_of(annotations):
-    """The split of a file of annotations."""
-    return annotations.partition("_")[0]
-
-
-def drawn(split):
-    """The json with all annotations of a split, if this run draws it."""
-    return given(CONFIG.dataset.source == "miniature" and f"{DATASET}/drawn/{split}.json")
-
-
-def annotations_of(split):
-    """The json with all annotations of a split."""
-    return "".join(drawn(split)) or str(CONFIG.dataset.coco.annotations(split))
-
-
-def digest_of_annotations(annotations):
-    """Digest of what the user's data say about the classes of a file."""
-    source = SOURCES.get(split_of(annotations), PUBLISHED)
-    return source.digest(CONFIG.classes.base if annotations == "train" else None)
-
-
-def base_options(annotations):
-    """Options for the base classes: a training file has their boxes alone, and may be counted."""
-    boxes = CONFIG.dataset.coco.base_boxes.get(annotations)
-    if annotations != "train" and boxes is None:
-        return ""
-    words = ["--base", *CONFIG.classes.base]
-    words += ["--base-only"] if annotations == "train" else []
-    words += ["--expected-boxes", str(boxes)] if boxes is not None else []
-    return shlex.join(words)

@@ -50,9 +50,3 @@ rule report:
         " --truth {input.truth} --pseudo-labels {input.pseudo_labels}"
         " {params.proposals} --detector-history {input.base_detector} {params.measured}"
         " --benchmarks {params.benchmarks} --output {output} 2>&1 | tee {log}"
-
-
-def measured_options(files):
-    """Options with the files of the validation split, which a run may lack."""
-    names = ("metrics", "detections", "val")
-    return " ".join(option(f"--{name}", files.get(name)) for name in names)

@@ -5,7 +5,7 @@ from conftest import write_shards
 from lpovod.config import RegionIndexSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats import index as index_format
-from lpovod.formats.index import open_index, widen
+from lpovod.formats.index import Piece, open_index, widen
 from lpovod.formats.regions import INDEX_BITS, open_shards, region_key, split_key
 from lpovod.search import best_rows, search_index
 from lpovod.stages.region_index import build_region_index
@@ -107,8 +107,9 @@ def test_rows_that_float32_cannot_tell_apart_are_ranked_by_exact_sums():
     rows[700] = rows[20]
     exact = (rows.astype(np.float64) @ query[0].astype(np.float64)).astype(np.float32)
     expected = sorted(range(900), key=lambda n: (-exact[n], n))
-    for k in (1, 5, 60):
-        ((scores, found),) = best_rows(query, np.split(rows, 9), k)
+    pieces = [Piece(part, np.arange(len(part))) for part in np.split(rows, 9)]
+    for k, threads in ((1, 1), (5, 2), (60, 3)):
+        ((scores, found),) = best_rows(query, pieces, k, threads)
         assert found.tolist()[:k] == expected[:k]
         assert len(found) >= k
         assert (exact[found[k:]] == exact[found[k - 1]]).all()
