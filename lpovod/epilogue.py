@@ -60,6 +60,12 @@ def failed_run(jobs: Iterable[FailedJob], others: Iterable[str] = ()) -> str:
     return "\n".join([*lines, "", f"Next: mend the cause, then {AGAIN}."])
 
 
+def interrupted_run(jobs: Iterable[FailedJob]) -> str:
+    """The last lines after Ctrl-C; stages that it ended have no error, others may have failed."""
+    failed = [job for job in jobs if _error(job)]
+    return failed_run(failed) if failed else INTERRUPTED
+
+
 def wrong_settings(message: str) -> str:
     """Snakemake's message about an error of ours, without the place in our code."""
     plain = _TRACE.sub("", _PLACE.sub("", message)) if _PLACE.match(message) else message
@@ -83,8 +89,10 @@ def error_of(log: str) -> str:
 
 
 def _reason(job: FailedJob) -> str:
-    for path in job.logs:
-        if path.is_file() and (error := error_of(path.read_text(errors="replace"))):
-            return error
     reason = job.message or "it was killed, perhaps for lack of memory"
-    return f"error: it ended without a message: {reason}"
+    return _error(job) or f"error: it ended without a message: {reason}"
+
+
+def _error(job: FailedJob) -> str:
+    logs = (path.read_text(errors="replace") for path in job.logs if path.is_file())
+    return next(filter(None, map(error_of, logs)), "")

@@ -64,9 +64,9 @@ class ShortErrors(logging.Formatter):
             self.names[record.jobid] = record.rule_msg or record.rule_name
         elif event == LogEvent.JOB_FINISHED:
             self.failed.pop(record.job_id, None)  # at a later attempt
-        elif message.startswith("Terminating processes on user request"):
-            self.interrupted = True
-            return "Interrupted: waiting for the running stages to end."
+        elif message.startswith(INTERRUPTS):
+            first, self.interrupted = not self.interrupted, True
+            return "Interrupted: waiting for the running stages to end." if first else ""
         elif event == LogEvent.JOB_ERROR:
             return self.announce(record)
         elif event == LogEvent.ERROR:
@@ -90,11 +90,11 @@ class ShortErrors(logging.Formatter):
         """An exception: the last one becomes the summary."""
         if "At least one job did not complete successfully" in message:
             if self.interrupted:
-                return f"\n{epilogue.INTERRUPTED}"
+                return f"\n{epilogue.interrupted_run(self.failed.values())}"
             return f"\n{epilogue.failed_run(self.failed.values(), self.errors)}"
         if kind == "LockException":
             return epilogue.LOCKED
-        if self.interrupted or kind in ("RuleException", "CalledProcessError"):
+        if self.interrupted or "CalledProcessError in file" in message:
             return ""
         if kind in ("WorkflowError", "LpovodError"):
             return epilogue.wrong_settings(message)
@@ -102,6 +102,11 @@ class ShortErrors(logging.Formatter):
         return message
 
 
+# Of Ctrl-C and of SIGTERM.
+INTERRUPTS = (
+    "Terminating processes on user request",
+    "Will exit after finishing currently running jobs",
+)
 # What the summary says, or what says nothing after an error.
 REPEATED = ("Exiting because a job execution failed", "Shutting down, this might take some time")
 

@@ -6,11 +6,14 @@
 # In a process of its own: the graph is built without torch. A Python without torch, as with
 # `--sdm conda`, skips it.
 
+import hashlib
 import importlib.util
-import json
+import os
+import subprocess
+import sys
 from importlib import metadata
 
-from lpovod.artifacts import write_json
+from lpovod.artifacts import read_json, write_json
 from lpovod.sources import CACHE
 
 PASSED = CACHE / "preflight.json"

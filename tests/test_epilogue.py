@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from project import copy_project, start_snakemake, wait_until
 
-from lpovod.epilogue import AGAIN, FailedJob, error_of, failed_run, wrong_settings
+from lpovod.epilogue import AGAIN, FailedJob, error_of, failed_run, interrupted_run, wrong_settings
 
 SMALL = {"train_images": 4, "val_images": 2, "tune_images": 2}
 WORDY = {"templates": [" ".join("abcdefghijklmnopqrstuvwxyz") + " {}"]}
@@ -57,6 +57,15 @@ def test_each_failed_stage_appears_once_with_its_error_and_its_log(tmp_path):
         "",
         NEXT,
     ]
+
+
+def test_after_an_interrupt_only_stages_with_an_error_count_as_failed(tmp_path):
+    logs = [tmp_path / "ended.log", tmp_path / "failed.log"]
+    logs[0].write_text("10:00 loading\n")
+    logs[1].write_text("error: wrong\n")
+    jobs = [FailedJob("a", "Stage a", (logs[0],)), FailedJob("b", "Stage b", (logs[1],))]
+    assert interrupted_run(jobs[:1]) == f"Interrupted. To continue, {AGAIN}."
+    assert "Stage b" in interrupted_run(jobs) and "Stage a" not in interrupted_run(jobs)
 
 
 def test_the_place_in_our_code_is_left_out():

@@ -1,5 +1,6 @@
 """Before the first job: every fault of models, weights, index and GPU, all at once."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -178,10 +179,28 @@ def test_the_workflow_checks_once_and_refuses_before_any_job(tmp_path):
     (folder / "overlay.yaml").write_text("{gpu: true, region_index: {factory: SQfp17}}")
     printed = _try(folder).stdout.splitlines()
     assert printed[-2].startswith("error: region_index.factory = 'SQfp17'")
+    # A plan can be printed anywhere; a run needs the GPU.
+    (folder / "overlay.yaml").write_text("gpu: true")
+    assert _try(folder).returncode == 0
+    done = _try(folder, "--cores", "1")
+    assert done.returncode == 1 and "error: gpu: true" in done.stdout
     assert not (folder / "results").exists()
 
 
-def _try(folder: Path) -> subprocess.CompletedProcess:
-    command = ["snakemake", "-n", "--configfile", "configs/smallest.yaml", "overlay.yaml"]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+def _try(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [
+        "snakemake",
+        *(arguments or ["-n"]),
+        "--configfile",
+        "configs/smallest.yaml",
+        "overlay.yaml",
+    ]
+    # An empty list of devices, as on a machine without a GPU.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    output = {
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
     return subprocess.run(command, cwd=folder, **output)

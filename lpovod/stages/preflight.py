@@ -35,8 +35,8 @@ def preflight(config: Config, gpu: bool = False) -> None:
     problems: list[str] = []
     if gpu and not torch.cuda.is_available():
         problems.append(
-            "gpu: true, and torch sees no GPU on this machine (nvidia-smi shows the driver's view): "
-            "set gpu: false, or run on a machine that has one"
+            "gpu: true, and torch sees no GPU on this machine (nvidia-smi shows what the driver "
+            "sees): set gpu: false, or run on a machine that has one"
         )
     dimension = None
     if config.clip.weights is not None:
