@@ -129,6 +129,7 @@ def test_a_lock_and_an_interrupt_end_with_the_next_step(project):
     )
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 1
+    assert not [line for line in printed(project) if line.startswith("Traceback")]
     assert printed(project)[-1] == f"Interrupted. To continue, {AGAIN}."
     assert second.returncode == 1
     end = second.stderr.splitlines()[-2:]
