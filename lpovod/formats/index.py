@@ -158,6 +158,21 @@ def make_index(factory: str, dimension: int) -> faiss.Index:
     return index
 
 
+def train_index(index: faiss.Index, sample: np.ndarray, factory: str) -> None:
+    """Train an index on a sample of the vectors, (n, D) float32.
+
+    Raises:
+        LpovodError: if the sample is too small for the factory.
+    """
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        raise LpovodError(
+            f"region_index.factory = {factory!r} cannot be trained on {len(sample)} regions: "
+            f"{error}. Choose fewer lists, or SQfp16, which needs no training"
+        ) from None
+
+
 @contextmanager
 def write_index(path: Path, header: dict[str, Any]) -> Iterator["IndexWriter"]:
     """Write a file of FAISS indices; it gets its name when the block ends without an error.

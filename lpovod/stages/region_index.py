@@ -7,7 +7,7 @@ import numpy as np
 from lpovod.artifacts import identity
 from lpovod.config import RegionIndexSettings
 from lpovod.exceptions import LpovodError
-from lpovod.formats.index import STAGE, make_index, write_index
+from lpovod.formats.index import STAGE, make_index, train_index, write_index
 from lpovod.formats.regions import RegionStore, digest_of_shards, open_shards, region_key
 from lpovod.progress import log, progress
 
@@ -34,7 +34,7 @@ def build_region_index(shards: list[Path], settings: RegionIndexSettings, output
     if not index.is_trained:
         sample = _sample(store, settings.block_rows)
         log.info(f"training {settings.factory} on {len(sample)} regions")
-        _train(index, sample, settings.factory)
+        train_index(index, sample, settings.factory)
     ident = identity(STAGE, settings, region_embeddings=digest_of_shards(store))
     header = {"identity": ident, "rows": len(store), "dimension": dimension}
     with (
@@ -49,16 +49,6 @@ def build_region_index(shards: list[Path], settings: RegionIndexSettings, output
             bar.update(len(block))
         for block in store.blocks(settings.block_rows, []):
             writer.add_regions(block.box, block.objectness)
-
-
-def _train(index: faiss.Index, sample: np.ndarray, factory: str) -> None:
-    try:
-        index.train(sample)
-    except RuntimeError as error:
-        raise LpovodError(
-            f"region_index.factory = {factory!r} cannot be trained on {len(sample)} regions: "
-            f"{error}. Choose fewer lists, or SQfp16, which needs no training"
-        ) from None
 
 
 def _sample(store: RegionStore, rows: int) -> np.ndarray:
