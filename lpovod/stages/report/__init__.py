@@ -3,8 +3,8 @@
 This package gathers facts, numbers, crops and overlays; its `template.html.jinja` lays them out.
 Images are inline JPEGs under SVG overlays, charts are SVG or plain boxes: the page loads nothing
 and needs no script. With many classes, `classes.js` makes their tables sortable and searchable;
-crops and pictures have a budget, and the tables hold all classes. The same inputs give the same bytes, except for what the page says of its own
-making (`made`). Needs no torch.
+crops and pictures have a budget, and the tables hold all classes. The same inputs give the same
+bytes, except for what the page says of its own making (`made`). Needs no torch.
 """
 
 from collections import Counter

@@ -141,7 +141,9 @@ def choose_classes(classes: list[dict[str, Any]], few: int) -> dict[str, list[di
     """
     if len(classes) <= few:
         return {"": classes}
-    by_cosine = sorted((c for c in classes if c["regions"]), key=lambda c: (-c["cosine"], c["name"]))
+    by_cosine = sorted(
+        (c for c in classes if c["regions"]), key=lambda c: (-c["cosine"], c["name"])
+    )
     least = sorted((c for c in by_cosine if c["purity"] is not None), key=lambda c: c["purity"])
     half = min(CLASSES_WITH_CROPS, len(least)) // 2
     purest = sorted(least[half:], key=lambda c: -c["purity"])[: CLASSES_WITH_CROPS // 2]
