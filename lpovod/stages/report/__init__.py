@@ -32,7 +32,7 @@ from lpovod.stages.report.numbers import (
 )
 from lpovod.stages.report.retrieved import choose_classes, draw_crops, read_labels, retrieved
 from lpovod.stages.report.scenes import (
-    LARGE_SCENES,
+    OPEN_SCENES,
     WITHOUT_OBJECTS,
     choose_scenes,
     detected_in,
@@ -129,10 +129,12 @@ def _pictures(run: Config, data: CocoDataset, detections: Path) -> dict[str, Any
     base, novel = run.classes.base, run.classes.novel
     by_image = read_detections(detections, data)
     scenes = choose_scenes(data, by_image, base, novel, run.report.images)
+    # What many classes add to the pictures of the setting is smaller: photographs weigh 100 kB each.
+    large = min(OPEN_SCENES, run.report.images) if len(novel) > OPEN_CLASSES else OPEN_SCENES
     detected, drawn = detected_in(data, by_image), drawn_names(data, scenes)
     return {
-        "scenes": draw_scenes(data, scenes, novel),
-        "large": LARGE_SCENES,
+        "scenes": draw_scenes(data, scenes, novel, large),
+        "open": OPEN_SCENES,
         "without_objects": WITHOUT_OBJECTS,
         "anything": bool(by_image),
         "detected": detected,

@@ -19,8 +19,8 @@ from lpovod.progress import progress
 
 RIGHT, BADLY_PLACED, WRONG, UNKNOWN = "right", "badly placed", "wrong", "unknown"
 CROP_PIXELS = 160
-CROPS = 300  # of one page: they make up most of its bytes
-CLASSES_WITH_CROPS = 20  # of a page with too many classes to show crops of all
+CROPS = 270  # of one page: they make up most of its bytes
+CLASSES_WITH_CROPS = 18  # of a page with too many classes to show crops of all
 
 Labels = dict[str, list[dict[str, Any]]]
 

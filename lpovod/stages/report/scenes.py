@@ -20,7 +20,7 @@ from lpovod.formats.coco import CocoDataset, read_results
 from lpovod.progress import progress
 
 SCENE_PIXELS, SMALL_SCENE_PIXELS = 960, 480
-LARGE_SCENES = 30  # pictures of full size; a page with more folds the others away
+OPEN_SCENES = 30  # a page with more pictures folds the others away and shows them smaller
 MORE_SCENES = 12  # the most that classes add which would not appear in those of the setting
 SCENE_UNITS = 400  # width of a scene's overlay; lines and letters are sized in these units
 LABEL_UNITS = 260  # largest width of a label
@@ -184,13 +184,21 @@ def drawn_names(data: CocoDataset, scenes: Iterable[Scene]) -> set[str]:
     return _names(data, (result for scene in scenes for result in scene.results))
 
 
-def draw_scenes(data: CocoDataset, scenes: list[Scene], novel: list[str]) -> list[dict[str, Any]]:
-    """The pictures, smaller from the thirty-first on.
+def draw_scenes(
+    data: CocoDataset, scenes: list[Scene], novel: list[str], large: int
+) -> list[dict[str, Any]]:
+    """The pictures.
+
+    Args:
+        data: the split.
+        scenes: of `choose_scenes`.
+        novel: names of the novel classes.
+        large: how many have the full size; the others are smaller.
 
     Returns:
         For each, the image as a data URI, and boxes in the overlay's units with their labels.
     """
-    sizes = [SCENE_PIXELS if n < LARGE_SCENES else SMALL_SCENE_PIXELS for n in range(len(scenes))]
+    sizes = [SCENE_PIXELS if n < large else SMALL_SCENE_PIXELS for n in range(len(scenes))]
     return [
         _draw(data, scene, set(novel), pixels)
         for scene, pixels in progress(list(zip(scenes, sizes, strict=True)), "detections", "image")
