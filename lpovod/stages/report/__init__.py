@@ -129,7 +129,7 @@ def _pictures(run: Config, data: CocoDataset, detections: Path) -> dict[str, Any
     base, novel = run.classes.base, run.classes.novel
     by_image = read_detections(detections, data)
     scenes = choose_scenes(data, by_image, base, novel, run.report.images)
-    # What many classes add to the pictures of the setting is smaller: photographs weigh 100 kB each.
+    # What many classes add to the pictures of the setting is smaller: a photograph has 100 kB.
     large = min(OPEN_SCENES, run.report.images) if len(novel) > OPEN_CLASSES else OPEN_SCENES
     detected, drawn = detected_in(data, by_image), drawn_names(data, scenes)
     return {
