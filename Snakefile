@@ -9,9 +9,10 @@ sys.path.insert(0, workflow.basedir)
 configfile: "config.yaml"
 
 
-include: "rules/common.smk"
 include: "rules/console.smk"
+include: "rules/common.smk"
 include: "rules/check.smk"
+include: "rules/preflight.smk"
 include: "rules/resources.smk"
 include: "rules/download.smk"
 include: "rules/dataset.smk"

@@ -33,6 +33,7 @@ from lpovod.config import INTERPOLATIONS, RESIZE_MODES, ClipSettings, TextEmbedd
 from lpovod.exceptions import LpovodError, existing, some
 from lpovod.formats.class_embeddings import ClassEmbeddings, clip_architecture
 from lpovod.importers.torchscript import is_torchscript, read_torchscript
+from lpovod.networks.meta import on_meta
 from lpovod.progress import progress
 
 # Crops per forward pass, however many a caller passes. A CPU is fastest if the activations of a
@@ -190,14 +191,7 @@ def load_clip(
         raise LpovodError("clip.weights is null: name the weights of the CLIP to load")
     path = existing(settings.weights, "clip.weights")
     model = _build_model(config)
-    try:
-        state = _read_state_dict(path, config)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        raise LpovodError(
-            f"{path} is not a complete file of CLIP weights ({str(error).splitlines()[0]}): "
-            "download it again"
-        ) from None
-    _fill_model(model, state, path, settings.architecture)
+    model.load_state_dict(_fitting_state(model, path, settings.architecture, config))
     model.requires_grad_(False).eval()
     _fold_batch_norms(model.visual)
     _keep_class_token(model.visual)
@@ -210,6 +204,29 @@ def load_clip(
         dimension=int(config["embed_dim"]),
         weights_digest=sha256(path),
     )
+
+
+def check_clip(settings: ClipSource) -> int:
+    """Refuse what `load_clip` would refuse, without memory for the model; no forward pass.
+
+    Weights that are missing, because they are downloaded later, are not compared.
+
+    Args:
+        settings: as for `load_clip`.
+
+    Returns:
+        dimension of the space that images and texts share.
+
+    Raises:
+        LpovodError: as `load_clip` does.
+    """
+    config = _read_architecture(settings.architecture)[0]
+    preprocessing_of(settings)
+    model = on_meta(lambda: _build_model(config))
+    if settings.weights is not None and settings.weights.is_file():
+        _fitting_state(model, settings.weights, settings.architecture, config)
+    _load_tokenizer(settings, config, model.vocab_size)
+    return int(config["embed_dim"])
 
 
 def build_image_tower(architecture: str) -> nn.Module:
@@ -391,8 +408,17 @@ def _read_state_dict(path: Path, config: dict) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key not in marks}
 
 
-def _fill_model(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
-    """Load the tensors, refusing a missing key, an extra key or a wrong shape."""
+def _fitting_state(
+    model: nn.Module, path: Path, architecture: str, config: dict
+) -> dict[str, Tensor]:
+    """Read the tensors, refusing a missing key, an extra key or a wrong shape."""
+    try:
+        state = _read_state_dict(path, config)
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise LpovodError(
+            f"{path} is not a complete file of CLIP weights ({str(error).splitlines()[0]}): "
+            "download it again"
+        ) from None
     expected = model.state_dict()
     scale = state.get("logit_scale")
     if scale is not None and scale.numel() == 1:  # () or (1,), depending on open_clip's version
@@ -415,7 +441,7 @@ def _fill_model(model: nn.Module, state: dict[str, Tensor], path: Path, architec
             + "; ".join(problems)
             + ". Name the architecture that these weights were trained with"
         )
-    model.load_state_dict(state)
+    return state
 
 
 def _fold_batch_norms(tower: nn.Module) -> None:

@@ -3,7 +3,10 @@
 Exit codes: 0 for success, 1 for wrong data or settings, 2 for wrong usage, 128 + n for signal n.
 """
 
+import difflib
+import errno
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +20,15 @@ from lpovod.config import Settings
 from lpovod.exceptions import DISK_FULL, LpovodError, UsageError
 from lpovod.progress import start_logging
 
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+"""In the messages of torch, of CUDA and of the CPU's allocator."""
+
+SMALLER = (
+    "Ask for less: base_detector.training.images_per_step and proposals.training.images_per_step "
+    "(trainings), region_embeddings.batch_size (CLIP), region_features.batch_size, "
+    "backbone.short_side and backbone.long_side (all networks), proposals.per_image (all regions)"
+)
+
 _registry = ConstructorRegistry()
 
 
@@ -28,23 +40,36 @@ def _settings_from_json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | N
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"JSON, such as '{_example(block)}'",
-        instance_from_str=lambda words: _read_block(block, words[0]),
+        instance_from_str=lambda words: _parse(block, words[0]),
         is_instance=lambda value: isinstance(value, block),
         str_from_instance=lambda value: [value.model_dump_json()],
     )
 
 
-def _read_block(block: type[Settings], text: str) -> Settings:
+def _parse(block: type[Settings], text: str) -> Settings:
     try:
         return block.model_validate_json(text)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc'])) or text}: {problem['msg']}"
-            for problem in error.errors()
-        ]
-        if any(problem["type"] == "extra_forbidden" for problem in error.errors()):
-            problems.append(f"keys are {', '.join(block.model_fields)}")
-        raise ValueError("; ".join(problems)) from None
+        # tyro prints the message of a ValueError and the option, and exits as for wrong usage.
+        lines = [_words(problem, block) for problem in error.errors()]
+        raise ValueError("; ".join(lines)) from None
+
+
+def _words(problem: Any, block: type[Settings]) -> str:
+    """A problem of pydantic's in words: the key, its value and what is allowed."""
+    if problem["type"] == "json_invalid":
+        reason = problem["ctx"]["error"]
+        return f"not valid json ({reason}); an example: {_example(block)}"
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list(block.model_fields)
+        near = difflib.get_close_matches(name, known, n=1)
+        return f"{name}: unknown key; " + (
+            f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}"
+        )
+    if problem["type"] == "missing":
+        return f"{name}: this key is required"
+    return f"{name or 'json'} = {problem['input']!r}: {problem['msg']}"
 
 
 def _example(block: type[Settings]) -> str:
@@ -90,9 +115,42 @@ def run(
         sys.exit(2)
     except LpovodError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        # Whoever read the output has ended, such as `head`; the interpreter must not flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        sys.exit(f"error: {_of_file(error)}")
+    except MemoryError:
+        sys.exit(f"error: not enough memory. {SMALLER}")
+    except RuntimeError as error:
+        # torch's OutOfMemoryError is one, and torch is imported only by the stages that need it.
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        sys.exit(f"error: {error}. Free some disk space and rerun the command")
+        first = str(error).strip().splitlines()[0]
+        sys.exit(f"error: not enough memory: {first}\n{SMALLER}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _of_file(error: OSError) -> str:
+    """An error of the file system in words."""
+    if error.errno in DISK_FULL:
+        return f"{error}. Free some disk space and rerun the command"
+    remedy = {
+        errno.EISDIR: "a file is expected there, not a folder",
+        errno.ENOTDIR: "a part of this path is a file, not a folder",
+        errno.EACCES: "change its permissions, or choose another path",
+        errno.EPERM: "change its permissions, or choose another path",
+        errno.EROFS: "choose a path that can be written",
+        errno.ENOENT: "check the path",
+        errno.EEXIST: "choose another path",
+        errno.ENAMETOOLONG: "choose a shorter path",
+        errno.ELOOP: "its links form a circle",
+        errno.EMFILE: "allow more open files (ulimit -n)",
+        errno.ENOMEM: SMALLER,
+    }.get(error.errno or 0)
+    if remedy is None or error.filename is None and error.errno != errno.ENOMEM:
+        raise error  # not a matter of the user's files: the traceback says more
+    name = f"{error.filename}: " if error.filename is not None else ""
+    return f"{name}{os.strerror(error.errno or 0)}: {remedy}"

@@ -496,8 +496,14 @@ class EvaluationSettings(Settings):
 
 
 class ReportSettings(Settings):
-    crops_per_class: PositiveInt = key(24, "retrieved regions shown per novel class")
-    images: PositiveInt = key(12, "validation images shown with their detections")
+    crops_per_class: PositiveInt = key(
+        24, "largest number of retrieved regions shown per novel class; fewer if classes are many"
+    )
+    images: PositiveInt = key(
+        12,
+        "validation images shown with their detections, "
+        "plus at most 12 for novel classes that these do not show",
+    )
 
 
 class SmallClipSettings(Settings):

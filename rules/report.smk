@@ -8,6 +8,7 @@
 rule report:
     input:
         template="lpovod/stages/report/template.html.jinja",
+        script="lpovod/stages/report/classes.js",
         metrics=given("val" in SPLITS and f"{RESULTS}/evaluation/metrics.json"),
         detections=given("val" in SPLITS and f"{RESULTS}/evaluation/detections.json"),
         val=given("val" in SPLITS and f"{RESULTS}/dataset/val.json"),

@@ -21,11 +21,12 @@ from lpovod.config import Config
 from lpovod.drawing import choose_images, place_labels
 from lpovod.exceptions import LpovodError
 from lpovod.formats.benchmarks import stage_times
-from lpovod.formats.coco import read_dataset
+from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.miniature.split import draw_split
 from lpovod.stages import report
 from lpovod.stages.report import duration, signed, write_report
 from lpovod.stages.report.made import Made, commit_of, made_now
+from lpovod.stages.report.retrieved import choose_classes
 from lpovod.stages.report.scenes import choose_scenes
 
 BASE, NOVEL = ["square", "disk"], ["star", "fish"]
@@ -437,13 +438,7 @@ def test_a_browser_shows_every_picture_and_nothing_sticks_out(run, tmp_path, wid
     content = run["output"].read_text()
     probed = tmp_path / "probed.html"
     probed.write_text(content.replace("</body>", PROBE + "</body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    options += [f"--user-data-dir={tmp_path / 'chromium'}", f"--window-size={width},2000"]
-    options += ["--virtual-time-budget=20000", "--dump-dom", probed.as_uri()]
-    done = subprocess.run(["chromium", *options], capture_output=True, text=True, timeout=120)
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title, done.stderr[-2000:]
-    found = json.loads(html.unescape(title[1]))
+    found = in_browser(probed, tmp_path, width)
     assert found == {
         "pictures": content.count("<image "),
         "broken": 0,
@@ -580,47 +575,291 @@ def test_a_name_of_wide_letters_has_a_label_of_twice_the_width():
     assert marked == narrow
 
 
-def many(run: dict[str, Any], count: int) -> dict[str, Any]:
-    """The arguments for a run with `count` novel classes that no json lists."""
-    names = [f"class {n:03}" for n in range(count)]
-    content = json.loads(run["val"].read_text())
-    first = max(c["id"] for c in content["categories"]) + 1
+def large(
+    drawn: Path, folder: Path, base: int, novel: int, images: int, detected: int, regions: int
+) -> dict[str, Any]:
+    """The arguments for a run with many classes, in a few images under many ids.
+
+    The first novel class has no AP, the last one no region; of the others, class n has n mod 11
+    regions in ten that are right, on objects of its own. One file holds all pseudo-labels.
+
+    Args:
+        drawn: the folder of the images.
+        folder: of the run.
+        base: number of base classes.
+        novel: number of novel classes.
+        images: validation images, and training images.
+        detected: detections per validation image.
+        regions: pseudo-labels per novel class.
+    """
+    arguments = make_run(drawn, folder)
+    splits = {"base": [f"base {n:04}" for n in range(base)]}
+    splits["novel"] = [f"novel {n:03}" for n in range(novel)]
+    names = [*splits["base"], *splits["novel"]]
+    random = np.random.default_rng(7)
+    categories = [{"id": n, "name": name} for n, name in enumerate(names)]
+    for split, paths in (("train", ("train", "truth")), ("val", ("val",))):
+        few = json.loads(arguments[split].read_text())["images"]
+        listed = [few[n % len(few)] | {"id": n} for n in range(images)]
+        content = {"images": listed, "annotations": [], "categories": categories}
+        content["info"] = {"images": f"images/{split}"}
+        for place, (image, number) in enumerate(
+            (image, n) for image in range(images) for n in range(3)
+        ):
+            category = base + (image * 3 + number) % novel if number else image % base
+            content["annotations"].append(_item(place, image, category, number))
+        for path in paths:
+            arguments[path].write_text(json.dumps(content))
+    boxes = [[10, 10, 40, 40], [60, 60, 40, 40], [110, 20, 40, 20]]
+    scores = np.sort(random.uniform(0.05, 1, (images, detected)).round(3))[:, ::-1].tolist()
+    chosen = random.integers(len(names), size=(images, detected)).tolist()
     results = [
-        {
-            "image_id": content["images"][n % 6]["id"],
-            "category_id": first + n,
-            "bbox": [5 + n, 90, 50, 60],
-            "score": 0.5,
-        }
-        for n in range(count)
+        {"image_id": i, "category_id": c, "bbox": boxes[n % 3], "score": s}
+        for i in range(images)
+        for n, (c, s) in enumerate(zip(chosen[i], scores[i], strict=True))
     ]
-    run["detections"].write_text(json.dumps(results))
-    classes = {"base": BASE, "novel": names}
-    edit(run["metrics"], lambda c: c.update(classes=classes))
-    folder = run["output"].parents[1]
-    labels = [
-        pseudo_labels(folder / f"{n}.json", name, STARS[:1], run["val"].parent)
-        for n, name in enumerate(names)
-    ]
-    return run | {"run": configured(classes=classes), "pseudo_labels": labels}
-
-
-def test_many_classes_are_folded_and_all_are_there(run):
-    page = written(many(run, 70))
-    assert {f"class {n:03}" for n in range(70)} <= set(page.table("classes"))
-    crops = [folds for s, tag, folds in page.folded if (s, tag) == ("retrieved", "image")]
-    # Thirty in the open; the others in a fold each, inside one fold.
-    assert crops == [0] * 30 + [2] * 40
-    rows = [folds for s, tag, folds in page.folded if (s, tag) == ("classes", "tr")]
-    assert rows == [0] * (1 + 30) + [1] * (1 + 40) + [0] * (1 + len(BASE))
-    # Six images, each with the detections of a dozen classes.
-    detected = {
-        name
-        for s, t, a in page.tags
-        if s == "detections" and "aria-label" in a
-        for name in re.findall(r"class \d{3}", a["aria-label"])
+    arguments["detections"].write_text(json.dumps(results))
+    truth = json.loads(arguments["truth"].read_text())
+    own: dict[int, list[dict]] = {}
+    for a in truth["annotations"]:
+        own.setdefault(a["category_id"], []).append(a)
+    labels = []
+    for n, place in ((n, place) for n in range(novel - 1) for place in range(regions)):
+        objects = own[base + n]
+        label = dict(objects[place % len(objects)])
+        if place % 10 >= n % 11:
+            label |= {"image_id": (7 * place + n) % images, "bbox": [0, 120, 30, 30]}
+        labels.append(label | {"cosine": 0.5 - place / 1e5, "id": place * novel + n})
+    all_labels = folder / "pseudo_labels.json"
+    all_labels.write_text(json.dumps(truth | {"annotations": labels}))
+    edit(arguments["metrics"], lambda c: c.update(classes=splits, made_from={}))
+    by_class = {
+        name: round(float(random.uniform(0, 100)), 2) for name in names if name != "novel 000"
     }
-    assert len(detected) == 70
+    edit(arguments["metrics"], lambda c: c.update(per_class=by_class))
+    return arguments | {"run": configured(classes=splits), "pseudo_labels": [all_labels]}
+
+
+def _item(place: int, image_id: int, category_id: int, number: int) -> dict[str, Any]:
+    box = [[10, 10, 40, 40], [60, 60, 40, 40], [110, 20, 40, 20]][number]
+    item = {"id": place, "image_id": image_id, "category_id": category_id, "bbox": box}
+    return item | {"area": box[2] * box[3], "iscrowd": 0}
+
+
+@pytest.fixture(scope="module")
+def many(drawn, tmp_path_factory) -> dict[str, Any]:
+    """A run of 300 classes, a third of them novel; its arguments."""
+    folder = tmp_path_factory.mktemp("many")
+    return large(drawn, folder, base=200, novel=100, images=250, detected=40, regions=40)
+
+
+@pytest.fixture(scope="module")
+def page_of_many(many) -> Page:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "made_now", lambda gpu: MADE)
+        return written(many)
+
+
+def test_a_page_of_many_classes_is_small_and_lists_them_all(many, page_of_many):
+    names = [*many["run"].classes.novel, *many["run"].classes.base]
+    rows = [row for row in page_of_many.rows["classes"] if row[0] != "Class"]
+    assert sorted(row[0] for row in rows) == sorted(names)
+    # The first thirty of each split are in the open, the others in one fold.
+    folds = [folds for s, tag, folds in page_of_many.folded if (s, tag) == ("classes", "tr")]
+    assert folds == [0] * 31 + [1] * 71 + [0] * 31 + [1] * 171
+    images = [section for section, tag, _ in page_of_many.tags if tag == "image"]
+    assert images.count("retrieved") <= 300
+    assert images.count("detections") <= 4 + 12
+    content = many["output"].read_text()
+    assert len(content) < 5e6
+    section = re.search(r'<section id="classes">.*?</section>', content, re.DOTALL)[0]
+    assert len(section) < 400 * len(names)  # half a megabyte for 1,203 classes
+
+
+def test_the_table_of_many_classes_counts_regions_and_detections(many, page_of_many):
+    table = page_of_many.table("classes")
+    ids = {c["name"]: c["id"] for c in json.loads(many["val"].read_text())["categories"]}
+    results = json.loads(many["detections"].read_text())
+    for name, right in (("novel 003", "30"), ("novel 010", "100"), ("novel 011", "0")):
+        own = [r for r in results if r["category_id"] == ids[name]]
+        images = str(len({r["image_id"] for r in own}))
+        best = f"{max(r['score'] for r in own):.2f}"
+        assert table[name][4:] == ["40", right, images, best], name
+    assert table["novel 000"][1] == "not measured"
+    assert table["novel 099"][4:6] == ["0", "–"]
+    assert len(table["base 0000"]) == 4
+
+
+def test_pictures_of_many_classes_say_how_many_are_left_out(many, page_of_many):
+    scenes = [
+        a["aria-label"].partition("; annotated")[0]
+        for s, t, a in page_of_many.tags
+        if s == "detections" and "aria-label" in a
+    ]
+    drawn_classes = {name for scene in scenes for name in re.findall(r"novel \d{3}", scene)}
+    assert 12 <= len(drawn_classes) < 100
+    # With 10,000 detections of 300 classes, each is detected.
+    left = 100 - len(drawn_classes)
+    assert f"{left} more novel classes are detected" in page_of_many.texts["detections"]
+
+
+def test_crops_of_many_classes_are_of_the_least_pure_and_the_purest(page_of_many):
+    headings = [tag for section, tag, _ in page_of_many.tags if section == "retrieved"]
+    assert (headings.count("h3"), headings.count("h4")) == (2, 18)
+    # Class n has n mod 11 right regions in ten; the last class has none.
+    numbers = sorted(range(99), key=lambda n: (n % 11, n))
+    purest = sorted(range(99), key=lambda n: (-(n % 11), n))
+    crops = {n: len(page_of_many.crops(f"novel {n:03}")) for n in range(100)}
+    expected = {*numbers[:9], *purest[:9]}
+    assert crops == {n: 15 if n in expected else 0 for n in range(100)}
+    for words in ("the 9 least pure and the 9 purest", "3,960 regions of 99 classes"):
+        assert words in page_of_many.texts["retrieved"]
+    assert "none was retrieved for 1 other class" in page_of_many.texts["retrieved"]
+    assert "the median class is 50 % pure" in page_of_many.texts["retrieved"]
+
+
+def test_many_classes_without_validation_split_or_regions(many, tmp_path):
+    page = written(
+        many | {"output": tmp_path / "report.html"},
+        metrics=None, detections=None, val=None, pseudo_labels=[],
+    )  # fmt: skip
+    assert page.table("classes")["novel 050"] == [page.table("classes")["novel 050"][0]]
+    assert [a["aria-sort"] for _, _, a in page.tags if "aria-sort" in a] == ["ascending"] * 4
+    assert "No region was retrieved for any of the 100 classes" in page.texts["retrieved"]
+
+
+def test_no_image_is_decoded_twice_for_crops(many, tmp_path, monkeypatch):
+    loaded, load = [], CocoDataset.load
+
+    def counted(data: CocoDataset, image_id: int) -> np.ndarray:
+        loaded.append(image_id)
+        return load(data, image_id)
+
+    monkeypatch.setattr(CocoDataset, "load", counted)
+    arguments = many | {"output": tmp_path / "report.html"}
+    write_report(**arguments | {"metrics": None, "detections": None, "val": None})
+    labels = json.loads(many["pseudo_labels"][0].read_text())["annotations"]
+    least, purest = {200 + n for n in range(0, 99, 11)}, {200 + n for n in range(10, 99, 11)}
+    best = [a for a in labels if a["category_id"] in least | purest and a["cosine"] > 0.5 - 14.5e-5]
+    assert len(best) == 9 * 15 + 9 * 15
+    assert sorted(loaded) == sorted({a["image_id"] for a in best})
+
+
+def test_where_purity_is_unknown_the_most_similar_classes_have_crops():
+    def judged(name: str, cosine: float, purity: float | None) -> dict[str, Any]:
+        return {"name": name, "cosine": cosine, "purity": purity, "regions": [1]}
+
+    unknown = [judged(f"u{n:02}", n / 100, None) for n in range(40)]
+    known = [judged("k1", 0.1, 50.0), judged("k2", 0.2, 50.0), judged("k3", 0.3, 0.0)]
+    groups = choose_classes([*unknown, *known], 30)
+    names = {reason: [c["name"] for c in group] for reason, group in groups.items()}
+    assert names == {
+        "least pure": ["k3"],
+        "purest": ["k2", "k1"],
+        "most similar to their names": [f"u{n:02}" for n in range(39, 24, -1)],
+    }
+    assert choose_classes(unknown[:30], 30) == {"": unknown[:30]}
+
+
+def test_five_classes_are_all_shown_in_full(drawn, tmp_path):
+    run = large(drawn, tmp_path, base=5, novel=5, images=12, detected=10, regions=30)
+    page = written(run)
+    tags = [tag for section, tag, _ in page.tags if section in ("classes", "retrieved")]
+    assert not {"details", "input", "button"} & set(tags)
+    assert "script" not in {tag for _, tag, _ in page.tags}
+    assert [len(page.crops(f"novel {n:03}")) for n in range(5)] == [24, 24, 24, 24, 0]
+    assert page.rows["classes"][0] == ["Class", "Bar", "AP50", "Val", "Train"]
+    for words in ("30 regions: 9 right, 0 badly placed, 21 wrong", "10 % pure", "30 % pure"):
+        assert words in page.texts["retrieved"]
+    scenes = " ".join(a.get("aria-label", "") for s, _, a in page.tags if s == "detections")
+    assert all(f"novel {n:03}" in scenes for n in range(5))
+    assert "more novel class" not in page.texts["detections"]
+
+
+# Uses the tables as a reader would, and leaves what it sees as json in the page's title.
+USE = """<script>addEventListener("load", () => {
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const section = document.getElementById("classes");
+  const input = section.querySelector("input");
+  const shown = () => all("tbody tr", section).filter(r => r.getClientRects().length);
+  const names = () => shown().map(row => row.querySelector("bdi").textContent);
+  const type = text => { input.value = text; input.dispatchEvent(new Event("input")); };
+  const heads = all("table", section)[0].tHead.rows[0].cells;
+  const head = name => [...heads].find(th => th.textContent === name);
+  const press = name => {
+    const button = head(name).querySelector("button");
+    button.focus();
+    if (document.activeElement === button) button.click();
+  };
+  const sorted = () => [...heads].map(th => th.getAttribute("aria-sort"));
+  const status = () => section.querySelector("output").textContent;
+  const seen = { rows: shown().length, status: status(), label: input.labels[0].textContent };
+  seen.folds = all("details", section).length;
+  seen.first = sorted();
+  press("AP50");
+  seen.rising = sorted();
+  seen.lowest = names().slice(0, 2);
+  seen.last = names()[99];
+  press("Class");
+  seen.by_name = names().slice(0, 2);
+  press("Purity, %");
+  press("Purity, %");
+  seen.least_pure = names().slice(0, 2);
+  type("  NOVEL 07");
+  seen.matches = names().sort();
+  seen.matching = status();
+  seen.no_base = all(".none", section).map(p => p.hidden);
+  type("quokka");
+  seen.nothing = [names().length, status()];
+  type("");
+  seen.again = [names().length, status()];
+  seen.reachable = all(".tall", section).every(e => e.tabIndex === 0 && e.ariaLabel);
+  const root = document.documentElement;
+  seen.overhang = root.scrollWidth - root.clientWidth;
+  document.title = JSON.stringify(seen);
+})</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_sorts_and_searches_the_classes(many, page_of_many, tmp_path, width):
+    install({"chromium": "chromium"})
+    probed = tmp_path / "probed.html"
+    probed.write_text(many["output"].read_text().replace("</body>", USE + "</body>"))
+    by_class = json.loads(many["metrics"].read_text())["per_class"]
+    novel = [f"novel {n:03}" for n in range(1, 100)]
+    seen = in_browser(probed, tmp_path, width)
+    best = [None, None, "descending", *[None] * 6]
+    assert seen == {
+        "rows": 300,
+        "status": "300 classes",
+        "label": "Search classes",
+        "folds": 0,
+        "first": best,
+        "rising": [order and "ascending" for order in best],
+        "lowest": sorted(novel, key=by_class.get)[:2],
+        "last": "novel 000",  # not measured
+        "by_name": ["novel 000", "novel 001"],
+        "least_pure": ["novel 000", "novel 011"],
+        "matches": [f"novel {n:03}" for n in range(70, 80)],
+        "matching": "10 of 300 classes",
+        "no_base": [True, False],
+        "nothing": [0, "no class matches"],
+        "again": [300, "300 classes"],
+        "reachable": True,
+        "overhang": 0,
+    }
+
+
+def in_browser(page: Path, folder: Path, width: int) -> dict[str, Any]:
+    """What a page leaves as json in its title, in a browser of a width."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    options += [f"--user-data-dir={folder / 'chromium'}", f"--window-size={width},2000"]
+    options += ["--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(["chromium", *options], capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    return json.loads(html.unescape(title[1]))
 
 
 def test_facts_of_data_models_and_settings(run):

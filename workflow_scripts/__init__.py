@@ -8,9 +8,10 @@ import signal
 import sys
 
 # Before any slow import. The shell of a rule ignores both signals (rules/common.smk), and a program
-# inherits that. SIGTERM ends the program like an error, so that it leaves no half-written file.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+# inherits that. Both end the program like an error, so that it leaves no half-written file, and
+# without a traceback, even during imports.
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 from lpovod.command_line import run  # noqa: E402
 

@@ -15,6 +15,7 @@ thus be neither separated nor mixed up, and a truncated file is recognised. Need
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -128,6 +129,48 @@ class Piece:
         for start in range(0, len(self.rows), COMPARED_ROWS):
             part = self.vectors[self.rows[start : start + COMPARED_ROWS]]
             yield widen(part, wide[: len(part)]) if part.dtype == np.float16 else part
+
+
+def make_index(factory: str, dimension: int) -> faiss.Index:
+    """An empty index of inner products, whose ids are given with the vectors.
+
+    Args:
+        factory: FAISS's description of it.
+        dimension: of the vectors.
+
+    Raises:
+        LpovodError: if FAISS does not know the factory, or cannot make it for this dimension, or a
+            search could not read the index.
+    """
+    try:
+        index = faiss.index_factory(dimension, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, AssertionError) as error:
+        reason = re.sub(r"^Error in .*?\.(cpp|h):\d+: ", "", str(error))
+        raise LpovodError(
+            f"region_index.factory = {factory!r}, for vectors of {dimension}: {reason}"
+        ) from None
+    searchable = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexIVF)
+    if not isinstance(faiss.downcast_index(index.index), searchable):
+        raise LpovodError(
+            f"region_index.factory = {factory!r}: retrieval can search only Flat, SQ... and "
+            "IVF... indices"
+        )
+    return index
+
+
+def train_index(index: faiss.Index, sample: np.ndarray, factory: str) -> None:
+    """Train an index on a sample of the vectors, (n, D) float32.
+
+    Raises:
+        LpovodError: if the sample is too small for the factory.
+    """
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        raise LpovodError(
+            f"region_index.factory = {factory!r} cannot be trained on {len(sample)} regions: "
+            f"{error}. Choose fewer lists, or SQfp16, which needs no training"
+        ) from None
 
 
 @contextmanager

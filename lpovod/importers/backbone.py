@@ -37,6 +37,29 @@ def start_from(model: nn.Module, path: Path, architecture: str) -> None:
         LpovodError: if the backbone would stay incomplete, a shape differs, or the file is of
             another architecture.
     """
+    tensors, unused = fitting_tensors(model, path, architecture)
+    model.load_state_dict(tensors, strict=False)
+    log.info(
+        f"training starts from {len(tensors)} tensors of {path}; not used: {some(unused) or 'none'}"
+    )
+
+
+def fitting_tensors(
+    model: nn.Module, path: Path, architecture: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file that a network has a place for; the network may be on the meta device.
+
+    Args:
+        model: as for `start_from`.
+        path: as for `start_from`.
+        architecture: of the backbone.
+
+    Returns:
+        tensors by the network's names, and the file's names that are not used, sorted.
+
+    Raises:
+        LpovodError: as `start_from` does.
+    """
     state, unused = _read(path, architecture, model.get_submodule("backbone"))
     own = {original_name(name): tensor for name, tensor in model.state_dict().items()}
     used = {name for name in own if name in state}
@@ -59,11 +82,7 @@ def start_from(model: nn.Module, path: Path, architecture: str) -> None:
         for name in model.state_dict()
         if original_name(name) in used
     }
-    model.load_state_dict(ours, strict=False)
-    left = sorted([*(state.keys() - used), *unused])
-    log.info(
-        f"training starts from {len(used)} tensors of {path}; not used: {some(left) or 'none'}"
-    )
+    return ours, sorted([*(state.keys() - used), *unused])
 
 
 def _read(

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 
 from lpovod.artifacts import identity
 from lpovod.config import RegionIndexSettings
 from lpovod.exceptions import LpovodError
-from lpovod.formats.index import STAGE, write_index
+from lpovod.formats.index import STAGE, make_index, train_index, write_index
 from lpovod.formats.regions import RegionStore, digest_of_shards, open_shards, region_key
 from lpovod.progress import log, progress
 
@@ -31,11 +30,11 @@ def build_region_index(shards: list[Path], settings: RegionIndexSettings, output
     if len(store) == 0:
         raise LpovodError(f"{store.paths[0].parent}: the shards hold no regions")
     dimension = next(store.blocks(1, ["embedding"]))["embedding"].shape[1]
-    index = _make_index(settings.factory, dimension)
+    index = make_index(settings.factory, dimension)
     if not index.is_trained:
         sample = _sample(store, settings.block_rows)
         log.info(f"training {settings.factory} on {len(sample)} regions")
-        _train(index, sample, settings.factory)
+        train_index(index, sample, settings.factory)
     ident = identity(STAGE, settings, region_embeddings=digest_of_shards(store))
     header = {"identity": ident, "rows": len(store), "dimension": dimension}
     with (
@@ -50,30 +49,6 @@ def build_region_index(shards: list[Path], settings: RegionIndexSettings, output
             bar.update(len(block))
         for block in store.blocks(settings.block_rows, []):
             writer.add_regions(block.box, block.objectness)
-
-
-def _make_index(factory: str, dimension: int) -> faiss.Index:
-    try:
-        index = faiss.index_factory(dimension, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
-    except (RuntimeError, AssertionError) as error:
-        raise LpovodError(f"region_index.factory = {factory!r}: {error}") from None
-    searchable = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexIVF)
-    if not isinstance(faiss.downcast_index(index.index), searchable):
-        raise LpovodError(
-            f"region_index.factory = {factory!r}: retrieval can search only Flat, SQ... and "
-            "IVF... indices"
-        )
-    return index
-
-
-def _train(index: faiss.Index, sample: np.ndarray, factory: str) -> None:
-    try:
-        index.train(sample)
-    except RuntimeError as error:
-        raise LpovodError(
-            f"region_index.factory = {factory!r} cannot be trained on {len(sample)} regions: "
-            f"{error}. Choose fewer lists, or SQfp16, which needs no training"
-        ) from None
 
 
 def _sample(store: RegionStore, rows: int) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 This package gathers facts, numbers, crops and overlays; its `template.html.jinja` lays them out.
 Images are inline JPEGs under SVG overlays, charts are SVG or plain boxes: the page loads nothing
-and needs no script. The same inputs give the same bytes, except for what the page says of its own
-making (`made`). Needs no torch.
+and needs no script. With many classes, `classes.js` makes their tables sortable and searchable;
+crops and pictures have a budget, and the tables hold all classes. The same inputs give the same
+bytes, except for what the page says of its own making (`made`). Needs no torch.
 """
 
 from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -28,16 +30,19 @@ from lpovod.stages.report.numbers import (
     recall_table,
     table_rows,
 )
-from lpovod.stages.report.retrieved import retrieved
+from lpovod.stages.report.retrieved import choose_classes, draw_crops, read_labels, retrieved
 from lpovod.stages.report.scenes import (
-    LARGE_SCENES,
+    OPEN_SCENES,
     WITHOUT_OBJECTS,
     choose_scenes,
+    detected_in,
     draw_scenes,
+    drawn_names,
     read_detections,
 )
 
 TEMPLATE = "template.html.jinja"
+SCRIPT = "classes.js"
 OPEN_CLASSES = 30  # of each list of classes; a page with more folds the others away
 
 
@@ -74,11 +79,14 @@ def write_report(
         LpovodError: if files contradict one another or cannot be read.
     """
     base, novel = run.classes.base, run.classes.novel
-    known = read_dataset(truth).of_classes(base, novel)
+    annotated = read_dataset(truth)
+    known = annotated.of_classes(base, novel)
     data = read_dataset(val).of_classes(base, novel) if val else None
     measured = read_measured(metrics, val, base, novel) if metrics and val else None
     in_train, in_val = box_counts(known), box_counts(data) if data else Counter()
     by_class = measured.get("per_class", {}) if measured else {}
+    judged = retrieved(read_labels(pseudo_labels, train), novel, annotated)
+    pictures = _pictures(run, data, detections) if data and detections else None
     page = {
         "run": run,
         "facts": run_facts(run, known, data),
@@ -87,13 +95,14 @@ def write_report(
             split: class_rows(names, by_class, in_train, in_val)
             for split, names in (("novel", novel), ("base", base))
         },
+        "regions": {c["name"]: {"count": len(c["regions"]), "purity": c["purity"]} for c in judged},
         "measured": _measurement(run, measured) if measured else None,
-        "pictures": _pictures(run, data, detections) if data and detections else None,
+        "pictures": pictures,
         "curves": {
             "Proposal network": loss_curves(proposals_history) if proposals_history else None,
             "Detector": loss_curves(detector_history),
         },
-        "retrieved": retrieved(pseudo_labels, novel, train, truth, run.report.crops_per_class),
+        "retrieved": _retrieved(run, judged, train),
         "stages": stage_times(benchmarks),
     }
     with atomic(output) as partial:
@@ -120,13 +129,31 @@ def _pictures(run: Config, data: CocoDataset, detections: Path) -> dict[str, Any
     base, novel = run.classes.base, run.classes.novel
     by_image = read_detections(detections, data)
     scenes = choose_scenes(data, by_image, base, novel, run.report.images)
-    detected = {r["category_id"] for results in by_image.values() for r in results}
+    # What many classes add to the pictures of the setting is smaller: a photograph has 100 kB.
+    large = min(OPEN_SCENES, run.report.images) if len(novel) > OPEN_CLASSES else OPEN_SCENES
+    detected, drawn = detected_in(data, by_image), drawn_names(data, scenes)
     return {
-        "scenes": draw_scenes(data, scenes, novel),
-        "large": LARGE_SCENES,
+        "scenes": draw_scenes(data, scenes, novel, large),
+        "open": OPEN_SCENES,
         "without_objects": WITHOUT_OBJECTS,
         "anything": bool(by_image),
-        "undetected": [n for n in novel if data.category_ids([n])[0] not in detected],
+        "detected": detected,
+        "undetected": [name for name in novel if name not in detected],
+        "not_drawn": sum(name in detected and name not in drawn for name in novel),
+    }
+
+
+def _retrieved(run: Config, judged: list[dict[str, Any]], train: Path) -> dict[str, Any]:
+    groups = choose_classes(judged, OPEN_CLASSES)
+    chosen = [c for group in groups.values() for c in group]
+    purities = [c["purity"] for c in judged if c["purity"] is not None]
+    return {
+        "groups": groups,
+        "crops": draw_crops(read_dataset(train), chosen, run.report.crops_per_class),
+        "classes": len(judged),
+        "regions": sum(len(c["regions"]) for c in judged),
+        "without_region": sum(not c["regions"] for c in judged),
+        "median_purity": median(purities) if purities else None,
     }
 
 
@@ -145,7 +172,11 @@ def render(page: dict[str, Any], made: Made) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": signed, "duration": duration}
-    return environment.get_template(TEMPLATE).render(page, made=made, shown=OPEN_CLASSES)
+    many = any(len(listed) > OPEN_CLASSES for listed in page["classes"].values())
+    script = (Path(__file__).parent / SCRIPT).read_text(encoding="utf-8") if many else None
+    return environment.get_template(TEMPLATE).render(
+        page, made=made, shown=OPEN_CLASSES, script=script
+    )
 
 
 def number(value: float | None, digits: int = 1) -> str:

@@ -1,19 +1,27 @@
 """The report's pictures: validation images with their detections."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from lpovod.drawing import choose_images, jpeg_uri, place_labels, shortened
+from lpovod.drawing import (
+    READABLE_OBJECTS,
+    choose_images,
+    jpeg_uri,
+    place_labels,
+    shortened,
+)
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, read_results
 from lpovod.progress import progress
 
 SCENE_PIXELS, SMALL_SCENE_PIXELS = 960, 480
-LARGE_SCENES = 30  # pictures of full size; a page with more folds the others away
+OPEN_SCENES = 30  # a page with more pictures folds the others away and shows them smaller
+MORE_SCENES = 12  # the most that classes add which would not appear in those of the setting
 SCENE_UNITS = 400  # width of a scene's overlay; lines and letters are sized in these units
 LABEL_UNITS = 260  # largest width of a label
 WITHOUT_OBJECTS = 5  # detections shown in an image without an annotated object
@@ -63,13 +71,14 @@ def choose_scenes(
     novel: list[str],
     count: int,
 ) -> list[Scene]:
-    """Images in which every novel class that is detected anywhere has a detection drawn.
+    """Images in which novel classes have detections drawn: all that are detected, if they are few.
 
     First come images by their annotations only (`choose_images`). Then every class that nobody
     annotated, and every other one that is detected but not drawn yet, adds the image of its
-    best-scored detection, beyond `count` if need be. What is left of `count` goes to further
-    detections of the classes that nobody annotated. Base classes decide if nothing is annotated or
-    detected of the novel ones.
+    best-scored detection, best score first: `MORE_SCENES` images beyond `count` at most, and no
+    detection where an image already shows `READABLE_OBJECTS`. What is left of `count` goes to
+    further detections of the classes that nobody annotated. Base classes decide if nothing is
+    annotated or detected of the novel ones.
 
     Args:
         data: the split, with the annotations of these classes alone.
@@ -83,9 +92,10 @@ def choose_scenes(
         scenes = {i: Scene(i, _best(data, i, by_image.get(i, []))) for i in chosen}
         ranked = _ranked(data, by_image, names)
         annotated = _names(data, (a for objects in data.annotations.values() for a in objects))
-        for name, results in ranked.items():
-            if name not in annotated or name not in _drawn(data, scenes.values()):
-                _add(scenes, data, by_image, name, results[0])
+        for name, (best, *_) in sorted(ranked.items(), key=lambda item: -item[1][0]["score"]):
+            wanted = name not in annotated or name not in drawn_names(data, scenes.values())
+            if wanted and _has_room(scenes, best["image_id"], count + MORE_SCENES):
+                _add(scenes, data, by_image, name, best)
         unknown = {n: results for n, results in ranked.items() if n not in annotated}
         _fill(scenes, data, by_image, unknown, count)
         if scenes:
@@ -105,6 +115,25 @@ def _ranked(
                 best[name].setdefault(image_id, result)
     ranked = {n: sorted(r.values(), key=lambda r: -r["score"]) for n, r in best.items()}
     return {name: results for name, results in ranked.items() if results}
+
+
+def _has_room(scenes: dict[int, Scene], image_id: int, count: int) -> bool:
+    if image_id in scenes:
+        return len(scenes[image_id].results) < READABLE_OBJECTS
+    return len(scenes) < count
+
+
+def detected_in(data: CocoDataset, by_image: dict[int, Results]) -> dict[str, tuple[int, float]]:
+    """Number of images in which each class is detected, and its best score, by class name."""
+    counts: dict[int, tuple[int, float]] = {}
+    for results in by_image.values():
+        best: dict[int, float] = {}
+        for result in results:
+            best.setdefault(result["category_id"], result["score"])
+        for category, score in best.items():
+            images, highest = counts.get(category, (0, 0.0))
+            counts[category] = (images + 1, max(highest, score))
+    return {data.categories[i]["name"]: counted for i, counted in counts.items()}
 
 
 def _fill(
@@ -150,17 +179,26 @@ def _names(data: CocoDataset, items: Any) -> set[str]:
     return {data.categories[item["category_id"]]["name"] for item in items}
 
 
-def _drawn(data: CocoDataset, scenes: Any) -> set[str]:
+def drawn_names(data: CocoDataset, scenes: Iterable[Scene]) -> set[str]:
+    """Names of the classes that have a detection in any of the pictures."""
     return _names(data, (result for scene in scenes for result in scene.results))
 
 
-def draw_scenes(data: CocoDataset, scenes: list[Scene], novel: list[str]) -> list[dict[str, Any]]:
-    """The pictures, smaller from the thirty-first on.
+def draw_scenes(
+    data: CocoDataset, scenes: list[Scene], novel: list[str], large: int
+) -> list[dict[str, Any]]:
+    """The pictures.
+
+    Args:
+        data: the split.
+        scenes: of `choose_scenes`.
+        novel: names of the novel classes.
+        large: how many have the full size; the others are smaller.
 
     Returns:
         For each, the image as a data URI, and boxes in the overlay's units with their labels.
     """
-    sizes = [SCENE_PIXELS if n < LARGE_SCENES else SMALL_SCENE_PIXELS for n in range(len(scenes))]
+    sizes = [SCENE_PIXELS if n < large else SMALL_SCENE_PIXELS for n in range(len(scenes))]
     return [
         _draw(data, scene, set(novel), pixels)
         for scene, pixels in progress(list(zip(scenes, sizes, strict=True)), "detections", "image")
