@@ -95,11 +95,11 @@ class Job:
     def path(self, name: str) -> Path:
         return self.folder / RESULTS / name
 
-    @property
-    def partial(self) -> Path:
-        """The temporary name of its first output."""
-        output = self.path(self.stage.outputs[0])
-        return output.with_name(f".{output.name}.partial")
+    def partial(self) -> list[Path]:
+        """The temporary names of its outputs, and of files in those that are folders."""
+        outputs = [self.path(name) for name in self.stage.outputs]
+        names = [output.with_name(f".{output.name}.partial") for output in outputs]
+        return [p for p in names if p.exists()] + [p for o in outputs for p in o.glob(".*")]
 
     def started(self) -> bool:
         return self.path(f"logs/{self.stage.log}").exists()
@@ -109,10 +109,10 @@ class Job:
         if self.stage.checkpoint:
             return self.path(self.stage.checkpoint).exists()
         log = self.path(f"logs/{self.stage.log}")
-        return (log.exists() and log.stat().st_size > 0) or self.partial.exists()
+        return (log.exists() and log.stat().st_size > 0) or bool(self.partial())
 
     def writing(self) -> bool:
-        return self.partial.exists()
+        return bool(self.partial())
 
     def arguments(self) -> list[str]:
         return [str(RESULTS / self.stage.outputs[0]), "--cores", "2"]
@@ -174,6 +174,7 @@ def compare(job: Job, finished: Path) -> None:
     left = [
         *(job.folder / RESULTS).rglob(".*.partial"),
         *(job.folder / RESULTS).rglob("*.checkpoint"),
+        *(job.folder / RESULTS / "store").rglob(".*"),
     ]
     assert not left, f"left behind: {left}"
 
@@ -209,12 +210,12 @@ def reboot(stage: Stage, finished: Path) -> str:
     """The machine goes down: what was written is cut in half, even under its final name."""
     with before(stage, finished) as job:
         killed(job, job.under_way, signal.SIGKILL)
-        names = [n for n in stage.outputs if (finished / RESULTS / n).is_file()]
-        for name in names:
-            shutil.copy(finished / RESULTS / name, job.path(name))
-        written = [job.partial, *(job.path(n) for n in (*names, stage.checkpoint) if n)]
+        for name in stage.outputs:
+            subprocess.run(["cp", "-aT", finished / RESULTS / name, job.path(name)], check=True)
+        outputs = [job.path(n) for n in (*stage.outputs, stage.checkpoint) if n]
+        written = [*job.partial(), *outputs, *(p for o in outputs for p in o.rglob("*"))]
         for path in written:
-            if path.exists():
+            if path.is_file():
                 os.truncate(path, path.stat().st_size // 2)
         job.finish()
         compare(job, finished)
