@@ -123,7 +123,7 @@ class Project:
             *(dataset, given / "proposals.h5", labels, given / detector, BACKBONE, HEADS),
             *(RegionFeaturesSettings(batch_size=4), 0, output / "retrieved", *stored[2]),
         )
-        probe = LinearProbeSettings(epochs=3, learning_rate=0.05)
+        probe = LinearProbeSettings(epochs=3, milestones=[2], learning_rate=0.05)
         train_linear_probe(labels, [output / "retrieved"], probe, 0, output / "probe")
         files = (path for path in sorted(output.rglob("*")) if path.is_file())
         return {str(path.relative_to(output)): sha256(path) for path in files}

@@ -29,6 +29,7 @@ from lpovod.command_line import run
 from lpovod.config import (
     BackboneSettings,
     BaseDetectorSettings,
+    ClassSettings,
     ClipSettings,
     LinearProbeSettings,
     ProposalsSettings,
@@ -258,7 +259,9 @@ def rows(array: Any, names: Any, wanted: str = "cat") -> Callable[[], object]:
         np.save("rows.npy", array)
         write_json(Path("names.json"), names)
         settings = TextEmbeddingsSettings(file=Path("rows.npy"), classes=Path("names.json"))
-        embed_classes([wanted], ClipSettings(weights=None), settings, Path("out.safetensors"))
+        classes = ClassSettings(base=["thing"], novel=[wanted])
+        outputs = (Path("base.safetensors"), Path("novel.safetensors"), Path("store"), "code")
+        embed_classes(classes, ClipSettings(weights=None), settings, *outputs)
 
     return act
 
@@ -275,7 +278,7 @@ def labels(name: str = "owl", **change: Any) -> Callable[[], object]:
         content["categories"] = [{"id": 5, "name": "owl"}, {"id": 6, "name": "cow"}]
         write_json(Path("labels.json"), content)
         settings = PseudoLabelsSettings(file=Path("labels.json"))
-        import_pseudo_labels(name, Path("labels.json"), world.dataset, settings, Path("out.json"))
+        import_pseudo_labels([name], Path("labels.json"), world.dataset, settings, Path("out.json"))
 
     return act
 
@@ -380,15 +383,22 @@ def index_of_another_run() -> None:
         identity("text_embeddings", **inputs) | {"logit_scale": 100.0},
     )
     text = Path("owl.safetensors")
+    find("owl", text, made)
+
+
+def find(name: str, text: Path, shards: list[Path]) -> None:
+    """Stage pseudo_labels for one class."""
     retrieve(
-        "owl",
-        [text],
+        [name],
+        text,
         text,
         Path("train.index"),
-        made,
+        shards,
         Path("train.json"),
         PseudoLabelsSettings(),
         Path("out.json"),
+        Path("store"),
+        "code",
     )
 
 
@@ -399,26 +409,21 @@ def class_without_embedding() -> None:
     write_tensors(text, vectors, identity("text_embeddings", **inputs) | {"logit_scale": 100.0})
     factory("Flat")()
     made = sorted(Path().glob("*.h5"))
-    retrieve("cow", [text], text, Path("train.index"), made, Path("train.json"), *[None] * 2)
+    find("cow", text, made)
 
 
 def detector_in_place_of_text_embeddings() -> None:
     write_tensors(Path("d.safetensors"), {"a": np.ones(2)}, identity("base_detector"))
-    paths = [Path("d.safetensors")]
-    retrieve("owl", paths, paths[0], Path("i"), [], Path("train.json"), *[None] * 2)
+    find("owl", Path("d.safetensors"), [])
 
 
 def features_of_other_labels() -> None:
-    world = make_world(Path(), COUNTS)
-    write_json(Path("owl.json"), {})
-    from lpovod.formats.regions import write_regions
-
-    ident = identity("region_features", pseudo_labels="x" * 64, detector="d" * 64)
-    with write_regions(Path("owl.h5"), ident) as writer:
-        writer.add(7, world.boxes[7], world.objectness[7])
-    train_linear_probe(
-        [Path("owl.json")], [Path("owl.h5")], LinearProbeSettings(), 0, Path("out.safetensors")
-    )
+    labels("owl")()
+    arrays = {"box": np.float32([[50, 50, 60, 60]]), "feature": np.ones((1, 3), np.float16)}
+    ident = identity("region_features", detector="d" * 64) | {"image_id": 7}
+    write_tensors(Path("features/7.safetensors"), arrays, ident)
+    output = Path("out.safetensors")
+    train_linear_probe(Path("out.json"), [Path("features")], LinearProbeSettings(), 0, output)
 
 
 def proposals_in_place_of_features() -> None:
@@ -1001,7 +1006,7 @@ ROWS = {
         (
             "a class without an embedding",
             class_without_embedding,
-            "class 'cow' has no text embedding ... ['owl']",
+            "class 'cow' has no text embedding ... available: owl",
         ),
         (
             "a detector for text embeddings",
@@ -1011,7 +1016,7 @@ ROWS = {
         (
             "features of other pseudo-labels",
             features_of_other_labels,
-            "owl.h5 was made from other pseudo_labels ... --forcerun region_features",
+            "image 7: a retrieved region has no features ... --forcerun retrieved_region_features",
         ),
         (
             "proposals for features",

@@ -66,9 +66,9 @@ def retrieve(
             reaches the floor.
     """
     classes, base = (read_text_embeddings(p) for p in (text_embeddings, base_text_embeddings))
+    vectors = _vectors(names, classes, base, settings)
     regions, region_index = open_shards(shards), open_index(index)
     check_belong([classes, base], regions, region_index, dataset)
-    vectors = _vectors(names, classes, base, settings)
     retrieved = retrieve_regions(vectors, region_index, regions, settings, store, code, threads)
     ident = identity(
         STAGE,

@@ -83,22 +83,25 @@ def embed_names(
     """
     assert clip.weights is not None, "names are embedded by a CLIP"
     architecture = clip_architecture(clip)
+    weights = sha256(clip.weights)
+    if isinstance(architecture, Path):
+        architecture = sha256(architecture)
     shape = {
         "code": code,
-        "weights": sha256(clip.weights),
-        "architecture": sha256(architecture) if isinstance(architecture, Path) else architecture,
+        "weights": weights,
+        "architecture": architecture,
         "vocabulary": sha256(clip.vocabulary) if clip.vocabulary else None,
         "pretrained": clip.pretrained,
     }
     kept = Store(store, STAGE)
     keys = {name: key_of(texts=texts_of(name, settings, prompts), **shape) for name in names}
-    vectors = {name: kept.tensors(key) for name, key in keys.items()}
-    missing = [name for name in names if vectors[name] is None]
+    vectors = {name: made for name, key in keys.items() if (made := kept.tensors(key))}
+    missing = [name for name in names if name not in vectors]
     log.info(f"{len(names)} classes: {len(missing)} to embed")
     if missing:
-        made = embed_texts(missing, clip, settings, prompts)
-        ident = identity(STAGE, settings) | {"logit_scale": made.logit_scale}
-        for name, vector in zip(missing, made.vectors, strict=True):
+        embedded = embed_texts(missing, clip, settings, prompts)
+        ident = identity(STAGE, settings) | {"logit_scale": embedded.logit_scale}
+        for name, vector in zip(missing, embedded.vectors, strict=True):
             kept.put_tensors(keys[name], {"vector": vector}, ident)
             vectors[name] = ({"vector": vector}, ident)
     (_, ident) = vectors[names[0]]
@@ -106,8 +109,8 @@ def embed_names(
         names,
         np.stack([vectors[name][0]["vector"] for name in names]),
         ident["logit_scale"],
-        shape["weights"],
-        shape["architecture"],
+        weights,
+        architecture,
     )
 
 
