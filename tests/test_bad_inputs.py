@@ -259,7 +259,7 @@ def rows(array: Any, names: Any, wanted: str = "cat") -> Callable[[], object]:
         np.save("rows.npy", array)
         write_json(Path("names.json"), names)
         settings = TextEmbeddingsSettings(file=Path("rows.npy"), classes=Path("names.json"))
-        classes = ClassSettings(base=["thing"], novel=[wanted])
+        classes = ClassSettings(base=[wanted], novel=["dog"])
         outputs = (Path("base.safetensors"), Path("novel.safetensors"), Path("store"), "code")
         embed_classes(classes, ClipSettings(weights=None), settings, *outputs)
 
