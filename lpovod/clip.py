@@ -7,6 +7,7 @@ in its format. Weights are checked against it key by key.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lpovod.artifacts import read_json, sha256
 from lpovod.config import INTERPOLATIONS, RESIZE_MODES, ClipSettings, TextEmbeddingsSettings
-from lpovod.exceptions import LpovodError, existing, some
+from lpovod.exceptions import LpovodError, existing, some, why_unreadable
 from lpovod.formats.class_embeddings import ClassEmbeddings, clip_architecture
 from lpovod.importers.torchscript import is_torchscript, read_torchscript
 from lpovod.networks.meta import on_meta
@@ -150,13 +151,7 @@ class Clip:
             LpovodError: if a text has more tokens than the model reads, because CLIP would silently
                 drop its end.
         """
-        limit = self.tokenizer.context_length - 2  # without start and end of text
-        for text in texts:
-            if (count := len(self.tokenizer.encode(text))) > limit:
-                raise LpovodError(
-                    f"the text {text!r} has {count} tokens and this CLIP reads {limit}: shorten "
-                    "the class name or the prompt template"
-                )
+        _check_lengths(texts, self.tokenizer)
         device = self.model.logit_scale.device
         features = [torch.empty(0, self.dimension, device=device)]
         for start in range(0, len(texts), BATCH):
@@ -206,26 +201,27 @@ def load_clip(
     )
 
 
-def check_clip(settings: ClipSource) -> int:
+def check_clip(settings: ClipSource, texts: Sequence[str] = ()) -> int:
     """Refuse what `load_clip` would refuse, without memory for the model; no forward pass.
 
     Weights that are missing, because they are downloaded later, are not compared.
 
     Args:
         settings: as for `load_clip`.
+        texts: that are going to be embedded.
 
     Returns:
         dimension of the space that images and texts share.
 
     Raises:
-        LpovodError: as `load_clip` does.
+        LpovodError: as `load_clip` does, and if a text is too long.
     """
     config = _read_architecture(settings.architecture)[0]
     preprocessing_of(settings)
     model = on_meta(lambda: _build_model(config))
     if settings.weights is not None and settings.weights.is_file():
         _fitting_state(model, settings.weights, settings.architecture, config)
-    _load_tokenizer(settings, config, model.vocab_size)
+    _check_lengths(texts, _load_tokenizer(settings, config, model.vocab_size))
     return int(config["embed_dim"])
 
 
@@ -416,7 +412,7 @@ def _fitting_state(
         state = _read_state_dict(path, config)
     except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         raise LpovodError(
-            f"{path} is not a complete file of CLIP weights ({str(error).splitlines()[0]}): "
+            f"{path} is not a complete file of CLIP weights ({why_unreadable(path, error)}): "
             "download it again"
         ) from None
     expected = model.state_dict()
@@ -496,6 +492,16 @@ def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) ->
             "merges file that the weights were trained with"
         )
     return tokenizer
+
+
+def _check_lengths(texts: Sequence[str], tokenizer: SimpleTokenizer) -> None:
+    limit = tokenizer.context_length - 2  # without start and end of text
+    for text in texts:
+        if (count := len(tokenizer.encode(text))) > limit:
+            raise LpovodError(
+                f"the text {text!r} has {count} tokens and this CLIP reads {limit}: shorten "
+                "the class name or the prompt template"
+            )
 
 
 def embed_texts(

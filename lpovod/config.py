@@ -636,7 +636,8 @@ def load_config(content: dict[str, Any], weights: bool = True) -> Config:
 def _check_weights(config: Config) -> None:
     for path in config.clip.files():
         if path.name not in WEIGHTS:
-            existing(path, "clip")
+            kinds = {config.clip.weights: "weights", config.clip.vocabulary: "vocabulary"}
+            existing(path, f"clip.{kinds.get(path, 'architecture')}")
     weights = config.backbone.weights
     if weights and weights.name not in WEIGHTS:
         existing(weights, "backbone.weights")
@@ -681,6 +682,8 @@ def _explain(problem: Any) -> str:
         near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
         return f"{name}: unknown key; {hint}"
+    if problem["type"] == "value_error":  # of a validator here, whose message names the value
+        return f"{name or 'config'}: {problem['ctx']['error']}"
     return f"{name or 'config'} = {problem['input']!r}: {problem['msg']}"
 
 

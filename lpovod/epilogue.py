@@ -19,6 +19,7 @@ SHOWN = 10
 """Lines of a stage's message that are shown."""
 
 _PLACE = re.compile(r'^(?:WorkflowError|LpovodError) in file "[^"]*", line \d+:\n')
+_OURS = re.compile(r"Error:\n  (?:WorkflowError|LpovodError):\n(.*?)\nWildcards:", re.DOTALL)
 _TRACE = re.compile(r'(?:\n\s*File "[^"]*", line \d+, in .*)+\s*$')
 
 
@@ -70,6 +71,23 @@ def wrong_settings(message: str) -> str:
     """Snakemake's message about an error of ours, without the place in our code."""
     plain = _TRACE.sub("", _PLACE.sub("", message)) if _PLACE.match(message) else message
     return plain if plain == message else f"error: {plain}"
+
+
+def missing_files(message: str) -> str:
+    """Snakemake's message about inputs that neither exist nor are made."""
+    names = message.partition("affected files:\n")[2].split("\n")
+    listed = ", ".join(name.strip() for name in names if name.strip())
+    return (
+        f"error: {listed}: no such file, and no stage makes it. Correct its path"
+        if listed
+        else message
+    )
+
+
+def of_function(message: str) -> str:
+    """Snakemake's message about an error of ours in an input function of a rule."""
+    ours = _OURS.search(message)
+    return f"error: {ours[1].strip()}" if ours else message
 
 
 def error_of(log: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -39,6 +40,22 @@ def disk_full(path: Path, number: int | None = errno.ENOSPC) -> LpovodError:
     return LpovodError(
         f"{path} cannot be written: {reason}. Free some disk space and rerun the command"
     )
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Why a file of weights cannot be read, without torch's advice to run the code in it."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    if not start:
+        return "it is empty"
+    if start.startswith(b"<"):
+        return "it is a web page, in place of a download"
+    text = str(error)
+    if named := re.search(r"nsupported (?:global: )?GLOBAL ([A-Za-z_][\w.]*\w)", text):
+        return f"it names {named[1]}, which is no tensor"
+    if text.startswith("Weights only load failed"):
+        return "it is damaged, or holds more than tensors"
+    return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 def some(names: list[str]) -> str:

@@ -98,6 +98,10 @@ class ShortErrors(logging.Formatter):
             return ""
         if kind in ("WorkflowError", "LpovodError"):
             return epilogue.wrong_settings(message)
+        if kind == "MissingInputException":
+            return epilogue.missing_files(message)
+        if kind == "InputFunctionException":
+            return epilogue.of_function(message)
         self.errors.append(message)
         return message
 

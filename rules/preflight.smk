@@ -15,6 +15,7 @@ from importlib import metadata
 
 from lpovod.artifacts import read_json, write_json
 from lpovod.sources import CACHE
+from lpovod.yaml_keys import check_repeated
 
 PASSED = CACHE / "preflight.json"
 
@@ -24,7 +25,8 @@ def check_models(gpu):
 
     gpu: whether this machine must have a GPU.
     """
-    blocks = ("clip", "backbone", "proposals", "base_detector", "region_index", "classes")
+    # Not the classes: a name that is added need not wait for five seconds of imports.
+    blocks = ("clip", "text_embeddings", "backbone", "proposals", "base_detector", "region_index")
     imported = [CONFIG.pseudo_labels.file, CONFIG.linear_probe.checkpoint]
     existing = [path.is_file() for path in CLIP_FILES + START_FILES]
     packages = ("torch", "open_clip_torch", "timm", "faiss-cpu", "faiss-gpu-cu12")
@@ -48,6 +50,13 @@ def version(package):
     except metadata.PackageNotFoundError:
         return None
 
+
+if workflow.resource_settings.cores == 0:  # Snakemake would wait for ever
+    raise WorkflowError("--cores 0 can run no job: give a number of at least 1, or all")
+try:
+    check_repeated(map(Path, workflow.configfiles))
+except LpovodError as error:
+    raise WorkflowError(str(error))
 
 # Jobs on a cluster parse this file again. A cluster's login node has no GPU, and a plan can be
 # printed anywhere.

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOMS = (
-    {"lpovod", "exceptions", "progress", "source_digest", "overlaps", "schedule", "catalogue"}
+    {
+        "lpovod",
+        "exceptions",
+        "progress",
+        "yaml_keys",
+        "source_digest",
+        "overlaps",
+        "schedule",
+        "catalogue",
+    }
     | {"epilogue"},
     {"artifacts", "miniature"},
     {"config"},

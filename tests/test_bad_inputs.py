@@ -694,7 +694,7 @@ ROWS = {
         (
             "a missing weights file",
             keys(clip__weights="nowhere.pt"),
-            "clip: nowhere.pt: no such file",
+            "clip.weights: nowhere.pt: no such file",
         ),
         ("a folder for weights", keys(clip__weights="resources"), "clip ... resources ... folder"),
         (

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from project import copy_project, start_snakemake, wait_until
 
-from lpovod.epilogue import AGAIN, FailedJob, error_of, failed_run, interrupted_run, wrong_settings
+from lpovod.epilogue import (
+    AGAIN,
+    FailedJob,
+    error_of,
+    failed_run,
+    interrupted_run,
+    missing_files,
+    of_function,
+    wrong_settings,
+)
 
 SMALL = {"train_images": 4, "val_images": 2, "tune_images": 2}
 WORDY = {"templates": [" ".join("abcdefghijklmnopqrstuvwxyz") + " {}"]}
@@ -147,3 +156,19 @@ def test_wrong_settings_end_with_the_keys(project):
         "  seed = -1: Input should be greater than or equal to 0",
         "  pseudo_labels.kk: unknown key; did you mean k?",
     ]
+
+
+def test_a_missing_input_is_named_alone():
+    text = "MissingInputException in rule x in file y, line 3:\nMissing input files for rule x:\n"
+    text += "    output: o\n    affected files:\n        a.pkl\n        b.pkl"
+    assert (
+        missing_files(text)
+        == "error: a.pkl, b.pkl: no such file, and no stage makes it. Correct its path"
+    )
+
+
+def test_an_error_of_an_input_function_is_shown_alone():
+    text = "InputFunctionException in rule x in file y, line 3:\nError:\n  WorkflowError:\n"
+    text += "    no file for val\nWildcards:\n  split=val\nTraceback:\n  File z, line 1, in f"
+    assert of_function(text) == "error: no file for val"
+    assert of_function("InputFunctionException: KeyError") == "InputFunctionException: KeyError"

@@ -204,3 +204,31 @@ def _try(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         "text": True,
     }
     return subprocess.run(command, cwd=folder, **output)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"\n<html>404</html>", "it is a web page"),
+        (b"\x80\x02cos\nsystem\n.", "it names os.system, which is no tensor"),
+        (b"\x80\x02c", "it is damaged, or holds more than tensors"),
+    ],
+)
+@pytest.mark.parametrize("block", ["clip", "backbone"])
+def test_a_file_that_holds_no_weights_is_told_from_a_damaged_one(tmp_path, block, content, reason):
+    (tmp_path / "weights.pt").write_bytes(content)
+    change = {"weights": str(tmp_path / "weights.pt")}
+    if block == "backbone":
+        change |= {"architecture": "resnet50", "channels": 256}
+    default = yaml.safe_load(Path("config.yaml").read_text())
+    with pytest.raises(LpovodError, match=reason) as error:
+        preflight(load_config(merge(default, {block: change})))
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_name_that_is_longer_than_clip_reads_is_refused():
+    default = yaml.safe_load(Path("config.yaml").read_text())
+    novel = {"classes": {"novel": ["a cup " * 9 + "a"]}}
+    with pytest.raises(LpovodError, match="tokens and this CLIP reads 14"):
+        preflight(load_config(merge(default, novel)))

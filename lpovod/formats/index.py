@@ -131,6 +131,11 @@ class Piece:
             yield widen(part, wide[: len(part)]) if part.dtype == np.float16 else part
 
 
+def _without_place(error: Exception) -> str:
+    """FAISS's message without the place in its source code."""
+    return re.sub(r"^Error in .* at \S+:\d+: (?:Error: )?", "", str(error))
+
+
 def make_index(factory: str, dimension: int) -> faiss.Index:
     """An empty index of inner products, whose ids are given with the vectors.
 
@@ -145,7 +150,7 @@ def make_index(factory: str, dimension: int) -> faiss.Index:
     try:
         index = faiss.index_factory(dimension, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, AssertionError) as error:
-        reason = re.sub(r"^Error in .*?\.(cpp|h):\d+: ", "", str(error))
+        reason = _without_place(error)
         raise LpovodError(
             f"region_index.factory = {factory!r}, for vectors of {dimension}: {reason}"
         ) from None
@@ -169,7 +174,7 @@ def train_index(index: faiss.Index, sample: np.ndarray, factory: str) -> None:
     except RuntimeError as error:
         raise LpovodError(
             f"region_index.factory = {factory!r} cannot be trained on {len(sample)} regions: "
-            f"{error}. Choose fewer lists, or SQfp16, which needs no training"
+            f"{_without_place(error)}. Choose fewer lists, or SQfp16, which needs no training"
         ) from None
 
 

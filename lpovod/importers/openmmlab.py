@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpovod.exceptions import LpovodError, existing
+from lpovod.exceptions import LpovodError, existing, why_unreadable
 
 HEADS = {
     "region_head.convs": "roi_head.bbox_head.shared_convs",
@@ -45,10 +45,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LpovodError(
-            f"{path} is not a checkpoint of only tensors and plain values ({reason}); none of its "
-            "code was run. Is the file complete?"
+            f"{path} is not a checkpoint of only tensors and plain values "
+            f"({why_unreadable(path, error)}); none of its code was run. Is the file complete?"
         ) from None
     content = content if isinstance(content, dict) else {}
     nested = next((content[k] for k in ("state_dict", "model") if k in content), content)

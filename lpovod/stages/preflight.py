@@ -40,7 +40,7 @@ def preflight(config: Config, gpu: bool = False) -> None:
         )
     dimension = None
     if config.clip.weights is not None:
-        dimension = _check(lambda: check_clip(config.clip), "clip", problems)
+        dimension = _check(lambda: check_clip(config.clip, _texts(config)), "clip", problems)
     _check(lambda: _check_backbone(config, dimension or 1), "backbone", problems)
     imported = config.linear_probe.checkpoint or config.pseudo_labels.file
     if config.clip.weights is not None and not imported:
@@ -48,6 +48,14 @@ def preflight(config: Config, gpu: bool = False) -> None:
         _check(lambda: make_index(factory, length), "region_index.factory", problems)
     if problems:
         raise LpovodError("\nerror: ".join(problems))
+
+
+def _texts(config: Config) -> list[str]:
+    """What CLIP is going to read."""
+    classes = config.classes
+    templates = ["{}"] if config.text_embeddings.file else config.text_embeddings.templates
+    words = [classes.prompts.get(name, name) for name in [*classes.base, *classes.novel]]
+    return [template.format(word) for template in templates for word in words]
 
 
 def _check(check: Callable[[], int | object], block: str, problems: list[str]) -> int | None:
