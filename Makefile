@@ -7,8 +7,10 @@
 # TORCH_INDEX=ADDRESS  a package index with CPU-only wheels of torch and torchvision: the environment
 #                      then lacks CUDA's libraries and Triton, 4.1 of 5.9 GB
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+# Not the environment's own, which is removed before a new one is made.
+PYTHON ?= $(shell PATH=$$(echo "$$PATH" | tr : '\n' | grep -vxF "$(CURDIR)/$(VENV)/bin" | paste -sd: -); \
+	command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
