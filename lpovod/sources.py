@@ -22,12 +22,15 @@ from typing import Any
 from lpovod.artifacts import read_json, sha256, write_json
 from lpovod.catalogue import COCO_CLASSES
 from lpovod.config import Config
-from lpovod.exceptions import LpovodError, existing
+from lpovod.exceptions import LpovodError, existing, some
 from lpovod.formats.coco import BOX_KEYS, IMAGE_KEYS
 from lpovod.miniature import pictograms
 
 BY_CONTENT = 2_000
 """Up to this many images of a split are compared by content, more by size and modification time."""
+
+SHOWN = 20
+"""Unknown classes in a message."""
 
 CACHE = Path(".snakemake", "lpovod")
 
@@ -85,7 +88,7 @@ def check_classes(config: Config, sources: dict[str, Source]) -> list[str]:
         sources: the user's data by split; empty if it is drawn, or not downloaded yet.
 
     Returns:
-        A warning for each novel class that cannot be measured.
+        A warning that names the novel classes that cannot be measured, if there are any.
 
     Raises:
         LpovodError: naming the unknown base classes.
@@ -106,19 +109,17 @@ def check_classes(config: Config, sources: dict[str, Source]) -> list[str]:
         if name not in learned
     ]
     if unknown:
-        raise LpovodError("\n  ".join(unknown))
+        raise LpovodError("\n  ".join(unknown[:SHOWN] + ["..."] * (len(unknown) > SHOWN)))
     if "val" not in config.dataset.splits:
         return []
-    return [
-        f"novel class {name!r} is not annotated: its AP cannot be measured{_near(name, measured)}"
-        for name in config.classes.novel
-        if name not in measured
-    ]
+    absent = [name for name in config.classes.novel if name not in measured]
+    listed = some([f"{name!r}{_near(name, measured)}" for name in absent])
+    return [f"not annotated, so their AP cannot be measured: {listed}"] if absent else []
 
 
 def _hint(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+    return f"did you mean {near[0]}?" if near else f"it has {some(known)}"
 
 
 def _near(name: str, known: list[str]) -> str:

@@ -67,7 +67,7 @@ def test_classes_are_checked_before_the_annotations_are_there():
         check_classes(load_config(coco(classes={"base": ["sofa"]})), {})
     warnings = check_classes(load_config(coco(classes={"novel": ["unicycle"]})), {})
     assert warnings == [
-        "novel class 'unicycle' is not annotated: its AP cannot be measured (did you mean bicycle?)"
+        "not annotated, so their AP cannot be measured: 'unicycle' (did you mean bicycle?)"
     ]
     with pytest.raises(LpovodError, match="download needs a root"):
         load_config(coco(dataset={"coco": {"root": None}}))
