@@ -303,13 +303,18 @@ def test_touching_or_reverting_a_module_makes_nothing_stale(project):
     assert stale(project) == {}
 
 
+def other_number(content: bytes) -> bytes:
+    """The same tensors, but for one bit of the last number: the checks before a run accept them."""
+    return content[:-4] + bytes([content[-4] ^ 1]) + content[-3:]
+
+
 def test_other_clip_weights_make_everything_that_reads_them_stale(project, edited):
-    edited("resources/small_clip/weights.safetensors", lambda content: content + b" ")
+    edited("resources/small_clip/weights.safetensors", other_number)
     assert stale(project) == stages("text_embeddings") | EMBEDDED
 
 
 def test_other_weights_to_start_from_make_what_is_trained_from_them_stale(project, edited):
-    edited("resources/small_backbone/weights.safetensors", lambda content: content + b" ")
+    edited("resources/small_backbone/weights.safetensors", other_number)
     assert stale(project) == TRAINED
 
 
