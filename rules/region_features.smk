@@ -30,7 +30,8 @@ rule region_features:
         device=DEVICE,
         backbone=block("backbone"),
         base_detector=block("base_detector"),
-        settings=block("region_features"),
+        # The shards divide retrieved images alone.
+        settings=CONFIG.region_features.model_dump_json(exclude={"shards"}),
     message:
         "The frozen detector on the {wildcards.split} proposals"
     shell:

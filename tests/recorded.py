@@ -506,7 +506,9 @@ def training_step(
 
     model.rpn_head.register_forward_hook(propose)
     settings = BaseDetectorSettings(regions="rpn")
-    schedule = TrainingSettings(epochs=1, warmup_steps=0, learning_rate=0.02, weight_decay=2.5e-5)
+    schedule = TrainingSettings(
+        epochs=1, milestones=[], warmup_steps=0, learning_rate=0.02, weight_decay=2.5e-5
+    )
     with sampled_evenly(), proposed_in_order_of(order):
         (history,) = train(
             model,

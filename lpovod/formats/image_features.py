@@ -85,6 +85,10 @@ def link_images(paths: dict[int, Path], folder: Path) -> None:
         target = folder / f"{image_id}.safetensors"
         try:
             os.link(path, target)
+        except FileNotFoundError:
+            raise LpovodError(
+                f"{path} was deleted while this job ran. Run the same command again"
+            ) from None
         except OSError:  # another file system, or one without hard links
             with atomic(target) as partial:
                 shutil.copyfile(path, partial)
