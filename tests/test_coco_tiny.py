@@ -13,7 +13,7 @@ COCO_TINY = Path("../shared/data/coco_tiny")
 @pytest.mark.skipif(not COCO_TINY.exists(), reason="needs the COCO photographs")
 def test_the_dag_runs_on_coco_photographs(tmp_path):
     folder = copy_project(tmp_path / "project")
-    few = {"epochs": 1, "short_sides": [128]}
+    few = {"epochs": 1, "milestones": [], "short_sides": [128]}
     overlay = {
         "dataset": {"coco": {"root": str(COCO_TINY.resolve())}},
         "classes": {"novel": ["cup", "knife", "cow"]},  # of 17, for time

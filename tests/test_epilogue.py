@@ -5,6 +5,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from project import copy_project, start_snakemake, wait_until
 
@@ -20,9 +21,8 @@ from lpovod.epilogue import (
 )
 
 SMALL = {"train_images": 4, "val_images": 2, "tune_images": 2}
-WORDY = {"templates": [" ".join("abcdefghijklmnopqrstuvwxyz") + " {}"]}
 NEXT = f"Next: mend the cause, then {AGAIN}."
-TEXTS = [f"results/smallest/text_embeddings/{name}.safetensors" for name in ("base", "novel/star")]
+TEXTS = "results/smallest/text_embeddings/base.safetensors"
 
 
 def test_a_message_of_several_lines_is_taken_from_the_log_once():
@@ -103,17 +103,18 @@ def run(folder: Path, overlay: dict, *arguments: str) -> tuple[int, list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--keep-going"]])
 def test_a_failed_run_ends_with_error_log_and_next_step(project, more):
-    overlay = {"text_embeddings": WORDY}
-    arguments = ("--workflow-profile", "none", *more, "--cores", "2", *TEXTS)
+    np.save(project / "rows.npy", np.eye(3, 128, dtype=np.float32))
+    (project / "names.json").write_text('["square", "disk"]')
+    overlay = {"text_embeddings": {"file": "rows.npy", "classes": "names.json"}}
+    arguments = ("--workflow-profile", "none", *more, "--cores", "2", TEXTS)
     code, lines = run(project, overlay, *arguments)
     assert code == 1
     named = [line for line in lines if " failed: " in line]
-    assert len(named) == 2
+    assert len(named) == 1
     end = lines[lines.index("The run failed.") :]
-    assert end[1] == "" and end[2].startswith("Text embeddings of ")
-    assert end[2].endswith(", and 1 more of this stage")
-    assert end[3].startswith("  error: the text ") and "tokens" in end[3]
-    assert end[4].startswith("  log: results/smallest/logs/text_embeddings/")
+    assert end[1:3] == ["", "Text embeddings of the classes"]
+    assert end[3].startswith("  error: ") and "names.json" in end[3]
+    assert end[4] == "  log: results/smallest/logs/text_embeddings.log"
     assert Path(project, end[4].removeprefix("  log: ")).is_file()
     assert end[5:] == ["", NEXT]
     noise = ("python -m", "CalledProcessError", "RuleException", "WorkflowError", "Traceback")
@@ -126,9 +127,9 @@ def test_a_failed_run_ends_with_error_log_and_next_step(project, more):
 @pytest.mark.slow
 def test_a_lock_and_an_interrupt_end_with_the_next_step(project):
     overlay = {"dataset": {"miniature": SMALL}}
-    log = project / "results/smallest/logs/text_embeddings/base.log"
+    log = project / "results/smallest/logs/text_embeddings.log"
     log.unlink(missing_ok=True)
-    process = start_snakemake(project, "smallest.yaml", overlay, "--cores", "1", "-F", TEXTS[0])
+    process = start_snakemake(project, "smallest.yaml", overlay, "--cores", "1", "-F", TEXTS)
     wait_until(log.exists, process)
     second = subprocess.run(
         ["snakemake", "--cores", "1", "--configfile", "configs/smallest.yaml", "overlay.yaml"],

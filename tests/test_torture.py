@@ -42,7 +42,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(finishe
     with before(STAGES["region_embeddings"], finished) as job:
         process = job.start()
         wait_until(job.started, process)
-        with pytest.raises(AssertionError, match="Directory cannot be locked"):
+        with pytest.raises(AssertionError, match="this folder is locked"):
             snakemake(job.folder, CONFIG, OVERLAY, *job.arguments())
         assert process.wait() == 0
         compare(job, finished)

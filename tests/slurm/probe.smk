@@ -9,6 +9,9 @@ configfile: "config.yaml"
 
 
 include: f"{os.getcwd()}/rules/common.smk"
+SOURCES = {}  # the images are drawn
+
+
 include: f"{os.getcwd()}/rules/resources.smk"
 
 
