@@ -3,7 +3,6 @@
 Exit codes: 0 for success, 1 for wrong data or settings, 2 for wrong usage, 128 + n for signal n.
 """
 
-import difflib
 import errno
 import json
 import os
@@ -16,7 +15,7 @@ import tyro
 from pydantic import ValidationError
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from lpovod.config import Settings
+from lpovod.config import Settings, explain
 from lpovod.exceptions import DISK_FULL, LpovodError, UsageError
 from lpovod.progress import start_logging
 
@@ -56,20 +55,10 @@ def _parse(block: type[Settings], text: str) -> Settings:
 
 
 def _words(problem: Any, block: type[Settings]) -> str:
-    """A problem of pydantic's in words: the key, its value and what is allowed."""
     if problem["type"] == "json_invalid":
         reason = problem["ctx"]["error"]
         return f"not valid json ({reason}); an example: {_example(block)}"
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = list(block.model_fields)
-        near = difflib.get_close_matches(name, known, n=1)
-        return f"{name}: unknown key; " + (
-            f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}"
-        )
-    if problem["type"] == "missing":
-        return f"{name}: this key is required"
-    return f"{name or 'json'} = {problem['input']!r}: {problem['msg']}"
+    return explain(problem, block, "json")
 
 
 def _example(block: type[Settings]) -> str:

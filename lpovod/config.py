@@ -5,7 +5,6 @@ stage receives its own block and nothing else, so a changed key makes exactly it
 workflow imports this module while it builds its graph, so nothing heavy may be imported.
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -26,7 +25,7 @@ from pydantic import (
 )
 
 from lpovod.catalogue import COCO_IMAGES, WEIGHTS
-from lpovod.exceptions import LpovodError, existing
+from lpovod.exceptions import LpovodError, did_you_mean, existing
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -304,8 +303,8 @@ class BackboneSettings(Settings):
         # Whether timm has the model is seen when it is built: timm imports torch.
         if name in BACKBONES or len(name) > len(TIMM) and name.startswith(TIMM):
             return name
-        near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.8)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, BACKBONES, cutoff=0.8)
+        hint = f"; {hint}" if hint else ""
         raise ValueError(f"allowed are {', '.join(BACKBONES)}, and timm:NAME{hint}")
 
 
@@ -624,7 +623,7 @@ def load_config(content: dict[str, Any], weights: bool = True) -> Config:
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [explain(problem, Config, "config") for problem in error.errors()]
         raise LpovodError("The configuration is wrong:\n  " + "\n  ".join(lines)) from None
     if weights:
         _check_weights(config)
@@ -674,21 +673,29 @@ def _check_clip(config: Config) -> None:
         )
 
 
-def _explain(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
+def explain(problem: Any, root: type[Settings], whole: str) -> str:
+    """A problem of pydantic's in words: the key, its value and what is allowed.
+
+    Args:
+        problem: of a ValidationError.
+        root: the block that was validated.
+        whole: what the block as a whole is called.
+    """
+    name = ".".join(str(part) for part in problem["loc"]) or whole
     if problem["type"] == "extra_forbidden":
-        block = _block(problem["loc"][:-1])
+        block = _block(root, problem["loc"][:-1])
         allowed = list(block.model_fields) if block else []
-        near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
-        return f"{name}: unknown key; {hint}"
+        hint = did_you_mean(str(problem["loc"][-1]), allowed)
+        return f"{name}: unknown key; {hint or 'allowed: ' + ', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"{name}: this key is required"
     if problem["type"] == "value_error":  # of a validator here, whose message names the value
-        return f"{name or 'config'}: {problem['ctx']['error']}"
-    return f"{name or 'config'} = {problem['input']!r}: {problem['msg']}"
+        return f"{name}: {problem['ctx']['error']}"
+    return f"{name} = {problem['input']!r}: {problem['msg']}"
 
 
-def _block(path: tuple[Any, ...]) -> type[Settings] | None:
-    block: Any = Config
+def _block(root: type[Settings], path: tuple[Any, ...]) -> type[Settings] | None:
+    block: Any = root
     for part in path:
         field = block.model_fields.get(part)
         block = field.annotation if field else None

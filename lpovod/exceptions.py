@@ -1,8 +1,10 @@
 """The project's error class, and the phrases its messages share."""
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -56,6 +58,12 @@ def why_unreadable(path: Path, error: Exception) -> str:
     if text.startswith("Weights only load failed"):
         return "it is damaged, or holds more than tensors"
     return (text.strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The question whether the most similar known name was meant; empty if none is similar."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def some(names: list[str]) -> str:

@@ -9,7 +9,6 @@ deleting it costs time and nothing else.
 The workflow calls this while it builds its graph, so nothing heavy is imported.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 from lpovod.artifacts import read_json, sha256, write_json
 from lpovod.catalogue import COCO_CLASSES
 from lpovod.config import Config
-from lpovod.exceptions import LpovodError, existing, some
+from lpovod.exceptions import LpovodError, did_you_mean, existing, some
 from lpovod.formats.coco import BOX_KEYS, IMAGE_KEYS
 from lpovod.miniature import pictograms
 
@@ -104,7 +103,8 @@ def check_classes(config: Config, sources: dict[str, Source]) -> list[str]:
         learned = list(sources["train"].annotations)
         measured = list(sources["val"].annotations) if "val" in sources else []
     unknown = [
-        f"classes.base: {where} has no class {name!r}; {_hint(name, learned)}"
+        f"classes.base: {where} has no class {name!r}; "
+        + (did_you_mean(name, learned) or f"it has {some(learned)}")
         for name in config.classes.base
         if name not in learned
     ]
@@ -113,18 +113,9 @@ def check_classes(config: Config, sources: dict[str, Source]) -> list[str]:
     if "val" not in config.dataset.splits:
         return []
     absent = [name for name in config.classes.novel if name not in measured]
-    listed = some([f"{name!r}{_near(name, measured)}" for name in absent])
+    hints = {name: did_you_mean(name, measured) for name in absent}
+    listed = some([f"{name!r} ({hint})" if hint else repr(name) for name, hint in hints.items()])
     return [f"not annotated, so their AP cannot be measured: {listed}"] if absent else []
-
-
-def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"it has {some(known)}"
-
-
-def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _facts(annotations: Path, remembered: Path) -> dict[str, Any]:

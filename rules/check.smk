@@ -9,14 +9,13 @@
 # It is no rule: Snakemake has no early cut-off, so whatever depended on its output would be made
 # again with it, after a corrected box as well.
 
-import hashlib
 import os
 import subprocess
 import sys
 
 from snakemake.logging import logger
 
-from lpovod.artifacts import read_json
+from lpovod.artifacts import fingerprint, read_json
 from lpovod.sources import Source, check_classes, read_sources
 
 CHECK = Path(RESULTS, "check", "check.json")
@@ -35,11 +34,13 @@ def check_data(digests):
     for split in SPLITS:
         options[f"--{split}-images"] = DATA.images(split)
         options[f"--{split}-annotations"] = DATA.annotations(split)
-    content = [source("check"), *options.values(), *CONFIG.classes.base, *digests]
-    key = hashlib.sha256("\n".join(map(str, content)).encode()).hexdigest()
+    learns = not (CONFIG.base_detector.checkpoint and CONFIG.linear_probe.checkpoint)
+    content = [source("check"), learns, *options.values(), *CONFIG.classes.base, *digests]
+    key = fingerprint({"content": [str(value) for value in content]})
     if digests and CHECK.exists() and read_json(CHECK).get("key") == key:
         return
     words = [word for option in options.items() for word in option]
+    words += [] if learns else ["--no-learns"]
     words += ["--base", *CONFIG.classes.base, "--novel", *CONFIG.classes.novel]
     # It may be a cluster's login node.
     words += ["--workers", min(4, len(os.sched_getaffinity(0)))]
@@ -49,16 +50,13 @@ def check_data(digests):
         raise WorkflowError("The data are not usable as they are: see the list above")
 
 
-# A released model learns from no image: its training images may be the validation images.
-CHECKED = ON_DISK and not (CONFIG.base_detector.checkpoint and CONFIG.linear_probe.checkpoint)
 SOURCES, unreadable = {}, None
 if ON_DISK:
     try:
         SOURCES = read_sources(CONFIG)
     except LpovodError as error:
         unreadable = error  # which the check lists with everything else
-    if CHECKED:
-        check_data([s.digest() for s in SOURCES.values()])
+    check_data([s.digest() for s in SOURCES.values()])
 try:
     if unreadable:
         raise unreadable

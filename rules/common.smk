@@ -8,8 +8,12 @@ from lpovod.config import load_config
 from lpovod.exceptions import LpovodError
 from lpovod.measures.ablations import read_metrics, table
 from lpovod.source_digest import source_digest
+from lpovod.yaml_keys import check_repeated
 
+if workflow.resource_settings.cores == 0:  # Snakemake would wait for ever
+    raise WorkflowError("--cores 0 can run no job: give a number of at least 1, or all")
 try:
+    check_repeated(map(Path, workflow.configfiles))
     CONFIG = load_config(config)
     SPLITS = CONFIG.dataset.splits
 except LpovodError as error:

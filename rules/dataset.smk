@@ -57,7 +57,7 @@ else:
             bad_images=CONFIG.dataset.bad_images,
             digest=lambda wildcards: SOURCES.get(wildcards.split, PUBLISHED).images,
             # What it says follows from the data and bad_images.
-            check=option("--check", CHECK if CHECKED else ""),
+            check=option("--check", CHECK if SOURCES else ""),
         message:
             "The {wildcards.split} images"
         shell:

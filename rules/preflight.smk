@@ -6,16 +6,14 @@
 # In a process of its own: the graph is built without torch. A Python without torch, as with
 # `--sdm conda`, skips it.
 
-import hashlib
 import importlib.util
 import os
 import subprocess
 import sys
 from importlib import metadata
 
-from lpovod.artifacts import read_json, write_json
+from lpovod.artifacts import fingerprint, read_json, write_json
 from lpovod.sources import CACHE
-from lpovod.yaml_keys import check_repeated
 
 PASSED = CACHE / "preflight.json"
 
@@ -33,7 +31,7 @@ def check_models(gpu):
     content = [source("preflight"), *map(block, blocks), *imported, *existing]
     content += [*CLIP_DIGESTS, *START_DIGESTS, *map(version, packages)]
     content += [gpu and (os.uname().nodename, os.environ.get("CUDA_VISIBLE_DEVICES"))]
-    key = hashlib.sha256("\n".join(map(str, content)).encode()).hexdigest()
+    key = fingerprint({"content": [str(value) for value in content]})
     if PASSED.is_file() and read_json(PASSED) == {"key": key}:
         return
     words = ["--config", CONFIG.model_dump_json(), "--gpu" if gpu else "--no-gpu"]
@@ -50,13 +48,6 @@ def version(package):
     except metadata.PackageNotFoundError:
         return None
 
-
-if workflow.resource_settings.cores == 0:  # Snakemake would wait for ever
-    raise WorkflowError("--cores 0 can run no job: give a number of at least 1, or all")
-try:
-    check_repeated(map(Path, workflow.configfiles))
-except LpovodError as error:
-    raise WorkflowError(str(error))
 
 # Jobs on a cluster parse this file again. A cluster's login node has no GPU, and a plan can be
 # printed anywhere.

@@ -1,12 +1,14 @@
 """A copy of the project in which a test may run Snakemake and edit files."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -51,6 +53,29 @@ def snakemake(folder: Path, config: str, overlay: dict, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout + done.stderr
+
+
+def stale_jobs(folder: Path, config: str, overlay: dict) -> dict[str, int]:
+    """How many jobs of each rule a dry-run announces."""
+    return announced(snakemake(folder, config, overlay, "-n"))
+
+
+def announced(printed: str) -> dict[str, int]:
+    """Number of jobs by rule in what a dry-run printed."""
+    table = printed.partition("Job stats:")[2].partition("total")[0]
+    rows = re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)
+    return {rule: int(count) for rule, count in rows if rule != "all"}
+
+
+def keys_of(config: str) -> set[tuple[str, ...]]:
+    """The keys that a yaml file of settings sets, as paths."""
+
+    def keys(content: Any, path: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
+        if not isinstance(content, dict):
+            return {path}
+        return {key for name, value in content.items() for key in keys(value, (*path, name))}
+
+    return keys(yaml.safe_load(Path(config).read_text()))
 
 
 def start_snakemake(folder: Path, config: str, overlay: dict, *arguments: str) -> subprocess.Popen:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from project import copy_project, snakemake
+from project import copy_project, keys_of, snakemake
 
 from lpovod.apps.adopt import adopt, choose_val
 from lpovod.apps.adopt.look import Content, look
@@ -565,15 +565,7 @@ def test_the_last_lines_are_the_plan_and_the_next_command(photos):
 def test_nothing_of_the_default_run_reaches_photographs():
     """Overlays are laid over config.yaml: what it sets, photographs.yaml has to set again."""
 
-    def keys(content, path=()):
-        if not isinstance(content, dict):
-            return {path}
-        return {key for name, value in content.items() for key in keys(value, (*path, name))}
-
-    default, shared = (
-        keys(yaml.safe_load(Path(p).read_text()))
-        for p in ("config.yaml", "configs/photographs.yaml")
-    )
+    default, shared = keys_of("config.yaml"), keys_of("configs/photographs.yaml")
     own = {("name",), ("classes", "base"), ("classes", "novel")}
     drawn = {key for key in default if key[:2] == ("dataset", "miniature")}
     assert default - drawn - own <= shared

@@ -24,7 +24,7 @@ ROOMS = (
     {"config"},
     {"formats"},
     {"boxes", "crops", "distributed", "shared_ranks", "views", "training"},
-    {"networks", "measures", "drawing"},
+    {"networks", "measures", "drawing", "pages"},
     {"importers"},
     {"clip"},
     {"search", "scoring", "operations", "sources"},

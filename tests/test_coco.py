@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from project import copy_project, snakemake
+from project import copy_project, keys_of, snakemake
 
 from lpovod.config import load_config, merge
 from lpovod.exceptions import LpovodError
@@ -95,13 +95,6 @@ def _counts(line: str) -> bool:
 def test_nothing_of_the_default_run_reaches_the_paper_s():
     """Overlays are laid over config.yaml: what it sets, the paper's has to set again."""
 
-    def keys(content, path=()):
-        if not isinstance(content, dict):
-            return {path}
-        return {key for name, value in content.items() for key in keys(value, (*path, name))}
-
-    default, paper = (
-        yaml.safe_load(Path(p).read_text()) for p in ("config.yaml", "configs/coco.yaml")
-    )
-    drawn = {key for key in keys(default) if key[:2] == ("dataset", "miniature")}
-    assert keys(default) - drawn <= keys(paper)
+    default = keys_of("config.yaml")
+    drawn = {key for key in default if key[:2] == ("dataset", "miniature")}
+    assert default - drawn <= keys_of("configs/coco.yaml")

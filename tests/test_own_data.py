@@ -5,13 +5,12 @@ The images are drawn, but the run knows them as anybody's: a folder and a COCO j
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from project import copy_project, snakemake
+from project import copy_project, snakemake, stale_jobs
 
 from lpovod.miniature.split import draw_split
 
@@ -56,10 +55,7 @@ class Data:
         self.json_file(split).write_text(json.dumps(content, indent=1))
 
     def stale(self) -> dict[str, int]:
-        printed = snakemake(self.project, "smallest.yaml", RUN, "-n")
-        table = printed.partition("Job stats:")[2].partition("total")[0]
-        rows = re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)
-        return {rule: int(count) for rule, count in rows if rule != "all"}
+        return stale_jobs(self.project, "smallest.yaml", RUN)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from project import copy_project, snakemake
+from project import copy_project, snakemake, stale_jobs
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -71,10 +71,7 @@ TRAINED = stages("proposal_network") | PROPOSED
 
 def stale(folder: Path, **overlay) -> dict[str, int]:
     """How many jobs of each rule a dry-run announces."""
-    printed = snakemake(folder, "smallest.yaml", RUN | overlay, "-n")
-    table = printed.partition("Job stats:")[2].partition("total")[0]
-    rows = re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)
-    return {rule: int(count) for rule, count in rows if rule != "all"}
+    return stale_jobs(folder, "smallest.yaml", RUN | overlay)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """The console command `lpovod`: one subcommand per program, imported only when needed."""
 
 import sys
-from difflib import get_close_matches
 from importlib import import_module
+
+from lpovod.exceptions import did_you_mean
 
 COMMANDS = {
     "adopt": (
@@ -56,8 +57,8 @@ def main() -> None:
 
         print(f"lpovod {__version__}")
     else:
-        near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, COMMANDS)
+        hint = f"; {hint}" if hint else ""
         problem = f"error: there is no command {name!r}{hint}\n\n" if name else ""
         print(problem + _usage(), file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lpovod.artifacts import read_json
 from lpovod.exceptions import LpovodError
-from lpovod.formats.labels import UNREADABLE, Box, ImageIndex, Labels, displayed_size, split_of
+from lpovod.formats.labels import Box, ImageIndex, Labels, split_of
 
 HEAD = 4096  # bytes in which a file of LabelMe's shows what it is
 AREAS = ("polygon", "rectangle", "circle", "rotation", "linestrip", "mask")
@@ -46,10 +46,7 @@ def read_labelme(folder: Path, files: list[Path], images: list[Path]) -> Labels:
         if image is None:
             labels.notes["json files have no image and are left out"].append(str(file))
             continue
-        try:
-            size = displayed_size(image)
-        except OSError:
-            labels.notes[UNREADABLE].append(str(image))
+        if (size := labels.size_of(image)) is None:
             continue
         if len(boxes) < len(shapes):
             labels.notes["files have points or lines, which have no box, left out"].append(

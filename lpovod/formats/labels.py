@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from lpovod.exceptions import LpovodError
+from lpovod.formats.images import ImageFault, read_header
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
 """Of the files that count as images."""
 
-ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are swapped
 DECIMALS = 2  # of a pixel, as in COCO's own files
 SPLIT_WORDS = {
     "train": "train",
@@ -65,7 +63,6 @@ class LabelledImage(NamedTuple):
     labelled: bool = True
 
 
-UNREADABLE = "images cannot be read and are left out"
 UNLABELLED = "images have no labels: novel classes are looked for in them, nothing else"
 
 Findings = dict[str, list[str]]
@@ -87,6 +84,14 @@ class Labels:
     splits: dict[str, list[LabelledImage]] = field(default_factory=dict)
     errors: Findings = field(default_factory=lambda: defaultdict(list))
     notes: Findings = field(default_factory=lambda: defaultdict(list))
+
+    def size_of(self, image: Path) -> tuple[int, int] | None:
+        """Width and height of an image as it is shown; None, and a note, if it is not read."""
+        try:
+            return read_header(image).displayed
+        except (ImageFault, OSError):
+            self.notes["images cannot be read and are left out"].append(str(image))
+            return None
 
     def add(
         self,
@@ -127,10 +132,7 @@ class Labels:
             if (split := split_of(path, folder)) not in ("", "train"):
                 self.notes[f"images of {split} have no labels and are left out"].append(str(path))
                 continue
-            try:
-                size = displayed_size(path)
-            except OSError:
-                self.notes[UNREADABLE].append(str(path))
+            if (size := self.size_of(path)) is None:
                 continue
             self.notes[UNLABELLED].append(str(path))
             self.add(split, path, size, [], labelled=False)
@@ -142,21 +144,6 @@ def clip(box: Box, width: int, height: int) -> Box | None:
     x1, x2 = (min(max(x, 0.0), float(width)) for x in (x1, x2))
     y1, y2 = (min(max(y, 0.0), float(height)) for y in (y1, y2))
     return box._replace(corners=(x1, y1, x2, y2)) if x1 < x2 and y1 < y2 else None
-
-
-def displayed_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image as it is shown, from its header.
-
-    Raises:
-        OSError: if the file is not an image, or an enormous one.
-    """
-    try:
-        with Image.open(path) as file:
-            width, height = file.size
-            turned = file.getexif().get(ORIENTATION, 1) >= 5
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path} is not an image: {error}") from None
-    return (height, width) if turned else (width, height)
 
 
 def as_coco(images: list[LabelledImage], classes: list[str], root: Path | None = None) -> dict:

@@ -6,15 +6,13 @@ part and at any time, costs time and nothing else. A file appears under its name
 and equal keys mean equal content, so several runs may share a store.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from lpovod.artifacts import read_json, read_tensors, write_json, write_tensors
+from lpovod.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from lpovod.exceptions import LpovodError
 from lpovod.progress import log
 
@@ -27,7 +25,7 @@ def key_of(**shape: Any) -> str:
     Args:
         shape: by name, anything that json holds.
     """
-    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:32]
+    return fingerprint(shape)[:32]
 
 
 class Store:

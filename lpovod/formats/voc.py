@@ -9,12 +9,10 @@ from xml.etree import ElementTree
 
 from lpovod.exceptions import LpovodError
 from lpovod.formats.labels import (
-    UNREADABLE,
     Box,
     ImageIndex,
     LabelledImage,
     Labels,
-    displayed_size,
     label_files,
     read_lines,
     split_of,
@@ -61,10 +59,7 @@ def read_voc(folder: Path, files: list[Path], images: list[Path]) -> Labels:
             continue
         if (split := _split(file, folder, splits)) is None:
             continue  # noted below
-        try:
-            shown = displayed_size(image)
-        except OSError:
-            labels.notes[UNREADABLE].append(str(image))
+        if (shown := labels.size_of(image)) is None:
             continue
         boxes = _boxes(labels, root, file)
         names |= {box.name for box in boxes}

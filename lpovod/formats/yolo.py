@@ -15,11 +15,9 @@ from lpovod.exceptions import LpovodError, existing
 from lpovod.formats.labels import (
     SUFFIXES,
     UNLABELLED,
-    UNREADABLE,
     Box,
     LabelledImage,
     Labels,
-    displayed_size,
     label_files,
     read_lines,
     split_of,
@@ -169,11 +167,9 @@ def _place(path: Path, content: dict, entry: str, split: str) -> Path:
 def _read_image(
     labels: Labels, split: str, image: Path, names: dict[int, str], poses: bool
 ) -> None:
-    try:
-        width, height = displayed_size(image)
-    except OSError:
-        labels.notes[UNREADABLE].append(str(image))
+    if (size := labels.size_of(image)) is None:
         return
+    width, height = size
     file, boxes = label_path(image), []
     labelled = file.is_file() or split not in ("", "train")
     if not labelled:

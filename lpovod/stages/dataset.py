@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lpovod.artifacts import identity, read_json, write_json
+from lpovod.artifacts import Identity, identity, read_json, write_json
 from lpovod.config import MiniatureSettings, Split
 from lpovod.exceptions import LpovodError, some
 from lpovod.formats.coco import BOX_KEYS, IMAGE_KEYS, read_dataset
@@ -46,7 +46,7 @@ def draw(
     world = (settings.nuisance, settings.nested, settings.distractors)
     content = draw_split(folder, count, seed, split, *world)
     ident = identity("dataset", {"world": world}) | {"seed": seed}
-    write_json(images, _images_json(content["images"], folder, images, ident))
+    write_json(images, _content(content["images"], folder, images, ident))
     write_json(annotations, content)
     log.info(f"{split}: {count} images drawn, {len(content['annotations'])} objects")
 
@@ -82,7 +82,7 @@ def list_images(
     if absent:
         raise LpovodError(f"{folder}: {len(absent)} images are missing: {some(absent)}")
     ident = identity("dataset", None, source=digest)
-    write_json(output, _images_json(images, folder, output, ident))
+    write_json(output, _content(images, folder, output, ident))
     log.info(f"{split}: {len(images)} images" + (f", {len(bad)} left out" if bad else ""))
 
 
@@ -117,22 +117,17 @@ def annotate(
         if a["category_id"] in ids
     ]
     _check_count(sum(a["category_id"] in of_base for a in boxes), expected_boxes, annotations)
-    content = {
-        "info": {
-            "identity": identity("dataset", {"base": base if base_only else None}, images=images),
-            "images": os.path.relpath(listed.folder, output.parent),
-        },
-        "images": list(listed.images.values()),
-        "annotations": boxes,
-        "categories": [{"id": i, "name": data.categories[i]["name"]} for i in sorted(ids)],
-    }
-    write_json(output, content)
+    ident = identity("dataset", {"base": base if base_only else None}, images=images)
+    categories = [{"id": i, "name": data.categories[i]["name"]} for i in sorted(ids)]
+    content = _content([*listed.images.values()], listed.folder, output, ident)
+    write_json(output, content | {"annotations": boxes, "categories": categories})
     log.info(
         f"{output.name}: {len(listed.images)} images, {len(boxes)} boxes of {len(ids)} classes"
     )
 
 
-def _images_json(images: list[dict], folder: Path, output: Path, ident: Any) -> dict[str, Any]:
+def _content(images: list[dict], folder: Path, output: Path, ident: Identity) -> dict[str, Any]:
+    """COCO's json of images in a folder, without annotations."""
     return {
         "info": {"identity": ident, "images": os.path.relpath(folder, output.parent)},
         "images": [{k: image[k] for k in IMAGE_KEYS} for image in images],

@@ -6,7 +6,6 @@ looks at what the folder holds, makes a validation split if there is none, and w
 Images are neither copied nor moved.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from lpovod.apps.adopt.overlay import SHARED, Adopted, overlay, run_name
 from lpovod.artifacts import atomic, write_json
 from lpovod.catalogue import WEIGHTS
 from lpovod.config import Config, load_config, merge
-from lpovod.exceptions import LpovodError, UsageError, existing
+from lpovod.exceptions import LpovodError, UsageError, did_you_mean, existing
 
 DEFAULTS = Path("config.yaml")
 FEW_BOXES = 10  # of a base class, below which it is mentioned
@@ -183,8 +182,7 @@ def _classes(
         raise UsageError(f"{both[0]!r} is both a base and a novel class")
     for name in base:
         if name not in annotated:
-            near = difflib.get_close_matches(name, annotated, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"annotated are {', '.join(annotated)}"
+            hint = did_you_mean(name, annotated) or f"annotated are {', '.join(annotated)}"
             raise LpovodError(f"--base: no training image is annotated with {name!r}; {hint}")
     chosen = list(base) or [name for name in annotated if name not in names]
     if not chosen:

@@ -30,6 +30,7 @@ def check(
     page: Path,
     val_images: Path | None = None,
     val_annotations: Path | None = None,
+    learns: bool = True,
 ) -> None:
     """Check images and annotations, and write all findings.
 
@@ -47,6 +48,8 @@ def check(
         page: html that shows the findings.
         val_images: folder of the validation images, if there are any.
         val_annotations: their COCO json.
+        learns: whether the run learns from the training images; those of a released model, which
+            learns nothing, may be the validation images.
 
     Raises:
         LpovodError: listing all errors.
@@ -58,7 +61,7 @@ def check(
     readable = [check_json(findings, split) for split in listed]
     if all(readable):
         check_classes(findings, listed[0], listed[1] if len(listed) == 2 else None, base, novel)
-    bad = _check_folders(findings, listed, readable, bad_images == "skip", workers)
+    bad = _check_folders(findings, listed, readable, bad_images == "skip", workers, learns)
     errors, warnings = findings.kinds(error=True), findings.kinds(error=False)
     output.unlink(missing_ok=True)  # of earlier data
     write_page(findings, listed, base, novel, page)
@@ -82,7 +85,12 @@ def check(
 
 
 def _check_folders(
-    findings: Findings, listed: list[Listed], readable: list[bool], decode: bool, workers: int
+    findings: Findings,
+    listed: list[Listed],
+    readable: list[bool],
+    decode: bool,
+    workers: int,
+    learns: bool,
 ) -> dict[str, list[int]]:
     """Look at the images of all splits whose json and folder exist."""
     usable = []
@@ -92,4 +100,4 @@ def _check_folders(
             findings.add("folder", split.example(text))
         elif is_readable:
             usable.append(split)
-    return check_files(findings, usable, decode, workers)
+    return check_files(findings, usable, decode, workers, learns)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from lpovod import __version__
@@ -11,6 +10,7 @@ from lpovod.artifacts import atomic
 from lpovod.drawing import jpeg_uri
 from lpovod.exceptions import LpovodError
 from lpovod.formats.images import read_header, read_image
+from lpovod.pages import templates
 from lpovod.stages.check.annotations import Listed
 from lpovod.stages.check.findings import KINDS, Example, Findings
 
@@ -44,13 +44,7 @@ def write_page(
         "classes": {"base": base, "novel": novel},
         "version": __version__,
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     with atomic(output) as partial:
         partial.write_text(environment.get_template(TEMPLATE).render(page), encoding="utf-8")
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from lpovod.artifacts import atomic
 from lpovod.config import Config
 from lpovod.formats.benchmarks import stage_times
 from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.measures.mistakes import KINDS
+from lpovod.pages import templates
 from lpovod.progress import log
 from lpovod.stages.report.facts import box_counts, changed_settings, measured_on, run_facts
 from lpovod.stages.report.made import Made, made_now
@@ -164,13 +163,7 @@ def render(page: dict[str, Any], made: Made) -> str:
         page: what `write_report` gathers.
         made: date, code and machine; equal values give an equal page.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters |= {"number": number, "signed": signed, "duration": duration}
     many = any(len(listed) > OPEN_CLASSES for listed in page["classes"].values())
     script = (Path(__file__).parent / SCRIPT).read_text(encoding="utf-8") if many else None
