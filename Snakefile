@@ -26,6 +26,7 @@ include: rules_of("pseudo_labels", CONFIG.pseudo_labels.file)
 include: "rules/region_features.smk"
 include: rules_of("linear_probe", CONFIG.linear_probe.checkpoint)
 include: "rules/evaluation.smk"
+include: "rules/model.smk"
 include: "rules/report.smk"
 include: "rules/small_clip.smk"
 include: "rules/pictures.smk"
@@ -39,6 +40,8 @@ rule all:
     default_target: True
     input:
         METRICS if "val" in SPLITS else rules.linear_probe.output,
+        # Imported proposals come without a network, and a model cannot do without.
+        [] if CONFIG.proposals.files else rules.model.output,
         rules.report.output,
 
 

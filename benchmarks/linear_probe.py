@@ -31,7 +31,7 @@ from torch import Tensor
 from lpovod.boxes import match, sample
 from lpovod.config import Config, LinearProbeSettings, TrainingSettings, read_config
 from lpovod.formats.coco import CocoDataset, coco_results, read_dataset
-from lpovod.formats.image_features import ImageFeatures
+from lpovod.formats.image_features import ImageFeatures, paths_in
 from lpovod.formats.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
 from lpovod.formats.regions import RegionStore, read_proposals
 from lpovod.measures.ablations import variants
@@ -171,7 +171,7 @@ def measure(options: Options) -> dict:
     labels = run / "pseudo_labels/novel.json"
     retrieved, ignored = read_pseudo_labels(labels), read_ignored(labels)
     retrieved = {name: retrieved[name] for name in sorted(retrieved)}  # as the scorer has them
-    stored = ImageFeatures(sorted((run / "region_features/retrieved").iterdir()))
+    stored = ImageFeatures(paths_in(sorted((run / "region_features/retrieved").iterdir())))
     model, _ = load_detector(detector, config.backbone, config.base_detector)
     data = read_dataset(train)
     images = label_images(retrieved, ignored, read_proposals(proposals, train))
@@ -220,8 +220,9 @@ def scorer(run: Path, config: Config) -> Callable[[Tensor], dict[str, float]]:
         image_ids, novel_ap = [i for i in features.image_ids if features.count(i)], {}
         scores = {i: score_regions(features.read(i), None, of_all) for i in image_ids}
         for way in VARIANTS:
+            probe_weights = ways[way].probe_weights(base, len(classes.novel))
             detected = {
-                i: detect(of_image, base, category_ids, ways[way], config.evaluation)
+                i: detect(of_image, probe_weights, category_ids, ways[way], config.evaluation)
                 for i, of_image in scores.items()
             }
             by_class = ap50_by_class(truth, coco_results(detected))

@@ -7,11 +7,13 @@ in its format. Weights are checked against it key by key.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import NamedTemporaryFile
 from typing import Protocol
 
 import numpy as np
@@ -151,13 +153,18 @@ class Clip:
             LpovodError: if a text has more tokens than the model reads, because CLIP would silently
                 drop its end.
         """
-        _check_lengths(texts, self.tokenizer)
-        device = self.model.logit_scale.device
-        features = [torch.empty(0, self.dimension, device=device)]
-        for start in range(0, len(texts), BATCH):
-            tokens = self.tokenizer(texts[start : start + BATCH]).to(device)
-            features.append(self.model.encode_text(tokens).float())
-        return torch.cat(features)
+        return _encode_texts(self.model, self.tokenizer, texts)
+
+
+def _encode_texts(
+    model: CLIP | CustomTextCLIP, tokenizer: SimpleTokenizer, texts: list[str]
+) -> Tensor:
+    _check_lengths(texts, tokenizer)
+    device, features = model.logit_scale.device, []
+    for start in range(0, len(texts), BATCH):
+        tokens = tokenizer(texts[start : start + BATCH]).to(device)
+        features.append(model.encode_text(tokens).float())
+    return torch.cat(features)
 
 
 def load_clip(
@@ -193,7 +200,7 @@ def load_clip(
     model.visual.to(getattr(torch, precision))
     return Clip(
         model=model.to(device=device, memory_format=torch.channels_last),
-        tokenizer=_load_tokenizer(settings, config, model.vocab_size),
+        tokenizer=_load_tokenizer(settings.vocabulary, config, model.vocab_size),
         preprocessing=preprocessing,
         logit_scale=float(model.logit_scale.exp()),
         dimension=int(config["embed_dim"]),
@@ -221,7 +228,7 @@ def check_clip(settings: ClipSource, texts: Sequence[str] = ()) -> int:
     model = on_meta(lambda: _build_model(config))
     if settings.weights is not None and settings.weights.is_file():
         _fitting_state(model, settings.weights, settings.architecture, config)
-    _check_lengths(texts, _load_tokenizer(settings, config, model.vocab_size))
+    _check_lengths(texts, _load_tokenizer(settings.vocabulary, config, model.vocab_size))
     return int(config["embed_dim"])
 
 
@@ -473,12 +480,12 @@ def _keep_class_token(tower: nn.Module) -> None:
         blocks[-1] = _ClassTokenBlock(blocks[-1])
 
 
-def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) -> SimpleTokenizer:
+def _load_tokenizer(vocabulary: Path | None, config: dict, vocabulary_size: int) -> SimpleTokenizer:
     context_length = config["text_cfg"].get("context_length", 77)
-    if settings.vocabulary is None:
+    if vocabulary is None:
         tokenizer = SimpleTokenizer(context_length=context_length)
     else:
-        path = existing(settings.vocabulary, "clip.vocabulary")
+        path = existing(vocabulary, "clip.vocabulary")
         try:
             tokenizer = SimpleTokenizer(bpe_path=str(path), context_length=context_length)
         except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -487,9 +494,9 @@ def _load_tokenizer(settings: ClipSource, config: dict, vocabulary_size: int) ->
             ) from None
     if tokenizer.vocab_size != vocabulary_size:
         raise LpovodError(
-            f"the vocabulary {settings.vocabulary or 'of CLIP'} has {tokenizer.vocab_size} tokens "
-            f"and {settings.architecture} embeds {vocabulary_size}: set clip.vocabulary to the "
-            "merges file that the weights were trained with"
+            f"the vocabulary {vocabulary or 'of CLIP'} has {tokenizer.vocab_size} tokens and the "
+            f"CLIP embeds {vocabulary_size}: set clip.vocabulary to the merges file that the "
+            "weights were trained with"
         )
     return tokenizer
 
@@ -521,13 +528,72 @@ def embed_texts(
     Raises:
         LpovodError: if the CLIP model cannot be loaded.
     """
-    model, vectors = load_clip(clip, "cpu"), []
-    # One name at a time: the bits of a matrix product depend on its size, and a name's vector may
-    # not depend on the names beside it.
-    for name in progress(names, "text embeddings", "name"):
-        units = _unit(model.encode_texts(texts_of(name, settings, prompts)).double().numpy())
-        vectors.append(_unit(units.mean(axis=0)))
+    model = load_clip(clip, "cpu")
+    vectors = [
+        name_vector(model.encode_texts, texts_of(name, settings, prompts))
+        for name in progress(names, "text embeddings", "name")
+    ]
     return as_class_embeddings(names, np.stack(vectors), model, clip)
+
+
+def name_vector(encode: Callable[[list[str]], Tensor], texts: list[str]) -> np.ndarray:
+    """The unit vector, (D,) float32, that stands for the texts of one name.
+
+    One name at a time: the bits of a matrix product depend on its size, and a name's vector may not
+    depend on the names beside it.
+    """
+    units = _unit(encode(texts).double().numpy())
+    return _unit(units.mean(axis=0)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """What embeds words: half a CLIP, in plain arrays.
+
+    Attributes:
+        config: open_clip's configuration of the whole model.
+        tensors: of everything but the image tower, float32.
+        merges: byte-pair merges of the tokenizer, gzipped, (bytes,) uint8; empty for CLIP's.
+    """
+
+    config: dict
+    tensors: dict[str, np.ndarray]
+    merges: np.ndarray
+
+
+def read_text_tower(settings: ClipSource) -> TextTower:
+    """The text tower of a CLIP.
+
+    Raises:
+        LpovodError: as `load_clip` does.
+    """
+    if settings.weights is None:
+        raise LpovodError("clip.weights is null: name the weights of the CLIP to load")
+    config = _read_architecture(settings.architecture)[0]
+    path, model = existing(settings.weights, "clip.weights"), on_meta(lambda: _build_model(config))
+    state = _fitting_state(model, path, settings.architecture, config)
+    tensors = {
+        name: tensor.float().numpy()
+        for name, tensor in state.items()
+        if not name.startswith("visual.")
+    }
+    merges = settings.vocabulary.read_bytes() if settings.vocabulary else b""
+    return TextTower(config, tensors, np.frombuffer(merges, np.uint8))
+
+
+def text_encoder(tower: TextTower) -> Callable[[list[str]], Tensor]:
+    """A function like `Clip.encode_texts`."""
+    model = _build_model(tower.config)
+    model.visual = nn.Identity()
+    model.load_state_dict({name: torch.from_numpy(t) for name, t in tower.tensors.items()})
+    model.requires_grad_(False).eval()
+    # The tokenizer reads a file.
+    with NamedTemporaryFile(suffix=".txt.gz") as file:
+        file.write(tower.merges.tobytes())
+        file.flush()
+        merges = Path(file.name) if len(tower.merges) else None
+        tokenizer = _load_tokenizer(merges, tower.config, model.vocab_size)
+    return torch.inference_mode()(partial(_encode_texts, model, tokenizer))
 
 
 def texts_of(

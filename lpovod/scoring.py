@@ -6,6 +6,7 @@
 * the square root of score · objectness, a threshold, NMS within each class.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torchvision.ops import nms
 from lpovod.artifacts import check_made_from, read_tensors
 from lpovod.config import EvaluationSettings
 from lpovod.exceptions import LpovodError
-from lpovod.formats.class_embeddings import read_text_embeddings
+from lpovod.formats.class_embeddings import read_text_embeddings, temperature_of
 from lpovod.formats.coco import Detected
 from lpovod.formats.regions import Regions
 from lpovod.measures.ablations import Variant
@@ -88,21 +89,13 @@ def read_class_weights(
     for name in [*base, *novel]:
         if name not in rows:
             raise LpovodError(f"class {name!r} has no text embedding in {text_embeddings}")
-    temperature = settings.temperature
-    if temperature is None:
-        if text.logit_scale is None:
-            raise LpovodError(
-                f"{text_embeddings[0]} has no logit scale: its rows were read from a file. Set "
-                "evaluation.temperature"
-            )
-        temperature = 1 / text.logit_scale
     weights = np.concatenate([tensors["prototypes"], *(probes[name][None] for name in novel)])
     return ClassWeights(
         base,
         novel,
         torch.from_numpy(weights),
         torch.from_numpy(np.stack([rows[name] for name in [*base, *novel]])),
-        temperature,
+        temperature_of(text, text_embeddings[0], settings),
     )
 
 
@@ -135,40 +128,44 @@ def score_regions(regions: Regions, embedded: Regions | None, classes: ClassWeig
     )
 
 
-def final_scores(scores: Scores, base: int, variant: Variant) -> Tensor:
+def final_scores(scores: Scores, probe_weights: Sequence[float], variant: Variant) -> Tensor:
     """(n, classes) scores as they enter the NMS.
 
     Args:
         scores: raw scores of n regions.
-        base: number of base classes; they come first.
+        probe_weights: for each class, the weight of its linear classifier; the CLIP head has the
+            rest.
         variant: the method or an ablation.
     """
     cosine = scores.clip if variant.true_clip else scores.cosine
     assert cosine is not None, "CLIP's own scores need its embeddings of the regions"
     clip = (cosine / variant.temperature).softmax(dim=1)
-    probe_weight = torch.full((clip.shape[1],), variant.beta)
-    probe_weight[:base] = 1 - variant.alpha
+    probe_weight = torch.tensor(probe_weights)
     score = clip ** (1 - probe_weight) * scores.sigmoid**probe_weight
     return (score * scores.objectness[:, None] if variant.objectness else score).sqrt()
 
 
 def detect(
     scores: Scores,
-    base: int,
+    probe_weights: Sequence[float],
     category_ids: list[int],
     variant: Variant,
     settings: EvaluationSettings,
+    only: Sequence[int] | None = None,
 ) -> Detected:
     """Detections of one image: threshold, NMS within each class, the best `per_image`.
 
     Args:
         scores: raw scores of its regions.
-        base: number of base classes.
-        category_ids: of base, then novel classes.
+        probe_weights: see `final_scores`.
+        category_ids: of the classes.
         variant: the method or an ablation.
         settings: threshold, NMS and number of detections.
+        only: columns of the classes to detect; None for all.
     """
-    score = final_scores(scores, base, variant)
+    score = final_scores(scores, probe_weights, variant)
+    if only is not None:
+        score, category_ids = score[:, list(only)], [category_ids[column] for column in only]
     rows, classes = (score > settings.score_threshold).nonzero(as_tuple=True)
     if not len(rows):
         return np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, np.int64)

@@ -367,9 +367,13 @@ def raw_scores(
     )
 
 
+def weights_of(variant: Variant) -> list[float]:
+    return variant.probe_weights(len(BASE), len(NOVEL))
+
+
 def detections(scores: Scores, variant: Variant, settings: EvaluationSettings) -> np.ndarray:
     """(k, 6): box in pixels of the original image, score, place of the class among the 65."""
-    box, score, place = detect(scores, BASE_CLASSES, BASE + NOVEL, variant, settings)
+    box, score, place = detect(scores, weights_of(variant), BASE + NOVEL, variant, settings)
     return np.concatenate([box, score[:, None], place[:, None]], axis=1).astype(np.float32)
 
 
@@ -383,7 +387,7 @@ def all_detections(name: str, model: Detector, pyramid: list[Tensor], view: Load
     for kind, probe in (("base", False), ("ft", True)):
         scores = raw_scores(model, pyramid, view, *given, probe)
         ordered = np.zeros((PROPOSALS, 66), np.float32)  # the last one is the background's
-        ordered[:, BASE + NOVEL] = final_scores(scores, BASE_CLASSES, variant)
+        ordered[:, BASE + NOVEL] = final_scores(scores, weights_of(variant), variant)
         found[f"{name}_{kind}_scores66"] = ordered
         found[f"{name}_{kind}_dets"] = detections(scores, variant, settings)
     outputs, anchors = model.rpn_head(pyramid), make_anchors(pyramid)

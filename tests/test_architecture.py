@@ -27,7 +27,7 @@ ROOMS = (
     {"networks", "measures", "drawing", "pages"},
     {"importers"},
     {"clip"},
-    {"search", "scoring", "operations", "sources"},
+    {"search", "scoring", "operations", "sources", "model", "text_tower"},
     {"command_line", "launcher"},
     {"stages"},
     {"apps"},

@@ -34,7 +34,7 @@ def scores(**changed) -> Scores:
 
 
 def test_scores_follow_the_formula():
-    found = final_scores(scores(), 1, Variant(alpha=0, beta=0.8, temperature=0.01))
+    found = final_scores(scores(), [1, 0.8], Variant(alpha=0, beta=0.8, temperature=0.01))
     for region, (cosine, sigmoid, objectness) in enumerate(
         [((0.30, 0.20), (0.9, 0.2), 0.81), ((0.20, 0.25), (0.1, 0.6), 0.25)]
     ):
@@ -55,7 +55,8 @@ def test_scores_follow_the_formula():
 )
 def test_each_ablation_takes_one_thing_away(name, novel):
     settings = EvaluationSettings()
-    found = final_scores(scores(), 1, variants(settings, 0.1, True)[name])[1, 1]
+    variant = variants(settings, 0.1, True)[name]
+    found = final_scores(scores(), variant.probe_weights(1, 1), variant)[1, 1]
     clip = math.exp(2.5) / (math.exp(2.5) + math.exp(2.0))
     assert float(found) == pytest.approx(math.sqrt(novel(clip, 0.6, 0.25)), rel=1e-5)
 
@@ -64,8 +65,8 @@ def test_true_clip_replaces_the_image_head():
     rows = variants(EvaluationSettings(), 0.1, True)
     swapped = scores(cosine=scores().clip)
     assert torch.equal(
-        final_scores(scores(), 1, rows["true_clip_with_probe"]),
-        final_scores(swapped, 1, rows["full"]),
+        final_scores(scores(), [1, 0.8], rows["true_clip_with_probe"]),
+        final_scores(swapped, [1, 0.8], rows["full"]),
     )
     assert "true_clip_with_probe" not in variants(EvaluationSettings(), 0.1, False)
 
@@ -79,14 +80,14 @@ def test_detections_are_thresholded_suppressed_within_a_class_and_best_first():
         sigmoid=torch.tensor([[0.81, 0.49], [0.64, 0.36], [0.001, 0.001]]),
         cosine=torch.zeros(3, 2),
     )
-    box, score, category = detect(one, 1, [7, 9], Variant(0, 1, 1.0), EvaluationSettings())
+    box, score, category = detect(one, [1, 1], [7, 9], Variant(0, 1, 1.0), EvaluationSettings())
     assert category.tolist() == [7, 9]  # the second region is suppressed in both classes
     assert score.tolist() == pytest.approx([0.9, 0.7])
     assert box.tolist() == [boxes[0].tolist()] * 2
 
 
 def test_raw_boxes_can_be_asked_for():
-    raw = detect(scores(), 1, [7, 9], Variant(0, 1, 1.0, refined=False), EvaluationSettings())
+    raw = detect(scores(), [1, 1], [7, 9], Variant(0, 1, 1.0, refined=False), EvaluationSettings())
     assert {tuple(b) for b in raw[0].tolist()} <= {(0, 0, 10, 10), (20, 20, 30, 30)}
 
 

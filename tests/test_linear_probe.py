@@ -17,7 +17,7 @@ from lpovod.config import (
 )
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import read_dataset
-from lpovod.formats.image_features import ImageFeatures
+from lpovod.formats.image_features import ImageFeatures, paths_in
 from lpovod.formats.pseudo_labels import PseudoLabels, read_pseudo_labels
 from lpovod.formats.regions import read_proposals, write_regions
 from lpovod.miniature.split import draw_split
@@ -103,7 +103,7 @@ def test_an_image_of_two_classes_counts_each_region_once(tmp_path):
         "fish": {5: (box, np.array([0.9]))},
         "house": {5: (box + 60, np.array([0.9])), 9: (box + 60, np.array([0.9]))},
     }
-    found = gather_candidates(retrieved, {}, ImageFeatures(features))
+    found = gather_candidates(retrieved, {}, ImageFeatures(paths_in(features)))
     assert sorted(found) == [5, 9]
     assert len(found[5].label) == 4  # a good and a bad box of each class
     assert sorted(found[5].label[found[5].positive].tolist()) == [0, 1]
@@ -117,7 +117,7 @@ def test_what_overlaps_an_ignored_object_is_no_negative_and_may_be_a_positive(tm
     near, far = bad + np.float32([0, 0, 6, 6]), bad + np.float32([0, 0, 8, 8])  # IoU .51 and .43
     ignored = {1: np.array([good, bad]), 2: np.array([bad])}
     for given, usable in (({}, 2), (ignored, 1), ({1: near[None]}, 1), ({1: far[None]}, 2)):
-        found = gather_candidates(retrieved, given, ImageFeatures(features))
+        found = gather_candidates(retrieved, given, ImageFeatures(paths_in(features)))
         assert found[1].label.tolist().count(0) == 1
         assert len(found[1].label) == usable
 
@@ -129,7 +129,7 @@ def test_a_box_that_the_file_repeats_is_a_candidate_once(tmp_path):
     arrays, ident = read_tensors(path, "region_features")
     twice = {name: np.concatenate([array[2:3], array]) for name, array in arrays.items()}
     write_tensors(path, twice, ident)
-    found = gather_candidates(read_pseudo_labels(labels), {}, ImageFeatures(features))[5]
+    found = gather_candidates(read_pseudo_labels(labels), {}, ImageFeatures(paths_in(features)))[5]
     assert len(found.label) == 4
     np.testing.assert_array_equal(
         np.sort(found.feature(np.arange(4)), axis=0),
@@ -296,7 +296,12 @@ def drawn_world(folder: Path) -> tuple[PseudoLabels, ImageFeatures, list[LoadedV
     for image_id, boxes in label_images(retrieved, {}, proposals).items():
         shown = apply_view(data.load(image_id), View(image_id, 160, 160))
         views.append(LoadedView(shown.view, shown.pixels, shown.scale, boxes))
-    return retrieved, ImageFeatures([stored]), views, load_detector(detector, BACKBONE, HEADS)[0]
+    return (
+        retrieved,
+        ImageFeatures(paths_in([stored])),
+        views,
+        load_detector(detector, BACKBONE, HEADS)[0],
+    )
 
 
 def test_weights_that_run_away_are_an_error():

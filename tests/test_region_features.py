@@ -10,7 +10,7 @@ from lpovod.boxes import decode
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import read_dataset
-from lpovod.formats.image_features import ImageFeatures
+from lpovod.formats.image_features import ImageFeatures, paths_in
 from lpovod.formats.regions import RegionStore
 from lpovod.networks.detector import Detector
 from lpovod.stages.region_features import extract_retrieved, extract_split
@@ -103,7 +103,7 @@ def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, d
     assert sorted(file.name for file in output.iterdir()) == [
         f"{i}.safetensors" for i in (20, 3, 41)
     ]
-    features = ImageFeatures([output])
+    features = ImageFeatures(paths_in([output]))
     assert sorted(features.image_ids) == [3, 20, 41]
     for image_id in (3, 20, 41):
         found, proposed = features.read(image_id), world.boxes[image_id]
@@ -133,8 +133,11 @@ def test_shards_share_the_images(world, detector, tmp_path):
             *(world.dataset, world.proposals, labels, detector[0], BACKBONE, HEADS, settings),
             *(shard, folder, tmp_path / "store", "c"),
         )
-    assert [sorted(ImageFeatures([folder]).image_ids) for folder in folders] == [[3, 41], [20]]
-    assert sorted(ImageFeatures(folders).image_ids) == [3, 20, 41]
+    assert [sorted(ImageFeatures(paths_in([folder])).image_ids) for folder in folders] == [
+        [3, 41],
+        [20],
+    ]
+    assert sorted(ImageFeatures(paths_in(folders)).image_ids) == [3, 20, 41]
 
 
 def test_a_detector_of_other_settings_is_refused(world, detector, tmp_path):

@@ -10,6 +10,10 @@ COMMANDS = {
         "lpovod.apps.adopt",
         "look at a folder of photographs and write the overlay of a run on them",
     ),
+    "detect": ("lpovod.apps.detect", "detect objects in images, folders and data sets"),
+    "learn": ("lpovod.apps.learn", "add a class to a trained model, by its name or by examples"),
+    "serve": ("lpovod.apps.serve", "a page to detect, correct and learn in the browser"),
+    "export": ("lpovod.apps.export", "a finished run as one file that detects, or as ONNX graphs"),
     "search": ("lpovod.apps.search", "show the regions of a finished run that match any words"),
     "score": (
         "lpovod.apps.score",

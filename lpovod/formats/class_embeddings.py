@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lpovod.artifacts import read_tensors
-from lpovod.config import ClipSettings
+from lpovod.config import ClipSettings, EvaluationSettings
 from lpovod.exceptions import LpovodError
 
 STAGE = "text_embeddings"
@@ -69,6 +69,26 @@ def read_text_embeddings(paths: Path | Iterable[Path]) -> ClassEmbeddings:
         clip_weights=inputs["clip_weights"],
         clip_architecture=inputs["clip_architecture"],
     )
+
+
+def temperature_of(text: ClassEmbeddings, path: Path, settings: EvaluationSettings) -> float:
+    """Temperature of the softmax over cosines: the configured one, or CLIP's.
+
+    Args:
+        text: the embeddings.
+        path: their file, for the message.
+        settings: of stage `evaluation`.
+
+    Raises:
+        LpovodError: if there is neither.
+    """
+    if settings.temperature is not None:
+        return settings.temperature
+    if text.logit_scale is None:
+        raise LpovodError(
+            f"{path} has no logit scale: its rows were read from a file. Set evaluation.temperature"
+        )
+    return 1 / text.logit_scale
 
 
 def _check_same_model(path: Path, ident: dict, other: Path, expected: dict) -> None:

@@ -79,6 +79,11 @@ class CocoDataset:
         """Path of the image file."""
         return self.folder / self.images[image_id]["file_name"]
 
+    def size(self, image_id: int) -> tuple[int, int]:
+        """Height and width of an image in pixels, as stated."""
+        stated = self.images[image_id]
+        return stated["height"], stated["width"]
+
     def load(self, image_id: int) -> np.ndarray:
         """The decoded image, (height, width, 3) uint8 RGB, as `read_image` says.
 

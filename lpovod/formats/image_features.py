@@ -18,22 +18,27 @@ from lpovod.exceptions import LpovodError
 STAGE = "region_features"
 
 
+def paths_in(folders: Iterable[Path]) -> dict[int, Path]:
+    """The files in the folders that together hold all images, by image id."""
+    return {
+        int(path.stem): path
+        for folder in folders
+        for path in sorted(Path(folder).glob("*.safetensors"))
+    }
+
+
 class ImageFeatures:
-    """Reads the features of images from the folders that together hold them.
+    """Reads the features of images.
 
     Args:
-        folders: of stage `region_features`.
+        paths: file of each image.
 
     Raises:
         LpovodError: if there is no file, or a folder holds images of another detector.
     """
 
-    def __init__(self, folders: Iterable[Path]):
-        self._paths = {
-            int(path.stem): path
-            for folder in folders
-            for path in sorted(Path(folder).glob("*.safetensors"))
-        }
+    def __init__(self, paths: dict[int, Path]):
+        self._paths = paths
         if not self._paths:
             raise LpovodError("there are no region features of retrieved images")
         firsts = {path.parent: path for path in reversed(self._paths.values())}

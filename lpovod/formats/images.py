@@ -101,12 +101,12 @@ class Header:
         raise ImageFault("size", f"{sizes}, the json states {_by(size)}", remedy)
 
 
-def read_image(path: Path, size: Size) -> np.ndarray:
+def read_image(path: Path, size: Size | None = None) -> np.ndarray:
     """Decode an image.
 
     Args:
         path: the file.
-        size: width and height as annotated.
+        size: width and height as annotated; None for those of the displayed pixels.
 
     Returns:
         (height, width, 3) uint8 RGB; grey images have equal channels.
@@ -116,7 +116,7 @@ def read_image(path: Path, size: Size) -> np.ndarray:
     """
     with _opened(path) as file:
         header = _header(path, file)
-        as_stored = header.read_as_stored(size)
+        as_stored = size is not None and header.read_as_stored(size)
         try:
             pixels = _rgb(file, header.bits)
         except MemoryError:

@@ -85,6 +85,20 @@ def read_pseudo_labels(path: Path) -> PseudoLabels:
     }
 
 
+def labels_of(retrieved: dict[str, Retrieved]) -> tuple[PseudoLabels, dict[int, np.ndarray]]:
+    """What `read_pseudo_labels` and `read_ignored` would read from the file of `as_coco`."""
+    labels: PseudoLabels = {}
+    ignored: dict[int, list[dict]] = {}
+    for name, of_class in retrieved.items():
+        by_image: dict[int, list[dict]] = {}
+        for region in of_class.regions:
+            by_image.setdefault(region["image_id"], []).append(region)
+        labels[name] = {image_id: _boxes(regions) for image_id, regions in by_image.items()}
+        for region in of_class.ignored:
+            ignored.setdefault(region["image_id"], []).append(region)
+    return labels, {image_id: _boxes(regions)[0] for image_id, regions in ignored.items()}
+
+
 def read_ignored(path: Path) -> dict[int, np.ndarray]:
     """Boxes (n, 4) float32 xyxy, by image id, of objects that are not negatives of any class."""
     by_image = {}

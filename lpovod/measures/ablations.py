@@ -60,6 +60,10 @@ class Variant:
     refined: bool = True
     true_clip: bool = False
 
+    def probe_weights(self, base: int, novel: int) -> list[float]:
+        """Weight of the linear classifier in the score of each class: base classes, then novel."""
+        return [1 - self.alpha] * base + [self.beta] * novel
+
 
 def variants(
     settings: EvaluationSettings, temperature: float, true_clip: bool

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
@@ -11,9 +12,13 @@ from lpovod.boxes import decode
 from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.exceptions import LpovodError
 from lpovod.networks.detector import Detector
+from lpovod.views import LoadedView, batch
+
+Size = tuple[int, int]
+"""Height and width."""
 
 
-def refine(boxes: Tensor, deltas: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
+def refine(boxes: Tensor, deltas: Tensor, scale: Tensor, size: Size) -> Tensor:
     """Refined boxes in pixels of the original image.
 
     Args:
@@ -25,6 +30,51 @@ def refine(boxes: Tensor, deltas: Tensor, scale: Tensor, size: tuple[int, int]) 
     return clip_boxes_to_image(decode(boxes, deltas) / scale.repeat(2).to(boxes), size)
 
 
+@torch.inference_mode()
+def describe_regions(
+    model: Detector,
+    views: list[LoadedView],
+    regions: list[tuple[np.ndarray, np.ndarray]],
+    sizes: list[Size],
+    batch_size: int,
+    device: str,
+) -> list[dict[str, np.ndarray]]:
+    """What the frozen detector says of regions of images that are shown at one size.
+
+    Args:
+        model: the detector, on the device.
+        views: of the images, at most `batch_size`.
+        regions: of each image: boxes (n, 4) xyxy in its own pixels, and objectness (n,).
+        sizes: height and width of each original image.
+        batch_size: images per pass of the backbone.
+        device: where the model is.
+
+    Returns:
+        For each image the arrays of `lpovod.formats.image_features`.
+    """
+    # The bits of a convolution or a matrix product depend on its size. So that an image's features
+    # do not depend on the images beside it, batches are full, and heads see one image at a time.
+    full = [*views, *[views[-1]] * (batch_size - len(views))]
+    images = batch(full, device, model.backbone.normalisation, pad_with_black=True)
+    pyramid = model.pyramid(images)
+    described = []
+    for number, (view, (boxes, objectness), size) in enumerate(
+        zip(views, regions, sizes, strict=True)
+    ):
+        box = view.to_view(boxes).to(device)
+        levels = [level[number : number + 1] for level in pyramid]
+        outputs = model.extract(model.pool(levels, [box]))
+        of_image = {
+            "box": boxes,
+            "objectness": objectness,
+            "feature": outputs.feature.half().cpu().numpy(),
+            "embedding": outputs.embedding.half().cpu().numpy(),
+            "refined": refine(box, outputs.deltas, view.scale, size).float().cpu().numpy(),
+        }
+        described.append(of_image)
+    return described
+
+
 def load_detector(
     path: Path, backbone: BackboneSettings, settings: BaseDetectorSettings
 ) -> tuple[Detector, Identity]:
@@ -34,8 +84,30 @@ def load_detector(
         LpovodError: if the file does not fit the settings.
     """
     tensors, ident = read_tensors(path, "base_detector")
+    return build_detector(tensors, ident["classes"], backbone, settings, path), ident
+
+
+def build_detector(
+    tensors: dict[str, np.ndarray],
+    classes: list[str],
+    backbone: BackboneSettings,
+    settings: BaseDetectorSettings,
+    path: Path,
+) -> Detector:
+    """A detector with trained weights, in evaluation mode.
+
+    Args:
+        tensors: the weights by name.
+        classes: the base classes.
+        backbone: as the detector was trained with.
+        settings: as the detector was trained with.
+        path: of the file that holds the weights, for the message.
+
+    Raises:
+        LpovodError: if the weights do not fit the settings.
+    """
     embedding = tensors["clip_projection.weight"].shape[0]
-    model = Detector(backbone, settings, len(ident["classes"]), embedding)
+    model = Detector(backbone, settings, len(classes), embedding)
     own = model.state_dict().keys()
     # An imported detector carries its RPN along, which nothing here needs.
     kept = {k: v for k, v in tensors.items() if k in own or not k.startswith("rpn_head.")}
@@ -46,4 +118,4 @@ def load_detector(
             f"{path} does not fit the settings of backbone and base_detector: {error}"
         ) from None
     # Saves a fifth of the time on a CPU.
-    return model.eval().to(memory_format=torch.channels_last), ident
+    return model.eval().to(memory_format=torch.channels_last)

@@ -9,7 +9,6 @@ from torchvision.ops import clip_boxes_to_image, nms
 
 from lpovod.artifacts import read_tensors
 from lpovod.config import BackboneSettings, ProposalsSettings
-from lpovod.formats.coco import CocoDataset
 from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.views import LoadedView
 
@@ -18,7 +17,13 @@ def load_network(
     path: Path, backbone: BackboneSettings, settings: ProposalsSettings
 ) -> ProposalNetwork:
     """The trained network, in evaluation mode."""
-    tensors, _ = read_tensors(path, "proposals")
+    return build_network(read_tensors(path, "proposals")[0], backbone, settings)
+
+
+def build_network(
+    tensors: dict[str, np.ndarray], backbone: BackboneSettings, settings: ProposalsSettings
+) -> ProposalNetwork:
+    """A proposal network with trained weights, by name, in evaluation mode."""
     model = ProposalNetwork(backbone, settings.anchor_scale)
     model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
     # Saves a fifth of the time on a CPU.
@@ -29,18 +34,28 @@ def best_proposals(
     levels: list[tuple[Tensor, Tensor, Tensor]],
     number: int,
     view: LoadedView,
-    data: CocoDataset,
+    size: tuple[int, int],
     settings: ProposalsSettings,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) float32 xyxy and objectness (n,) of an image of a batch, best first."""
+    """The proposals of an image of a batch, best first.
+
+    Args:
+        levels: output of the network.
+        number: of the image in the batch.
+        view: of the image.
+        size: height and width of the original image.
+        settings: numbers of boxes and NMS.
+
+    Returns:
+        Boxes (n, 4) float32 xyxy in pixels of the original image, and objectness (n,) float32.
+    """
     boxes, scores = [], []
     for _, level_boxes, logits in levels:
         top = logits[number].topk(min(settings.per_level, logits.shape[1])).indices
         boxes.append(level_boxes[number, top])
         scores.append(logits[number, top].sigmoid())
-    size = data.images[view.view.image_id]
     box = torch.cat(boxes) / view.scale.repeat(2).to(boxes[0])
-    box = clip_boxes_to_image(box, (size["height"], size["width"]))
+    box = clip_boxes_to_image(box, size)
     score = torch.cat(scores)
     solid = ((box[:, 2:] - box[:, :2]) >= 1).all(dim=1)
     box, score = box[solid], score[solid]

@@ -130,9 +130,10 @@ def _detect_all(
         embedded = embeddings.read(image_id) if embeddings else None
         scores = score_regions(features.read(image_id), embedded, classes)
         return image_id, [
-            detect(scores, len(classes.base), category_ids, way, settings) for way in ways
+            detect(scores, way.probe_weights(*counts), category_ids, way, settings) for way in ways
         ]
 
+    counts = len(classes.base), len(classes.novel)
     detected: list[Detections] = [{} for _ in ways]
     image_ids = [i for i in features.image_ids if features.count(i)]
     results = in_processes(of_image, image_ids, workers)

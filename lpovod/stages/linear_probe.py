@@ -19,7 +19,7 @@ import numpy as np
 from lpovod.artifacts import identity, write_tensors
 from lpovod.config import LinearProbeSettings
 from lpovod.exceptions import LpovodError
-from lpovod.formats.image_features import ImageFeatures
+from lpovod.formats.image_features import ImageFeatures, paths_in
 from lpovod.formats.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
 from lpovod.overlaps import overlapping, overlaps
 from lpovod.progress import log, progress
@@ -101,7 +101,7 @@ def train_linear_probe(
     Raises:
         LpovodError: if features and pseudo-labels do not belong together.
     """
-    features = ImageFeatures(region_features)
+    features = ImageFeatures(paths_in(region_features))
     retrieved = read_pseudo_labels(pseudo_labels)
     images = gather_candidates(retrieved, read_ignored(pseudo_labels), features)
     weights = fit(list(images.values()), len(retrieved), settings, seed)
@@ -137,13 +137,15 @@ def gather_candidates(
         box, rows = np.unique(memory.boxes(image_id), axis=0, return_index=True)
         boxes = np.concatenate([b for _, b in labelled])
         labels = np.array([label for label, b in labelled for _ in b])
-        iou = overlaps(box, boxes)[0]
-        if not (iou == 1).any(axis=0).all():
-            raise LpovodError(
-                f"image {image_id}: a retrieved region has no features. Make them again: snakemake "
-                "--forcerun retrieved_region_features"
-            )
-        label = np.where(iou.max(axis=1) >= 0.5, labels[iou.argmax(axis=1)], -1)
+        label = np.full(len(box), -1)
+        if len(boxes):  # a person may have dropped all regions of an image
+            iou = overlaps(box, boxes)[0]
+            if not (iou == 1).any(axis=0).all():
+                raise LpovodError(
+                    f"image {image_id}: a retrieved region has no features. Make them again: "
+                    "snakemake --forcerun retrieved_region_features"
+                )
+            label = np.where(iou.max(axis=1) >= 0.5, labels[iou.argmax(axis=1)], -1)
         ignored_boxes = ignored.get(image_id, np.empty((0, 4), np.float32))
         usable = (label >= 0) | ~overlapping(box, ignored_boxes)
         candidates[image_id] = Candidates(memory, image_id, rows[usable], label[usable])

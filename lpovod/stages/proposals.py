@@ -44,6 +44,7 @@ def propose(
         for views in batches:
             levels = model(batch(views, device, model.backbone.normalisation))
             for number, view in enumerate(views):
-                boxes, scores = best_proposals(levels, number, view, data, settings)
-                writer.add(view.view.image_id, boxes, scores)
+                image_id = view.view.image_id
+                boxes, scores = best_proposals(levels, number, view, data.size(image_id), settings)
+                writer.add(image_id, boxes, scores)
             bar.update(len(views))

@@ -8,12 +8,13 @@ pixels of the original image).
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from lpovod.artifacts import identity
+from lpovod.artifacts import identity, sha256
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
 from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.formats.image_features import STAGE, link_images
@@ -21,9 +22,9 @@ from lpovod.formats.pseudo_labels import PseudoLabels, read_pseudo_labels
 from lpovod.formats.regions import Regions, read_proposals, write_regions
 from lpovod.formats.store import Store, key_of
 from lpovod.networks.detector import Detector
-from lpovod.networks.detector_inference import load_detector, refine
+from lpovod.networks.detector_inference import describe_regions, load_detector
 from lpovod.progress import log, progress
-from lpovod.views import LoadedView, batch, inference_views
+from lpovod.views import inference_views
 
 
 def extract_split(
@@ -98,26 +99,90 @@ def extract_retrieved(
     data, regions = read_dataset(dataset), read_proposals(proposals, dataset)
     labels = read_pseudo_labels(pseudo_labels)
     image_ids = sorted({i for images in labels.values() for i in images})[shard :: settings.shards]
-    wanted = {i: _candidates(regions.read(i), labels, i) for i in image_ids}
+    model = FrozenDetector(detector, backbone, base_detector, settings, device)
+    paths = retrieved_features(
+        data, {i: candidates_of(regions.read(i), labels, i) for i in image_ids}, model, store, code
+    )
+    link_images(paths, output)
+
+
+@dataclass
+class FrozenDetector:
+    """The trained base detector, which is loaded when it is needed.
+
+    Attributes:
+        path: of its weights.
+        backbone: as it was trained with.
+        base_detector: as it was trained with.
+        settings: of this stage.
+        device: where it runs.
+    """
+
+    path: Path
+    backbone: BackboneSettings
+    base_detector: BaseDetectorSettings
+    settings: RegionFeaturesSettings
+    device: str
+
+    @cached_property
+    def model(self) -> Detector:
+        """The network."""
+        return load_detector(self.path, self.backbone, self.base_detector)[0].to(self.device)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the weights."""
+        return sha256(self.path)
+
+
+def retrieved_features(
+    data: CocoDataset,
+    wanted: dict[int, tuple[np.ndarray, np.ndarray]],
+    detector: FrozenDetector,
+    store: Path,
+    code: str,
+) -> dict[int, Path]:
+    """Features of regions of images; those that the store lacks are made.
+
+    Args:
+        data: the images.
+        wanted: boxes (n, 4) and objectness (n,) by image id.
+        detector: the trained base detector.
+        store: folder of the features made so far.
+        code: digest of the source code; features made by different code are made again.
+
+    Returns:
+        The file of each image, in the store.
+    """
     made_from = identity(
         STAGE,
-        {"backbone": backbone.model_dump(mode="json"), "batch_size": settings.batch_size}
-        | {"base_detector": base_detector.model_dump(mode="json"), "device": device, "code": code},
-        dataset=dataset,
-        detector=detector,
+        {
+            "backbone": detector.backbone.model_dump(mode="json"),
+            "batch_size": detector.settings.batch_size,
+            "base_detector": detector.base_detector.model_dump(mode="json"),
+            "device": detector.device,
+            "code": code,
+        },
+        dataset=data.path,
+        detector=detector.digest,
     )
     kept = Store(store, STAGE)
-    keys = {i: key_of(made_from=made_from, image=i, regions=_digest(*wanted[i])) for i in image_ids}
-    missing = {i: wanted[i] for i in image_ids if kept.tensors(keys[i]) is None}
-    log.info(f"{len(image_ids)} images retrieved: {len(missing)} to go through the detector")
+    keys = {
+        image_id: key_of(made_from=made_from, image=image_id, regions=_digest(*regions))
+        for image_id, regions in wanted.items()
+    }
+    missing = {i: wanted[i] for i, key in keys.items() if kept.tensors(key) is None}
+    log.info(f"{len(wanted)} images retrieved: {len(missing)} to go through the detector")
     if missing:
-        model = load_detector(detector, backbone, base_detector)[0].to(device)
-        for image_id, arrays in _extract(data, missing, model, backbone, settings, device):
+        extracted = _extract(
+            data, missing, detector.model, detector.backbone, detector.settings, detector.device
+        )
+        for image_id, arrays in extracted:
             kept.put_tensors(keys[image_id], arrays, made_from | {"image_id": image_id})
-    link_images({i: kept.tensors_path(keys[i]) for i in image_ids}, output)
+    return {image_id: kept.tensors_path(key) for image_id, key in keys.items()}
 
 
-def _candidates(
+def candidates_of(
     regions: Regions, labels: PseudoLabels, image_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes and objectness of an image's proposals, after those of labels that are none of them."""
@@ -151,38 +216,14 @@ def _extract(
     )
     with progress(None, "region features", "image", len(regions)) as bar:
         for shown in views:
-            yield from _arrays(model, data, shown, regions, settings.batch_size, device)
+            image_ids = [view.view.image_id for view in shown]
+            described = describe_regions(
+                model,
+                shown,
+                [regions[i] for i in image_ids],
+                [data.size(i) for i in image_ids],
+                settings.batch_size,
+                device,
+            )
+            yield from zip(image_ids, described, strict=True)
             bar.update(len(shown))
-
-
-@torch.inference_mode()
-def _arrays(
-    model: Detector,
-    data: CocoDataset,
-    views: list[LoadedView],
-    regions: dict[int, tuple[np.ndarray, np.ndarray]],
-    batch_size: int,
-    device: str,
-) -> list[tuple[int, dict[str, np.ndarray]]]:
-    # The bits of a convolution or a matrix product depend on its size. So that an image's features
-    # do not depend on the images beside it, batches are full, and heads see one image at a time.
-    full = [*views, *[views[-1]] * (batch_size - len(views))]
-    images = batch(full, device, model.backbone.normalisation, pad_with_black=True)
-    pyramid = model.pyramid(images)
-    arrays = []
-    for number, view in enumerate(views):
-        image_id = view.view.image_id
-        boxes, objectness = regions[image_id]
-        box, size = view.to_view(boxes).to(device), data.images[image_id]
-        levels = [level[number : number + 1] for level in pyramid]
-        outputs = model.extract(model.pool(levels, [box]))
-        refined = refine(box, outputs.deltas, view.scale, (size["height"], size["width"]))
-        of_image = {
-            "box": boxes,
-            "objectness": objectness,
-            "feature": outputs.feature.half().cpu().numpy(),
-            "embedding": outputs.embedding.half().cpu().numpy(),
-            "refined": refined.float().cpu().numpy(),
-        }
-        arrays.append((image_id, of_image))
-    return arrays

@@ -1,0 +1,198 @@
+"""`lpovod detect`: a trained model on images, folders of images and data sets."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from glob import glob
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from lpovod.apps.export import model_path
+from lpovod.artifacts import write_json
+from lpovod.drawing import draw_detections
+from lpovod.exceptions import LpovodError, UsageError
+from lpovod.formats.coco import read_dataset
+from lpovod.formats.images import read_image
+from lpovod.formats.labels import SUFFIXES, Box, LabelledImage
+from lpovod.formats.yolo import write_yolo
+from lpovod.model import Detections, Model, load
+from lpovod.progress import log, progress
+
+DRAWN_WIDTH = 800  # smallest width of a drawn image in pixels
+
+
+@dataclass(frozen=True)
+class Named:
+    """An image to detect in.
+
+    Attributes:
+        image_id: in COCO's results.
+        name: its path below the folder that holds all images.
+        path: of the file.
+        size: width and height as a json states them; None for those of the displayed pixels.
+    """
+
+    image_id: int
+    name: str
+    path: Path
+    size: tuple[int, int] | None = None
+
+
+def detect(
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional],
+    run: Path | None = None,
+    model: Path | None = None,
+    classes: tuple[str, ...] = (),
+    threshold: float | None = None,
+    output: Path = Path("detections"),
+    draw: bool = False,
+    yolo: bool = False,
+    device: str | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Detect objects in images, with the code that the run's evaluation measured.
+
+    Writes detections.json: COCO's results, with the class name and the file name beside the ids.
+    Images are turned as their EXIF orientation says, as a viewer shows them.
+
+    Args:
+        sources: images, folders, globs, text files with a path per line, and COCO's jsons
+        run: folder of a finished run: results/mini
+        model: a model file, in place of a run
+        classes: names to detect, by default all that the model knows; other words are scored by the
+            CLIP head alone
+        threshold: lowest score, 0 to 1; by default the run's
+        output: folder of detections.json, drawn/ and yolo/
+        draw: also draw the detections
+        yolo: also write a YOLO text file for each image, and classes.txt
+        device: cpu or cuda; by default the GPU if there is one
+        batch_size: images per pass; by default 1 on a CPU, 8 on a GPU
+    """
+    if not sources:
+        raise UsageError("name something to detect in: lpovod detect photograph.jpg --run ...")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UsageError(f"--threshold {threshold}: expected a number from 0 to 1")
+    images = list_images(sources)
+    loaded = load(model_path(run, model), device)
+    if added := loaded.add_names(classes):
+        log.info(
+            f"{', '.join(added)}: no linear probe; scored by the CLIP head alone. `lpovod learn` "
+            "adds a class"
+        )
+    writer = _Writer(loaded, output, draw)
+    with progress(None, "detections", "image", len(images)) as bar:
+        for image, found, pixels in _detect_all(images, loaded, classes, threshold, batch_size):
+            if isinstance(found, LpovodError):
+                log.warning(f"skipped: {found}")
+            else:
+                writer.add(image, found, pixels)
+            bar.update(1)
+    write_json(output / "detections.json", writer.results)
+    if yolo:
+        (output / "yolo").mkdir(exist_ok=True)
+        write_yolo(output / "yolo", loaded.vocabulary, writer.labelled)
+    read = len(writer.labelled)
+    log.info(f"{len(writer.results)} detections in {read} images: {output}")
+    if read < len(images):
+        raise LpovodError(f"{len(images) - read} of {len(images)} images could not be read")
+
+
+def list_images(sources: Iterable[str]) -> list[Named]:
+    """The images that sources name; ids of a json's images are the json's, others count from 1.
+
+    Raises:
+        LpovodError: if a source does not exist or holds no image.
+        UsageError: if a json is not the only source, because its ids could be those of others.
+    """
+    sources = list(sources)
+    if jsons := [source for source in sources if source.endswith(".json")]:
+        if len(sources) > 1:
+            raise UsageError(f"{jsons[0]} has image ids of its own: detect in it alone")
+        return _of_json(Path(jsons[0]))
+    files = list(dict.fromkeys(file for source in sources for file in _files(source)))
+    folder = os.path.commonpath([file.absolute().parent for file in files])
+    names = [os.path.relpath(file.absolute(), folder) for file in files]
+    return [Named(number, *named) for number, named in enumerate(zip(names, files, strict=True), 1)]
+
+
+def _of_json(path: Path) -> list[Named]:
+    data = read_dataset(path)
+    return [
+        Named(i, stated["file_name"], data.image_path(i), (stated["width"], stated["height"]))
+        for i, stated in data.images.items()
+    ]
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    elif path.suffix == ".txt" and path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        files = [path.parent / line.strip() for line in lines if line.strip()]
+    elif path.is_file():
+        files = [path]
+    else:
+        files = sorted(map(Path, glob(source, recursive=True)))
+    if not files:
+        kind = "no image in this folder" if path.is_dir() else "no such image, folder or glob"
+        raise LpovodError(f"{source}: {kind}")
+    return files
+
+
+def _detect_all(
+    images: list[Named],
+    model: Model,
+    classes: tuple[str, ...],
+    threshold: float | None,
+    batch_size: int | None,
+) -> Iterator[tuple[Named, Any, Any]]:
+    """Each image with its detections and its pixels, or with the error of reading it."""
+    waiting, size = iter(images), batch_size or model.batch_size
+    while together := list(islice(waiting, size)):
+        readable, pixels = [], []
+        for image in together:
+            try:
+                pixels.append(read_image(image.path, image.size))
+                readable.append(image)
+            except LpovodError as error:
+                yield image, error, None
+        detected = model.detect(pixels, threshold, classes or None, size)
+        yield from zip(readable, detected, pixels, strict=True)
+
+
+class _Writer:
+    """Writes what was asked for of each image."""
+
+    def __init__(self, model: Model, output: Path, draw: bool):
+        self._output, self._draw = output, draw
+        self._base = set(model.content.of_split("base"))
+        self.labelled: list[LabelledImage] = []
+        self.results: list[dict[str, Any]] = []
+
+    def add(self, image: Named, found: Detections, pixels: np.ndarray) -> None:
+        """The image's entries of detections.json, and its drawing."""
+        entries = [e | {"file_name": image.name} for e in found.to_coco(image.image_id)]
+        self.results += entries
+        corners = [tuple(box) for box in found.xyxy.tolist()]
+        boxes = [
+            Box(name, corner, score=score)
+            for name, corner, score in zip(
+                found.class_name, corners, found.confidence.tolist(), strict=True
+            )
+        ]
+        height, width = pixels.shape[:2]
+        self.labelled.append(LabelledImage(Path(image.name), width, height, boxes))
+        if self._draw:
+            labels = [f"{e['class_name']} {e['score']:.2f}" for e in entries]
+            novel = [name not in self._base for name in found.class_name]
+            drawn = draw_detections(
+                pixels, [e["bbox"] for e in entries], labels, novel, max(DRAWN_WIDTH, width)
+            )
+            path = (self._output / "drawn" / image.name).with_suffix(".jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn.save(path, quality=90)
