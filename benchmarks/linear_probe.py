@@ -44,11 +44,11 @@ from lpovod.measures.average_precision import (
 from lpovod.networks.detector import Detector
 from lpovod.networks.detector_inference import load_detector
 from lpovod.overlaps import overlapping
+from lpovod.probe import fit, gather_candidates
 from lpovod.progress import progress
 from lpovod.schedule import rate_at
 from lpovod.scoring import detect, read_class_weights, score_regions
 from lpovod.stages.base_detector import classification_loss
-from lpovod.stages.linear_probe import fit, gather_candidates
 from lpovod.views import LoadedView, batch, load_views, training_views
 
 VARIANTS = {"full": "full method", "without_clip_head": "probe alone"}

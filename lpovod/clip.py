@@ -153,14 +153,15 @@ class Clip:
             LpovodError: if a text has more tokens than the model reads, because CLIP would silently
                 drop its end.
         """
-        return _encode_texts(self.model, self.tokenizer, texts)
+        return _encode_texts(self.model, self.tokenizer, self.dimension, texts)
 
 
 def _encode_texts(
-    model: CLIP | CustomTextCLIP, tokenizer: SimpleTokenizer, texts: list[str]
+    model: CLIP | CustomTextCLIP, tokenizer: SimpleTokenizer, dimension: int, texts: list[str]
 ) -> Tensor:
     _check_lengths(texts, tokenizer)
-    device, features = model.logit_scale.device, []
+    device = model.logit_scale.device
+    features = [torch.empty(0, dimension, device=device)]
     for start in range(0, len(texts), BATCH):
         tokens = tokenizer(texts[start : start + BATCH]).to(device)
         features.append(model.encode_text(tokens).float())
@@ -593,7 +594,8 @@ def text_encoder(tower: TextTower) -> Callable[[list[str]], Tensor]:
         file.flush()
         merges = Path(file.name) if len(tower.merges) else None
         tokenizer = _load_tokenizer(merges, tower.config, model.vocab_size)
-    return torch.inference_mode()(partial(_encode_texts, model, tokenizer))
+    encode = partial(_encode_texts, model, tokenizer, int(tower.config["embed_dim"]))
+    return torch.inference_mode()(encode)
 
 
 def texts_of(

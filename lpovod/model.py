@@ -173,7 +173,7 @@ class Model:
     @overload
     def detect(
         self,
-        images: Sequence[Source],
+        images: list[Source],
         threshold: float | None = None,
         classes: Sequence[str] | None = None,
         batch_size: int | None = None,
@@ -181,7 +181,7 @@ class Model:
     ) -> list[Detections]: ...
     def detect(
         self,
-        images: Source | Sequence[Source],
+        images: Source | list[Source],
         threshold: float | None = None,
         classes: Sequence[str] | None = None,
         batch_size: int | None = None,
@@ -206,8 +206,7 @@ class Model:
         Raises:
             LpovodError: if an image cannot be read, or a word cannot be embedded.
         """
-        single = isinstance(images, Path | str | Image.Image | np.ndarray)
-        sources = [images] if single else list(images)  # type: ignore[list-item,arg-type]
+        sources = images if isinstance(images, list) else [images]
         self.add_names(classes or ())
         views = []
         for source in sources:
@@ -219,7 +218,7 @@ class Model:
             for row, of_image in zip(rows, regions, strict=True):
                 results[row] = self.score(of_image, threshold, classes, refined)
         found = [result for result in results if result is not None]
-        return found[0] if single else found
+        return found if isinstance(images, list) else found[0]
 
     @property
     def batch_size(self) -> int:

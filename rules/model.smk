@@ -3,10 +3,16 @@
 # OUT  model.safetensors: everything that detects, in one file
 # COST seconds
 
+# What neither detection nor learning a class needs; it would make the file stale.
+UNNEEDED = dict.fromkeys(
+    ("dataset", "region_index", "report", "small_clip", "training_gpus", "training_nodes"), True
+)
+UNNEEDED["evaluation"] = {"protocol", "clip_on_crops"}
+
 
 rule model:
     input:
-        dataset=f"{RESULTS}/dataset/{'val' if 'val' in SPLITS else 'train'}.json",
+        dataset=f"{RESULTS}/dataset/train.json",
         network=rules.proposal_network.output.network,
         detector=rules.base_detector.output.detector,
         probe=rules.linear_probe.output,
@@ -15,15 +21,17 @@ rule model:
         f"{RESULTS}/model/model.safetensors",
     log:
         f"{RESULTS}/logs/model.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/model.tsv"
     conda:
         "../envs/light.yaml"
     threads: 1
     resources:
-        mem_mb=grows(LIGHT, LISTED, "val"),
+        mem_mb=grows(LIGHT, LISTED),
         runtime=grows(30),
     params:
         code=source("model"),
-        run=CONFIG.model_dump_json(exclude={"small_clip", "report"}),
+        run=CONFIG.model_dump_json(exclude=UNNEEDED),
     message:
         "One file that detects"
     shell:

@@ -16,8 +16,8 @@ from conftest import write_proposals, write_shards
 from counting import count
 from PIL import Image
 
+import lpovod.retrieval
 import lpovod.stages.linear_probe
-import lpovod.stages.pseudo_labels
 from lpovod.artifacts import identity, read_json, sha256, write_tensors
 from lpovod.clip import Clip
 from lpovod.config import (
@@ -69,20 +69,19 @@ def work(monkeypatch) -> Work:
     def distinct(model: Detector, images: torch.Tensor) -> int:
         return len(torch.unique(images.flatten(1), dim=0))  # a last batch is filled up
 
-    stages = lpovod.stages
     return Work(
         {
             "names": count(monkeypatch, Clip, "encode_texts"),
             "queries": count(
                 monkeypatch,
-                stages.pseudo_labels,
+                lpovod.retrieval,
                 "top_regions",
                 lambda i, r, vectors, s: len(vectors),
             ),
             "rows": count(monkeypatch, RegionIndex, "stream", lambda index, mask: int(mask.sum())),
             "images": count(monkeypatch, Detector, "pyramid", distinct),
             "probes": count(
-                monkeypatch, stages.linear_probe, "fit", lambda images, classes, *_: classes
+                monkeypatch, lpovod.stages.linear_probe, "fit", lambda images, classes, *_: classes
             ),
         }
     )

@@ -27,7 +27,8 @@ ROOMS = (
     {"networks", "measures", "drawing", "pages"},
     {"importers"},
     {"clip"},
-    {"search", "scoring", "operations", "sources", "model", "text_tower"},
+    {"search", "scoring", "operations", "sources", "model", "text_tower"}
+    | {"retrieval", "retrieved_features", "probe"},
     {"command_line", "launcher"},
     {"stages"},
     {"apps"},

@@ -23,16 +23,9 @@ from lpovod.formats.regions import read_proposals, write_regions
 from lpovod.miniature.split import draw_split
 from lpovod.networks.detector import Detector
 from lpovod.networks.detector_inference import load_detector
+from lpovod.probe import Candidates, Memory, draw, fit, focal_loss, gather_candidates
 from lpovod.stages.base_detector import classification_loss
-from lpovod.stages.linear_probe import (
-    Candidates,
-    Memory,
-    draw,
-    fit,
-    focal_loss,
-    gather_candidates,
-    train_linear_probe,
-)
+from lpovod.stages.linear_probe import train_linear_probe
 from lpovod.stages.region_features import extract_retrieved
 from lpovod.views import LoadedView, View, apply_view
 

@@ -48,6 +48,7 @@ EVERYTHING = {
     "retrieved_region_features": 1,
     "linear_probe": 1,
     "evaluation": 1,
+    "model": 1,
     "report": 1,
 }
 
@@ -60,7 +61,7 @@ def without(*names: str) -> dict[str, int]:
     return {name: count for name, count in EVERYTHING.items() if name not in names}
 
 
-SCORED = stages("linear_probe", "evaluation", "report")
+SCORED = stages("linear_probe", "evaluation", "model", "report")
 RETRIEVED = stages("pseudo_labels", "retrieved_region_features") | SCORED
 EXTRACTED = stages("region_features", "retrieved_region_features") | SCORED
 DETECTED = stages("base_detector", "region_features", "retrieved_region_features") | SCORED
@@ -191,7 +192,7 @@ def test_every_job_left_a_log_and_a_benchmark(project):
             stages("text_embeddings") | RETRIEVED,
         ),
         ({"linear_probe": {"epochs": 3, "milestones": [2]}}, SCORED),
-        ({"evaluation": {"beta": 0.6}}, stages("evaluation", "report")),
+        ({"evaluation": {"beta": 0.6}}, stages("evaluation", "model", "report")),
         ({"region_index": {"factory": "Flat"}}, stages("region_index") | RETRIEVED),
         ({"region_embeddings": {"scales": [1.0]}}, EMBEDDED),
         ({"proposals": {"nms": 0.6}}, TRAINED),

@@ -37,12 +37,12 @@ from lpovod.formats.regions import (
     split_key,
 )
 from lpovod.overlaps import overlaps
+from lpovod.probe import fit, gather_candidates
 from lpovod.progress import log
+from lpovod.retrieval import retrieve_regions
+from lpovod.retrieved_features import FrozenDetector, candidates_of, retrieved_features
 from lpovod.search import queries
 from lpovod.source_digest import source_digest
-from lpovod.stages.linear_probe import fit, gather_candidates
-from lpovod.stages.pseudo_labels import retrieve_regions
-from lpovod.stages.region_features import FrozenDetector, candidates_of, retrieved_features
 from lpovod.text_tower import clip_of, encode_names
 
 PROJECT = Path(__file__).parents[2]

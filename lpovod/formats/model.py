@@ -1,7 +1,7 @@
 """The model file: everything that detects, in one safetensors file with a json card.
 
-Networks, a weight vector and a text embedding for each class, thresholds and preprocessing; and the
-whole configuration of the run, from which a further class is learned. Tensors are named
+Networks, a weight vector and a text embedding for each class, thresholds and preprocessing; and
+those settings of the run with which it detects and learns further classes. Tensors are named
 ``proposal_network/<name>``, ``detector/<name>``, ``weight/<class>`` (dimension,), ``text/<class>``
 (D,) unit, ``query/<class>`` (D,) unit and, if asked for, ``text_tower/<name>``. Needs no torch.
 """
@@ -45,7 +45,7 @@ class ModelFile:
     """The content of a model file.
 
     Attributes:
-        config: of the run.
+        config: of the run, without its data.
         temperature: of the softmax over cosines.
         classes: the vocabulary: base classes, novel ones, then learned ones.
         networks: tensors of ``proposal_network`` and ``detector`` by name.
@@ -124,7 +124,7 @@ def write_model(path: Path, model: ModelFile) -> None:
         tensors["merges/"] = model.merges
     card = {
         "format": FORMAT,
-        "config": model.config.model_dump(mode="json", exclude={"small_clip"}),
+        "config": model.config.model_dump(mode="json", exclude_unset=True),
         "temperature": model.temperature,
         "classes": [asdict(c) for c in model.classes],
         "clip": model.clip,

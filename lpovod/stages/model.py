@@ -22,8 +22,8 @@ def join_model(
     """Write the model file (`lpovod.formats.model`).
 
     Args:
-        run: the whole configuration.
-        dataset: json of a split, for the ids of the categories.
+        run: the configuration.
+        dataset: json of the training images, for the ids of the categories.
         network: the trained proposal network.
         detector: the trained base detector.
         linear_probe: weights of the novel classes.
