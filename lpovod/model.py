@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from lpovod.exceptions import LpovodError, existing
-from lpovod.formats.coco import coco_results
+from lpovod.formats.coco import coco_results, ids_of
 from lpovod.formats.images import read_image
 from lpovod.formats.model import ModelClass, ModelFile, read_model
 from lpovod.formats.regions import Regions
@@ -278,11 +278,9 @@ class _Vocabulary:
 
     def __init__(self, content: ModelFile, extra: dict[str, np.ndarray]):
         unknown = [name for name in extra if name not in content.names]
-        first = max(c.category_id for c in content.classes) + 1
-        classes = [
-            *content.classes,
-            *(ModelClass(name, "novel", first + n) for n, name in enumerate(unknown)),
-        ]
+        known = content.categories | {c.name: c.category_id for c in content.classes}
+        ids = ids_of(known, unknown)
+        classes = [*content.classes, *(ModelClass(n, "novel", ids[n]) for n in unknown)]
         self.names = [c.name for c in classes]
         self.ids = [c.category_id for c in classes]
         self.name_of = dict(zip(self.ids, self.names, strict=True))

@@ -19,7 +19,7 @@ from lpovod.formats.coco import read_dataset
 from lpovod.formats.images import read_image
 from lpovod.formats.labels import SUFFIXES, Box, LabelledImage
 from lpovod.formats.yolo import write_yolo
-from lpovod.model import Detections, Model, load
+from lpovod.model import Detections, Model, Source, load
 from lpovod.progress import log, progress
 
 DRAWN_WIDTH = 800  # smallest width of a drawn image in pixels
@@ -154,7 +154,8 @@ def _detect_all(
     """Each image with its detections and its pixels, or with the error of reading it."""
     waiting, size = iter(images), batch_size or model.batch_size
     while together := list(islice(waiting, size)):
-        readable, pixels = [], []
+        readable: list[Named] = []
+        pixels: list[Source] = []
         for image in together:
             try:
                 pixels.append(read_image(image.path, image.size))

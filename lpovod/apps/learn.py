@@ -390,9 +390,7 @@ def _query(run: Run, lesson: Lesson, text: np.ndarray | None) -> np.ndarray:
 
 def _as_class(content: ModelFile, lesson: Lesson) -> ModelClass:
     known = content.class_of(lesson.name)
-    if known is None:
-        category_id = max(c.category_id for c in content.classes) + 1
-        known = ModelClass(lesson.name, "novel", category_id)
+    known = known or ModelClass(lesson.name, "novel", content.id_of(lesson.name))
     record = lesson.as_json() | {"run": fingerprint(content.identity)}
     return replace(known, prompt=lesson.prompt, learned=record)
 
