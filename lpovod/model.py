@@ -110,10 +110,10 @@ class Model:
         base = content.of_split("base")
         prototypes = np.stack([content.weights[name] for name in base])
         tensors = networks["detector"] | {"prototypes": prototypes}
-        self._network = build_network(
+        self.network = build_network(
             networks["proposal_network"], config.backbone, config.proposals
         ).to(self.device)
-        self._detector = build_detector(
+        self.detector = build_detector(
             tensors, base, config.backbone, config.base_detector, path
         ).to(self.device)
         self._extra: dict[str, np.ndarray] = {}
@@ -242,14 +242,12 @@ class Model:
             For each image, its proposals with the columns of stage `region_features`.
         """
         settings = self.content.config.proposals
-        levels = self._network(batch(views, self.device, self._network.backbone.normalisation))
+        levels = self.network(batch(views, self.device, self.network.backbone.normalisation))
         proposed = [
             best_proposals(levels, number, view, size, settings)
             for number, (view, size) in enumerate(zip(views, sizes, strict=True))
         ]
-        described = describe_regions(
-            self._detector, views, proposed, sizes, len(views), self.device
-        )
+        described = describe_regions(self.detector, views, proposed, sizes, len(views), self.device)
         return [_as_regions(arrays) for arrays in described]
 
     def score(
