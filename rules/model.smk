@@ -35,7 +35,7 @@ rule model:
     params:
         code=source("model"),
         run=CONFIG.model_dump_json(exclude=UNNEEDED),
-        categories=json.dumps(category_ids(CONFIG, SOURCES)),
+        categories=json.dumps(category_ids(CONFIG, SOURCES), sort_keys=True),
     message:
         "One file that detects"
     shell:
