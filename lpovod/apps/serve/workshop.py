@@ -435,8 +435,9 @@ def _outlined(square: Image.Image, box: tuple[float, float, float, float]) -> Im
     drawn = square.resize((CROP_SIDE, CROP_SIDE), Image.Resampling.BICUBIC)
     x, y, width, height = (CROP_SIDE * side / 100 for side in box)
     pen = ImageDraw.Draw(drawn)
-    for outline, line in (((40, 40, 40), 4), ((255, 255, 255), 2)):
-        pen.rectangle((x, y, x + width, y + height), outline=outline, width=line)
+    for outline, margin, line in (((40, 40, 40), 1, 4), ((255, 255, 255), 0, 2)):
+        corners = (x - margin, y - margin, x + width + margin, y + height + margin)
+        pen.rectangle(corners, outline=outline, width=line)
     return drawn
 
 

@@ -12,7 +12,7 @@
     threshold: 0.3, refined: true, off: new Set(),
     images: new Map(), current: null, // by id: name, width, height, names, refined, proposed
     why: null, // name, regions, dropped (of the model), marked (by the user), shown
-    pictures: [], busy: false, unsaved: false,
+    pictures: [], busy: false, unsaved: false, news: "",
   };
 
   // --- talking to the server
@@ -54,8 +54,7 @@
   }
 
   function complain(error) {
-    const text = error.message || String(error);
-    $("alert").firstElementChild.textContent = text.charAt(0).toUpperCase() + text.slice(1);
+    $("alert").firstElementChild.textContent = error.message || String(error);
     $("alert").hidden = false;
   }
 
@@ -71,6 +70,7 @@
   async function act(text, action) {
     if (state.busy) return;
     state.busy = true;
+    state.news = "";
     $("alert").hidden = true;
     document.body.setAttribute("aria-busy", "true");
     progress(text);
@@ -124,7 +124,7 @@
   // Places a label at its box, where it covers earlier labels least.
   function place([x1, y1, x2, y2], wide, taken, width, height) {
     let best = null, least = Infinity;
-    for (const top of [y1 - LABEL, y1, y2, y2 - LABEL]) {
+    for (const top of [y1 - LABEL, y1, y2, y2 - LABEL, (y1 + y2 - LABEL) / 2]) {
       for (const left of [x1 - 1, x2 + 1 - wide]) {
         const spot = { x: Math.max(0, Math.min(left, width - wide)), y: Math.max(0, Math.min(top, height - LABEL)), w: wide };
         const covered = taken.reduce((sum, other) => sum + shared(spot, other), 0);
@@ -145,34 +145,38 @@
     const found = visible(image), taken = [];
     const width = $("canvas").clientWidth, height = $("canvas").clientHeight;
     overlay.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    const groups = found.map(({ name, score, box }) => {
+    const frames = [], labels = [];
+    for (const { name, score, box } of found) {
       const scaled = box.map((side, i) => side * (i % 2 ? height / image.height : width / image.width));
       const [x1, y1, x2, y2] = scaled, kind = splitOf(name);
       const text = `${name} ${score.toFixed(2)}`, wide = ruler.measureText(text).width + 10;
       const label = place(scaled, wide, taken, width, height);
-      const group = svg("g", { "data-name": name, "data-score": score, "data-box": box.join(" ") });
-      const frame = { x: x1, y: y1, width: x2 - x1, height: y2 - y1 };
-      group.append(
-        svg("title", {}, text), svg("rect", { ...frame, class: "casing" }), svg("rect", { ...frame, class: kind }),
+      const sides = { x: x1, y: y1, width: x2 - x1, height: y2 - y1 };
+      const frame = svg("g", { class: "frame", "data-name": name, "data-score": score, "data-box": box.join(" ") });
+      frame.append(svg("title", {}, text), svg("rect", { ...sides, class: "casing" }), svg("rect", { ...sides, class: kind }));
+      const pill = svg("g", { "data-name": name });
+      pill.append(
         svg("rect", { class: `pill ${kind}`, x: label.x, y: label.y, width: wide, height: LABEL, rx: 3 }),
         svg("text", { x: label.x + 5, y: label.y + 12.5 }, text));
-      group.addEventListener("click", () => explain(name));
-      return group;
-    });
-    overlay.append(...groups.reverse());
+      for (const group of [frame, pill]) group.addEventListener("click", () => explain(name));
+      frames.push(frame);
+      labels.push(pill);
+    }
+    overlay.append(...frames.reverse(), ...labels.reverse());
     const list = found.map(d => `${d.name} ${d.score.toFixed(2)}`).join(", ");
     overlay.setAttribute("aria-label", `Detections: ${list || "none"}`);
-    $("summary").textContent = found.length
+    const count = found.length
       ? `${found.length} ${found.length === 1 ? "detection" : "detections"}`
       : "nothing above the threshold";
+    $("summary").textContent = [count, state.news].filter(Boolean).join(", ");
     drawCounts(found);
   }
 
-  // The image fills the width and at most two thirds of the window.
+  // The image fills the width and at most two thirds of the window; less beside the regions.
   function fit() {
     const image = state.images.get(state.current);
-    if (!image) return;
-    const room = $("figure").clientWidth, tall = Math.max(240, 0.68 * window.innerHeight);
+    if (!image) return drawBoxes();
+    const room = $("figure").clientWidth, tall = Math.max(240, (state.why ? 0.44 : 0.68) * window.innerHeight);
     const scale = Math.min(room / image.width, tall / image.height);
     $("canvas").style.width = `${Math.round(scale * image.width)}px`;
     $("canvas").style.height = `${Math.round(scale * image.height)}px`;
@@ -348,7 +352,8 @@
   async function explain(name) {
     if (state.why && state.why.name === name) return closeWhy();
     await act(`Looking for the regions of ${name} …`, () => openWhy(name));
-    $("why").scrollIntoView({ block: "nearest" });
+    if (!state.why) return;
+    if (state.current === null) $("why").scrollIntoView(); else window.scrollTo(0, 0);
     $("why-title").focus({ preventScroll: true });
   }
 
@@ -368,13 +373,15 @@
   function closeWhy() {
     state.why = null;
     $("why").hidden = true;
+    document.body.classList.remove("explaining");
     drawClasses();
-    drawBoxes();
+    fit();
   }
 
   function drawWhy() {
     const { name, regions, note } = state.why;
     $("why").hidden = false;
+    document.body.classList.add("explaining");
     $("why-title").textContent = `Why ${name}?`;
     $("why-text").textContent = note ? `${note.charAt(0).toUpperCase()}${note.slice(1)}.`.replace("..", ".")
       : `These ${regions.length} training regions are the most similar to the class, best first. Its linear probe learned from them. Click those that show something else, then press Learn.`;
@@ -382,7 +389,7 @@
     $("regions").replaceChildren();
     drawRegions();
     drawClasses();
-    drawBoxes();
+    fit();
     drawButtons();
   }
 
@@ -437,27 +444,24 @@
     take(overview);
     await refresh();
     state.off.delete(content.name);
-    $("summary").textContent += `, ${content.name} learned in ${((performance.now() - start) / 1000).toFixed(1)} s`;
+    state.news = `${content.name} learned in ${((performance.now() - start) / 1000).toFixed(1)} s`;
+    drawBoxes();
   }
 
   const correct = () => act("Learning …", async () => {
     const { name, marked, note } = state.why;
     await (note ? study("api/learn", { name }) : study("api/correct", { name, drop: [...marked] }));
-    const summary = $("summary").textContent;
     if (note) await openWhy(name);
     else { state.why.dropped = new Set(marked); drawClasses(); drawBoxes(); }
-    $("summary").textContent = summary;
   });
 
   const learn = () => act("Learning …", async () => {
     const name = $("name").value.trim(), pictures = state.pictures.map(p => p.key);
     await study("api/learn", { name, prompt: $("prompt").value, pictures, by_name: !pictures.length || $("by-name").checked });
-    const summary = $("summary").textContent;
     $("new").reset();
     state.pictures = [];
     drawPictures();
     await openWhy(name);
-    $("summary").textContent = summary;
   });
 
   const move = step => act(step === "undo" ? "Undoing …" : "Redoing …", async () => {
