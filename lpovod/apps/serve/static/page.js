@@ -384,7 +384,7 @@
     document.body.classList.add("explaining");
     $("why-title").textContent = `Why ${name}?`;
     $("why-text").textContent = note ? `${note.charAt(0).toUpperCase()}${note.slice(1)}.`.replace("..", ".")
-      : `These ${regions.length} training regions are the most similar to the class, best first. Its linear probe learned from them. Click those that show something else, then press Learn.`;
+      : `These ${regions.length} training regions are the most similar to the class, best first; its linear probe learned from those that are not crossed out. Click the ones that show something else, then press Learn.`;
     $("reset").hidden = $("marks").hidden = Boolean(note);
     $("regions").replaceChildren();
     drawRegions();
