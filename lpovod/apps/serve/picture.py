@@ -24,7 +24,7 @@ from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import corners, read_dataset
 from lpovod.overlaps import overlaps
 
-SIZE = {"width": 1400, "height": 900}
+WIDTH, HEIGHT = 1400, 900
 
 
 def picture(run: Path, output: Path, example: int = 0, name: str = "fish") -> None:
@@ -52,7 +52,7 @@ def picture(run: Path, output: Path, example: int = 0, name: str = "fish") -> No
     try:
         with sync_playwright() as started, atomic(output) as partial:
             browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            tab = browser.new_page(viewport=SIZE)
+            tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
             tab.goto(f"http://127.0.0.1:{listener.getsockname()[1]}")
             _walk(tab, example, name, wrong)
             partial.write_bytes(tab.screenshot())
