@@ -5,6 +5,7 @@ scores, NMS. So a model detects what the run's evaluation measured.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -139,6 +140,18 @@ class Model:
         """Names of the classes, and the words added to them."""
         return self._vocabulary.names
 
+    def with_content(self, content: ModelFile, words: Sequence[str] = ()) -> "Model":
+        """A model that shares the networks of this one, and has a vocabulary of its own.
+
+        Args:
+            content: of a model file with the same networks.
+            words: those to take over of the words that were added to this model.
+        """
+        other = copy(self)
+        other._extra = {word: self._extra[word] for word in words}
+        other.content = content
+        return other
+
     def add_names(self, names: Sequence[str]) -> list[str]:
         """Add words to the vocabulary, scored by the CLIP head alone: they have no linear probe.
 
@@ -256,9 +269,16 @@ class Model:
         threshold: float | None = None,
         classes: Sequence[str] | None = None,
         refined: bool = True,
+        per_image: int | None = None,
     ) -> Detections:
-        """Detections from the regions of an image; arguments as for `detect`."""
+        """Detections from the regions of an image; arguments as for `detect`.
+
+        Args:
+            per_image: the most detections; None for the run's, evaluation.per_image.
+        """
         settings = self.content.config.evaluation
+        if per_image is not None:
+            settings = settings.model_copy(update={"per_image": per_image})
         # An image keeps its best per_image detections of the classes asked for.
         words = self._vocabulary
         rows = None if classes is None else [words.names.index(n) for n in dict.fromkeys(classes)]

@@ -202,7 +202,10 @@ class Run:
 
     def embed_picture(self, path: Path) -> np.ndarray:
         """CLIP's unit embedding, (D,) float32, of a whole picture, cropped as regions are."""
-        pixels = read_image(path)
+        return self.embed_pixels(read_image(path))
+
+    def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """The same of a decoded picture, (height, width, 3) uint8 RGB."""
         height, width = pixels.shape[:2]
         whole = np.array([[0, 0, width, height]], np.float32)
         shape = self.clip.preprocessing
