@@ -32,8 +32,8 @@ from lpovod.views import PAD_TO, Normalisation
 
 try:
     import onnx
-    from onnx import ModelProto, compose, inliner, numpy_helper
-    from onnxscript import opset18
+    from onnx import ModelProto, compose, inliner
+    from onnxscript import opset18 as op
 
     from lpovod.apps import onnx_scripts
 except ImportError:
@@ -45,8 +45,8 @@ GRAPHS = ("image.onnx", "vocabulary.onnx", "detections.onnx")
 CARD, VOCABULARY = "card.json", "vocabulary.npz"
 OPSET = 18
 OUTPUTS = {
+    "proposals": ("regions", 4),
     "boxes": ("regions", 4),
-    "refined": ("regions", 4),
     "objectness": ("regions",),
     "feature": ("regions", "dimension"),
     "embedding": ("regions", "clip_dimension"),
@@ -65,33 +65,26 @@ def export_onnx(model_path: Path, folder: Path) -> None:
         LpovodError: if the model cannot be read, or torch cannot export its backbone.
     """
     content = read_model(existing(model_path))
-    settings = content.config.evaluation
     networks = ImageNetworks(*build_networks(content, model_path), content.config.proposals)
     card = describe_model(content, networks.normalisation)
     graphs = (
         image_graph(networks, content.config.backbone),
-        with_defaults(
-            onnx_scripts.score_classes.to_model_proto(),
-            temperature=np.float32(content.temperature),
-        ),
-        with_defaults(
-            onnx_scripts.best_detections.to_model_proto(),
-            score_threshold=np.float32(settings.score_threshold),
-            nms=np.float32(settings.nms),
-            per_image=np.int64(settings.per_image),
-        ),
+        onnx_scripts.score_classes.to_model_proto(),
+        onnx_scripts.best_detections.to_model_proto(),
     )
     for name, graph in zip(GRAPHS, graphs, strict=True):
         write_graph(folder / name, graph, card)
+    inputs: dict[str, Any] = vocabulary_inputs(content)
     with atomic(folder / VOCABULARY) as partial, open(partial, "wb") as file:
-        np.savez(file, **vocabulary_rows(content))
+        np.savez(file, **inputs)
     write_json(folder / CARD, card)
     megabytes = sum((folder / name).stat().st_size for name in GRAPHS) / 1e6
     log.info(f"{folder}: {', '.join(GRAPHS)} ({megabytes:.1f} MB), {VOCABULARY}, {CARD}")
 
 
-def vocabulary_rows(content: ModelFile) -> dict[str, np.ndarray]:
-    """The classes as inputs of ``vocabulary.onnx``, a row for each, with their names and ids."""
+def vocabulary_inputs(content: ModelFile) -> dict[str, np.ndarray]:
+    """Inputs of the small graphs: a row for each class, and the run's settings; names and ids."""
+    settings = content.config.evaluation
     words = Vocabulary(content, {})
     return {
         "names": np.array(words.names),
@@ -99,6 +92,10 @@ def vocabulary_rows(content: ModelFile) -> dict[str, np.ndarray]:
         "weights": words.weights.weights.numpy(),
         "text": words.weights.text.numpy(),
         "probe_weights": np.array(words.probe_weights, np.float32),
+        "temperature": np.array(content.temperature, np.float32),
+        "score_threshold": np.array(settings.score_threshold, np.float32),
+        "nms": np.array(settings.nms, np.float32),
+        "per_image": np.array(settings.per_image, np.int64),
     }
 
 
@@ -217,9 +214,10 @@ def image_graph(networks: ImageNetworks, backbone: BackboneSettings) -> ModelPro
 
 
 def _export_networks(networks: ImageNetworks, architecture: str) -> ModelProto:
-    # Neither side is square or a power of two, so that none is taken for the other.
-    images = torch.zeros(1, 3, 3 * PAD_TO, 5 * PAD_TO)
-    vector = torch.ones(2)
+    # A side of its own for each axis, and a tensor of its own for each input: torch takes equal
+    # sides, or one tensor given twice, for the same thing.
+    images = [torch.zeros(1, 3, 3 * PAD_TO, 5 * PAD_TO) for _ in range(2)]
+    vectors = [torch.ones(2) for _ in range(3)]
     height, width = (torch.export.Dim(side, min=1, max=1024) for side in ("tall", "wide"))
     sides = {2: PAD_TO * height, 3: PAD_TO * width}
     try:
@@ -227,7 +225,7 @@ def _export_networks(networks: ImageNetworks, architecture: str) -> ModelProto:
             # Strict, because Python's len() of a tensor is a constant otherwise.
             exported = torch.export.export(
                 networks,
-                (images, images, vector, vector, vector),
+                (*images, *vectors),
                 dynamic_shapes=(sides, sides, None, None, None),
                 strict=True,
             )
@@ -254,27 +252,25 @@ def _export_networks(networks: ImageNetworks, architecture: str) -> ModelProto:
 
 
 def weighted_sums(
-    table: Any, rows: Any, offsets: Any, scale: bool, mode: int, sparse: bool, weights: Any, *_: Any
+    table: Any, rows: Any, starts: Any, scale: bool, mode: int, sparse: bool, weights: Any, *_: Any
 ) -> Any:
-    """`embedding_bag` as pooling uses it, (n, k) rows; torch's own translation is a slow loop."""
-    picked = opset18.Gather(table, rows, axis=0)
-    weighted = opset18.Mul(picked, opset18.Unsqueeze(weights, [2]))
-    sums = opset18.ReduceSum(weighted, [1], keepdims=0)
-    return sums, offsets, offsets, offsets
+    """`embedding_bag` of four rows each, as pooling uses it; torch's translation is a slow loop."""
+    weighted = op.Mul(op.Gather(table, rows, axis=0), op.Unsqueeze(weights, integers(1)))
+    shape = op.Concat(integers(-1, 4), op.Shape(table, start=1), axis=0)
+    sums = op.ReduceSum(op.Reshape(weighted, shape), integers(1), keepdims=0)
+    return sums, starts, starts, starts
 
 
-def with_defaults(graph: ModelProto, **values: np.generic) -> ModelProto:
-    """The same graph with values for inputs that need not be given."""
-    for name, value in values.items():
-        graph.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-    return graph
+def integers(*values: int) -> Any:
+    """A constant vector of int64."""
+    return op.Constant(value_ints=values)
 
 
 def write_graph(path: Path, graph: ModelProto, card: dict[str, Any]) -> None:
     """Check a graph and write it, with the card in its metadata."""
     graph.producer_name, graph.producer_version = "lpovod", card["identity"]["version"]
     onnx.helper.set_model_props(graph, {"card": json.dumps(card, sort_keys=True)})
-    onnx.checker.check_model(graph)
+    onnx.checker.check_model(graph, full_check=True)
     with atomic(path) as partial:
         partial.write_bytes(graph.SerializeToString(deterministic=True))
 
@@ -295,12 +291,14 @@ def _forget_source(model: ModelProto) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the progress and the warnings of torch's exporter."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch")]
+    levels = [logger.level for logger in loggers]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
