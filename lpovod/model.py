@@ -20,8 +20,10 @@ from lpovod.formats.images import read_image
 from lpovod.formats.model import ModelClass, ModelFile, read_model
 from lpovod.formats.regions import Regions
 from lpovod.measures.ablations import Variant
+from lpovod.networks.detector import Detector
 from lpovod.networks.detector_inference import build_detector, describe_regions
 from lpovod.networks.proposal_inference import best_proposals, build_network
+from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.scoring import ClassWeights, detect, score_regions
 from lpovod.views import LoadedView, View, apply_view, batch
 
@@ -107,16 +109,8 @@ class Model:
 
     def __init__(self, content: ModelFile, path: Path, device: str | None = None):
         self.path, self.device = path, _device(device)
-        config, networks = content.config, content.networks
-        base = content.of_split("base")
-        prototypes = np.stack([content.weights[name] for name in base])
-        tensors = networks["detector"] | {"prototypes": prototypes}
-        self.network = build_network(
-            networks["proposal_network"], config.backbone, config.proposals
-        ).to(self.device)
-        self.detector = build_detector(
-            tensors, base, config.backbone, config.base_detector, path
-        ).to(self.device)
+        network, detector = build_networks(content, path)
+        self.network, self.detector = network.to(self.device), detector.to(self.device)
         self._extra: dict[str, np.ndarray] = {}
         self.content = content
 
@@ -128,7 +122,7 @@ class Model:
     @content.setter
     def content(self, content: ModelFile) -> None:
         self._content = content
-        self._vocabulary = _Vocabulary(content, self._extra)
+        self._vocabulary = Vocabulary(content, self._extra)
 
     @property
     def names(self) -> list[str]:
@@ -171,7 +165,7 @@ class Model:
             from lpovod.text_tower import encode_names
 
             self._extra |= dict(zip(added, encode_names(added, self.content), strict=True))
-            self._vocabulary = _Vocabulary(self.content, self._extra)
+            self._vocabulary = Vocabulary(self.content, self._extra)
         return added
 
     @overload
@@ -291,8 +285,31 @@ class Model:
         return Detections(*found, names)
 
 
-class _Vocabulary:
-    """The classes of a model, and further words, as rows of matrices."""
+def build_networks(content: ModelFile, path: Path) -> tuple[ProposalNetwork, Detector]:
+    """The networks of a model file, in evaluation mode, on the CPU.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+    """
+    config, base = content.config, content.of_split("base")
+    prototypes = np.stack([content.weights[name] for name in base])
+    tensors = content.networks["detector"] | {"prototypes": prototypes}
+    network = build_network(content.networks["proposal_network"], config.backbone, config.proposals)
+    detector = build_detector(tensors, base, config.backbone, config.base_detector, path)
+    return network, detector
+
+
+class Vocabulary:
+    """The classes of a model, and further words, as rows of matrices.
+
+    Attributes:
+        names: of the classes.
+        ids: their category ids.
+        name_of: names by category id.
+        weights: linear classifiers and text embeddings; zeros where a class has none.
+        probe_weights: for each class, the weight of its linear classifier in its score.
+    """
 
     def __init__(self, content: ModelFile, extra: dict[str, np.ndarray]):
         unknown = [name for name in extra if name not in content.names]

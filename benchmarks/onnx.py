@@ -1,0 +1,141 @@
+"""Milliseconds from an image to its detections: ONNX Runtime beside torch, on the CPU.
+
+    python -m benchmarks.onnx --model results/mini/model/model.safetensors --image photograph.jpg
+
+Both take the same pixels, decoded before, and turn about. Without `--model` the networks are a
+ResNet-50 of the size that configs/photographs.yaml sets, with random weights; without `--image`
+the pixels are noise of 640 x 480. Ends with one JSON line of medians.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import tyro
+
+import lpovod
+from lpovod.apps.onnx_graphs import export_onnx
+from lpovod.artifacts import identity
+from lpovod.config import Config
+from lpovod.formats.model import STAGE, ModelClass, ModelFile, write_model
+from lpovod.model import read_source
+from lpovod.networks.detector import Detector
+from lpovod.networks.proposal_network import ProposalNetwork
+from lpovod.progress import start_logging
+
+CLASSES, CLIP_DIMENSION = 65, 512
+PHOTOGRAPHS = {
+    "backbone": {
+        "architecture": "resnet50_torchvision",
+        "channels": 256,
+        "short_side": 640,
+        "long_side": 1067,
+    },
+    "proposals": {"per_level": 1000, "per_image": 300},
+    "base_detector": {"regions": "proposals", "sampling_ratio": 0},
+}
+
+
+@dataclass
+class Options:
+    model: Path | None = None
+    """the model file"""
+    image: Path | None = None
+    """the image file"""
+    repeats: int = 20
+    """measurements, of which the median counts"""
+    threads: int = 2
+    """of either library"""
+
+
+class Graphs:
+    """The three graphs, one after the other, as docs/onnx.md runs them."""
+
+    def __init__(self, folder: Path, threads: int):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.image, self.vocabulary, self.detections = (
+            onnxruntime.InferenceSession(folder / f"{name}.onnx", options)
+            for name in ("image", "vocabulary", "detections")
+        )
+        self.inputs = dict(np.load(folder / "vocabulary.npz"))
+
+    def detect(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """Boxes, scores and columns."""
+        values = self.inputs | {"image": pixels}
+        for graph in (self.image, self.vocabulary, self.detections):
+            inputs = {i.name: values[i.name] for i in graph.get_inputs()}
+            outputs = graph.run(None, inputs)
+            values |= zip((o.name for o in graph.get_outputs()), outputs, strict=True)
+        return outputs
+
+
+def random_model(path: Path) -> None:
+    """Write a model of the size of configs/photographs.yaml."""
+    names = [f"class {chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(CLASSES)]
+    config = Config.model_validate({"classes": {"base": names, "novel": ["novel"]}} | PHOTOGRAPHS)
+    torch.manual_seed(0)
+    network = ProposalNetwork(config.backbone, config.proposals.anchor_scale)
+    detector = Detector(config.backbone, config.base_detector, CLASSES, CLIP_DIMENSION)
+    networks = {"proposal_network": _arrays(network), "detector": _arrays(detector)}
+    weights = networks["detector"].pop("prototypes")
+    text = np.random.default_rng(0).normal(size=(CLASSES, CLIP_DIMENSION)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    classes = [ModelClass(name, "base", number) for number, name in enumerate(names)]
+    by_name = [dict(zip(names, rows, strict=True)) for rows in (weights, text)]
+    write_model(path, ModelFile(config, 0.01, classes, networks, *by_name, identity(STAGE)))
+
+
+def _arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+
+def median_milliseconds(
+    functions: list[Callable[[np.ndarray], object]], pixels: np.ndarray, repeats: int
+) -> list[float]:
+    """Of each function, called in turn."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats + 2):
+        for function, of_function in zip(functions, seconds, strict=True):
+            start = time.perf_counter()
+            function(pixels)
+            of_function.append(time.perf_counter() - start)
+    return [round(1000 * statistics.median(s[2:]), 1) for s in seconds]  # two to warm up
+
+
+def main(options: Options) -> None:
+    start_logging()
+    torch.set_num_threads(options.threads)
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    pixels = read_source(options.image) if options.image else noise
+    with tempfile.TemporaryDirectory() as name:
+        path = options.model or Path(name, "model.safetensors")
+        if options.model is None:
+            random_model(path)
+        start = time.perf_counter()
+        export_onnx(path, Path(name, "onnx"))
+        seconds = time.perf_counter() - start
+        model, graphs = lpovod.load(path, "cpu"), Graphs(Path(name, "onnx"), options.threads)
+        functions = [model.detect, graphs.detect]
+        torch_ms, onnx_ms = median_milliseconds(functions, pixels, options.repeats)
+    result = {
+        "backbone": model.content.config.backbone.architecture,
+        "image": list(pixels.shape[:2]),
+        "threads": options.threads,
+        "torch_ms": torch_ms,
+        "onnxruntime_ms": onnx_ms,
+        "speedup": round(torch_ms / onnx_ms, 2),
+        "export_seconds": round(seconds, 1),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
