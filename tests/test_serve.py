@@ -115,7 +115,8 @@ def same(found: list[tuple], model: Model, path: Path, *arguments) -> int:
     threshold, classes, refined = arguments
     expected = model.detect(path, threshold, classes, refined=refined)
     assert [name for name, *_ in found] == expected.class_name
-    np.testing.assert_array_equal([score for _, score, _ in found], expected.confidence)
+    # Another process adds in another order, and features are rounded to half precision.
+    np.testing.assert_allclose([s for _, s, _ in found], expected.confidence, atol=1e-4)
     boxes = np.array([box for *_, box in found]).reshape(-1, 4)
     np.testing.assert_allclose(boxes, expected.xyxy, atol=0.0051)
     return len(expected)

@@ -65,7 +65,7 @@ def make_run(folder: Path, clip: ClipSettings, **settings) -> Path:
         write_tensors(probe, weights, identity("linear_probe", detector=detector))
         join_model(
             config,
-            folder / "dataset/val.json",
+            json.dumps({name: number for number, name in enumerate([*BASE, *NOVEL], 1)}),
             folder / "proposals/network.safetensors",
             detector,
             probe,
