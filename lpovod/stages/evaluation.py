@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from faster_coco_eval import COCO
 from torch.utils.data import DataLoader
 
 from lpovod.artifacts import check_made_from, sha256, write_json
@@ -20,11 +19,11 @@ from lpovod.formats.coco import (
 from lpovod.formats.regions import RegionStore, open_shards
 from lpovod.measures.ablations import Variant, table, variants
 from lpovod.measures.average_precision import (
+    GroundTruth,
     ap50,
-    ap50_by_class,
+    ap50_of_detections,
     coco_ground_truth,
     images_of,
-    without_garbage_collection,
 )
 from lpovod.measures.mistakes import count_mistakes
 from lpovod.measures.recall import recall_by_split
@@ -73,7 +72,7 @@ def evaluate(
     category_ids = data.category_ids(classes.names)
     measured_images = images_of(data, settings.protocol)
     truth = coco_ground_truth(data, measured_images)
-    write_json(ground_truth, truth.dataset)  # before a measurement in this process changes it
+    write_json(ground_truth, truth.content)
     rows = variants(settings, classes.temperature, embeddings is not None)
     heads = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]
     ways = [*rows.values(), *heads]
@@ -87,13 +86,14 @@ def evaluate(
     )
     content: dict[str, Any] = {"rows": by_row}
     content["per_class"] = {k: round(v, 2) for k, v in measured["full"][0].items()}
+    annotated = truth.content["annotations"]
     novel_ids = set(data.category_ids(classes.novel))
     content["evaluated"] = {
         "protocol": settings.protocol,
-        "images": len(truth.imgs),
+        "images": len(measured_images),
         "split_images": len(data.images),
-        "boxes": len(truth.anns),
-        "novel_boxes": sum(a["category_id"] in novel_ids for a in truth.anns.values()),
+        "boxes": len(annotated),
+        "novel_boxes": sum(a["category_id"] in novel_ids for a in annotated),
     }
     content["temperature"] = classes.temperature
     content["classes"] = {"base": classes.base, "novel": classes.novel}
@@ -144,13 +144,12 @@ def _detect_all(
 
 
 def _measure_all(
-    truth: COCO, classes: ClassWeights, detected: list[Detections], workers: int
+    truth: GroundTruth, classes: ClassWeights, detected: list[Detections], workers: int
 ) -> list[tuple[dict[str, float], dict[str, float | None]]]:
     """AP50 by class, and its means, of each variant."""
 
     def of_variant(number: int) -> tuple[dict[str, float], dict[str, float | None]]:
-        with without_garbage_collection():
-            by_class = ap50_by_class(truth, coco_results(detected[number]))
+        by_class = ap50_of_detections(truth, detected[number])
         return by_class, ap50(by_class, classes.base, classes.novel)
 
     results = in_processes(of_variant, list(range(len(detected))), workers)
