@@ -1,10 +1,11 @@
 """Stage `evaluation`: detections, AP50, and the ablations that explain it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch.utils.data import DataLoader
 
 from lpovod.artifacts import check_made_from, sha256, write_json
@@ -28,10 +29,21 @@ from lpovod.measures.average_precision import (
 from lpovod.measures.mistakes import count_mistakes
 from lpovod.measures.recall import recall_by_split
 from lpovod.progress import log, progress
-from lpovod.scoring import ClassWeights, detect, read_class_weights, score_regions
+from lpovod.scoring import (
+    ClassWeights,
+    Scores,
+    best_detections,
+    final_scores,
+    join,
+    read_class_weights,
+    score_regions,
+)
 
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Temperatures to choose from for the row of the CLIP head at its best temperature."""
+
+SCORES_AT_ONCE = 1 << 14
+"""Small images are scored together: torch's calls take longer than the arithmetic."""
 
 
 def evaluate(
@@ -124,23 +136,50 @@ def _detect_all(
     settings: EvaluationSettings,
     workers: int,
 ) -> list[Detections]:
-    """The detections of each variant; scores are made for one image at a time, and not kept."""
+    """The detections of each variant; scores are made for a few images at a time, and not kept."""
+    splits = len(classes.base), len(classes.novel)
+    weights = [torch.tensor(way.probe_weights(*splits)) for way in ways]
+    columns = torch.tensor(category_ids)
 
-    def of_image(image_id: int) -> tuple[int, list[Detected]]:
-        embedded = embeddings.read(image_id) if embeddings else None
-        scores = score_regions(features.read(image_id), embedded, classes)
-        return image_id, [
-            detect(scores, way.probe_weights(*counts), category_ids, way, settings) for way in ways
+    def of_images(image_ids: list[int]) -> list[list[Detected]]:
+        every = [
+            score_regions(features.read(i), embeddings.read(i) if embeddings else None, classes)
+            for i in image_ids
         ]
+        counts, joined = [len(scores.boxes) for scores in every], join(every)
+        return [of_variant(joined, counts, *pair) for pair in zip(ways, weights, strict=True)]
 
-    counts = len(classes.base), len(classes.novel)
+    def of_variant(
+        joined: Scores, counts: list[int], way: Variant, probe_weights: torch.Tensor
+    ) -> list[Detected]:
+        score = final_scores(joined, probe_weights, way).split(counts)
+        boxes = (joined.refined if way.refined else joined.boxes).split(counts)
+        of_each = zip(score, boxes, strict=True)
+        return [best_detections(*of_image, columns, settings) for of_image in of_each]
+
     detected: list[Detections] = [{} for _ in ways]
-    image_ids = [i for i in features.image_ids if features.count(i)]
-    results = in_processes(of_image, image_ids, workers)
-    for image_id, of_ways in progress(results, "detections", "image"):
-        for of_way, detections in zip(detected, of_ways, strict=True):
-            of_way[image_id] = detections
+    groups = list(_groups(features, len(classes.names)))
+    with progress(None, "detections", "image", sum(map(len, groups))) as bar:
+        results = in_processes(of_images, groups, workers)
+        for image_ids, of_ways in zip(groups, results, strict=True):
+            for of_way, of_group in zip(detected, of_ways, strict=True):
+                of_way.update(zip(image_ids, of_group, strict=True))
+            bar.update(len(image_ids))
     return detected
+
+
+def _groups(features: RegionStore, classes: int) -> Iterator[list[int]]:
+    """Images whose scores are made together, up to a number of scores."""
+    group: list[int] = []
+    scores = 0
+    for image_id in filter(features.count, features.image_ids):
+        scores += features.count(image_id) * classes
+        if group and scores > SCORES_AT_ONCE:
+            yield group
+            group, scores = [], features.count(image_id) * classes
+        group.append(image_id)
+    if group:
+        yield group
 
 
 def _measure_all(
