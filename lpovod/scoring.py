@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 from lpovod.artifacts import check_made_from, read_tensors
 from lpovod.config import EvaluationSettings
@@ -22,6 +21,7 @@ from lpovod.formats.class_embeddings import read_text_embeddings, temperature_of
 from lpovod.formats.coco import Detected
 from lpovod.formats.regions import Regions
 from lpovod.measures.ablations import Variant
+from lpovod.torchvision_ops import nms
 
 FIRST_CANDIDATES = 1000  # that enter the NMS of an image
 
