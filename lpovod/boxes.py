@@ -4,7 +4,8 @@ import math
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+
+from lpovod.torchvision_ops import box_iou
 
 DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 MAX_LOG_RATIO = abs(math.log(16 / 1000))

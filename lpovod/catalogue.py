@@ -70,6 +70,10 @@ vase, scissors, teddy bear, hair drier, toothbrush
 COCO_CLASSES = tuple(name.strip() for name in _NAMES.split(","))
 """Names of the annotated classes, to check a configuration before the annotations exist."""
 
+_UNUSED_IDS = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+COCO_IDS = dict(zip(COCO_CLASSES, (i for i in range(1, 91) if i not in _UNUSED_IDS), strict=True))
+"""Their category ids in COCO's files."""
+
 WEIGHTS = {
     "ViT-B-32.pt": Remote(
         "https://openaipublic.azureedge.net/clip/models/"

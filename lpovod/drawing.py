@@ -139,6 +139,34 @@ def shortened(name: str, ending: str, width: float) -> str:
     return f"{name.rstrip()}…{ending}"
 
 
+def square_around(
+    pixels: np.ndarray, bbox: list[float]
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """A square around a box, grey outside the image, and the box (xywh) in percent of the square.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        bbox: xywh in pixels of the image.
+    """
+    left, top, side = _window(corners(bbox), pixels.shape[1], pixels.shape[0])
+    square = Image.new("RGB", (side, side), (128, 128, 128))
+    square.paste(Image.fromarray(pixels), (-left, -top))
+    x, y, width, height = (100 * v / side for v in (bbox[0] - left, bbox[1] - top, *bbox[2:]))
+    return square, (x, y, width, height)
+
+
+def _window(box: np.ndarray, width: int, height: int) -> tuple[int, int, int]:
+    """Left, top and side of a square around a box, inside the image if it fits."""
+    side = max(8, round(1.35 * float((box[2:] - box[:2]).max())))
+    corner = (box[:2] + box[2:] - side) / 2
+    limits = [(size - side) for size in (width, height)]
+    left, top = (
+        round(min(max(low, 0), limit)) if limit >= 0 else round(limit / 2)
+        for low, limit in zip(corner.tolist(), limits, strict=True)
+    )
+    return left, top, side
+
+
 def jpeg_uri(image: Image.Image, longest: int) -> str:
     """An image as a data URI, shrunk to `longest` pixels if it is larger."""
     image = image.copy()

@@ -5,6 +5,7 @@ scores, NMS. So a model detects what the run's evaluation measured.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from lpovod.exceptions import LpovodError, existing
-from lpovod.formats.coco import coco_results
+from lpovod.formats.coco import coco_results, ids_of
 from lpovod.formats.images import read_image
 from lpovod.formats.model import ModelClass, ModelFile, read_model
 from lpovod.formats.regions import Regions
@@ -109,7 +110,7 @@ class Model:
     def __init__(self, content: ModelFile, path: Path, device: str | None = None):
         self.path, self.device = path, _device(device)
         network, detector = build_networks(content, path)
-        self._network, self._detector = network.to(self.device), detector.to(self.device)
+        self.network, self.detector = network.to(self.device), detector.to(self.device)
         self._extra: dict[str, np.ndarray] = {}
         self.content = content
 
@@ -132,6 +133,18 @@ class Model:
     def vocabulary(self) -> list[str]:
         """Names of the classes, and the words added to them."""
         return self._vocabulary.names
+
+    def with_content(self, content: ModelFile, words: Sequence[str] = ()) -> "Model":
+        """A model that shares the networks of this one, and has a vocabulary of its own.
+
+        Args:
+            content: of a model file with the same networks.
+            words: those to take over of the words that were added to this model.
+        """
+        other = copy(self)
+        other._extra = {word: self._extra[word] for word in words}
+        other.content = content
+        return other
 
     def add_names(self, names: Sequence[str]) -> list[str]:
         """Add words to the vocabulary, scored by the CLIP head alone: they have no linear probe.
@@ -236,14 +249,12 @@ class Model:
             For each image, its proposals with the columns of stage `region_features`.
         """
         settings = self.content.config.proposals
-        levels = self._network(batch(views, self.device, self._network.backbone.normalisation))
+        levels = self.network(batch(views, self.device, self.network.backbone.normalisation))
         proposed = [
             best_proposals(levels, number, view, size, settings)
             for number, (view, size) in enumerate(zip(views, sizes, strict=True))
         ]
-        described = describe_regions(
-            self._detector, views, proposed, sizes, len(views), self.device
-        )
+        described = describe_regions(self.detector, views, proposed, sizes, len(views), self.device)
         return [_as_regions(arrays) for arrays in described]
 
     def score(
@@ -252,9 +263,16 @@ class Model:
         threshold: float | None = None,
         classes: Sequence[str] | None = None,
         refined: bool = True,
+        per_image: int | None = None,
     ) -> Detections:
-        """Detections from the regions of an image; arguments as for `detect`."""
+        """Detections from the regions of an image; arguments as for `detect`.
+
+        Args:
+            per_image: the most detections; None for the run's, evaluation.per_image.
+        """
         settings = self.content.config.evaluation
+        if per_image is not None:
+            settings = settings.model_copy(update={"per_image": per_image})
         # An image keeps its best per_image detections of the classes asked for.
         words = self._vocabulary
         rows = None if classes is None else [words.names.index(n) for n in dict.fromkeys(classes)]
@@ -295,11 +313,9 @@ class Vocabulary:
 
     def __init__(self, content: ModelFile, extra: dict[str, np.ndarray]):
         unknown = [name for name in extra if name not in content.names]
-        first = max(c.category_id for c in content.classes) + 1
-        classes = [
-            *content.classes,
-            *(ModelClass(name, "novel", first + n) for n, name in enumerate(unknown)),
-        ]
+        known = content.categories | {c.name: c.category_id for c in content.classes}
+        ids = ids_of(known, unknown)
+        classes = [*content.classes, *(ModelClass(n, "novel", ids[n]) for n in unknown)]
         self.names = [c.name for c in classes]
         self.ids = [c.category_id for c in classes]
         self.name_of = dict(zip(self.ids, self.names, strict=True))

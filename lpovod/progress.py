@@ -3,7 +3,9 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
@@ -13,6 +15,22 @@ FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 log = logging.getLogger("lpovod")
 """Every module reports here: `log.info`, `log.warning`, `log.error`."""
+
+
+Listener = Callable[[str, int, int | None], None]
+"""Called with the description of a bar, the items done, and their number if it is known."""
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Report the bars of this thread to a function in place of the terminal and the log."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def be_silent() -> None:
@@ -53,6 +71,8 @@ def progress(
         total: number of items, if `items` has no length.
         **kwargs: passed to tqdm.
     """
+    if (listener := _listener.get()) is not None:
+        return _Reported(items, description, total, unit=unit, listener=listener, **kwargs)
     terminal = sys.stderr.isatty()
     return tqdm(
         items,
@@ -64,6 +84,26 @@ def progress(
         file=sys.stderr if terminal else _Lines(),
         **kwargs,
     )
+
+
+class _Reported(tqdm):
+    """A bar that a listener hears of, ten times a second at most."""
+
+    def __init__(self, *args: Any, listener: Listener, **kwargs: Any):
+        self._listener = listener
+        super().__init__(*args, mininterval=0.1, file=_Nowhere(), **kwargs)
+
+    def display(self, *_: Any, **__: Any) -> None:
+        """Called by tqdm whenever the bar would be drawn anew."""
+        self._listener(self.desc, self.n, self.total)
+
+
+class _Nowhere:
+    def write(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
 
 
 class _Lines:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 from lpovod.artifacts import check_made_from, read_tensors
 from lpovod.config import EvaluationSettings
@@ -22,6 +21,7 @@ from lpovod.formats.class_embeddings import read_text_embeddings, temperature_of
 from lpovod.formats.coco import Detected
 from lpovod.formats.regions import Regions
 from lpovod.measures.ablations import Variant
+from lpovod.torchvision_ops import nms
 
 FIRST_CANDIDATES = 1000  # that enter the NMS of an image
 
@@ -128,7 +128,22 @@ def score_regions(regions: Regions, embedded: Regions | None, classes: ClassWeig
     )
 
 
-def final_scores(scores: Scores, probe_weights: Sequence[float], variant: Variant) -> Tensor:
+def join(images: Sequence[Scores]) -> Scores:
+    """Raw scores of several images as if they were one; all of them with CLIP's own, or none."""
+    clip = [scores.clip for scores in images if scores.clip is not None]
+    return Scores(
+        torch.cat([scores.boxes for scores in images]),
+        torch.cat([scores.refined for scores in images]),
+        torch.cat([scores.objectness for scores in images]),
+        torch.cat([scores.sigmoid for scores in images]),
+        torch.cat([scores.cosine for scores in images]),
+        torch.cat(clip) if clip else None,
+    )
+
+
+def final_scores(
+    scores: Scores, probe_weights: Sequence[float] | Tensor, variant: Variant
+) -> Tensor:
     """(n, classes) scores as they enter the NMS.
 
     Args:
@@ -140,7 +155,7 @@ def final_scores(scores: Scores, probe_weights: Sequence[float], variant: Varian
     cosine = scores.clip if variant.true_clip else scores.cosine
     assert cosine is not None, "CLIP's own scores need its embeddings of the regions"
     clip = (cosine / variant.temperature).softmax(dim=1)
-    probe_weight = torch.tensor(probe_weights)
+    probe_weight = torch.as_tensor(probe_weights)
     score = clip ** (1 - probe_weight) * scores.sigmoid**probe_weight
     return (score * scores.objectness[:, None] if variant.objectness else score).sqrt()
 
@@ -166,13 +181,27 @@ def detect(
     score = final_scores(scores, probe_weights, variant)
     if only is not None:
         score, category_ids = score[:, list(only)], [category_ids[column] for column in only]
+    boxes = scores.refined if variant.refined else scores.boxes
+    return best_detections(score, boxes, torch.tensor(category_ids), settings)
+
+
+def best_detections(
+    score: Tensor, boxes: Tensor, category_ids: Tensor, settings: EvaluationSettings
+) -> Detected:
+    """Detections of one image from its final scores.
+
+    Args:
+        score: (n, classes), see `final_scores`.
+        boxes: (n, 4) xyxy.
+        category_ids: (classes,) int64.
+        settings: threshold, NMS and number of detections.
+    """
     rows, classes = (score > settings.score_threshold).nonzero(as_tuple=True)
     if not len(rows):
         return np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, np.int64)
-    boxes, above = (scores.refined if variant.refined else scores.boxes)[rows], score[rows, classes]
+    above, boxes = score[rows, classes], boxes[rows]
     best = _best(boxes, above, classes, settings)
-    categories = torch.tensor(category_ids)[classes[best]]
-    return boxes[best].numpy(), above[best].numpy(), categories.numpy()
+    return boxes[best].numpy(), above[best].numpy(), category_ids[classes[best]].numpy()
 
 
 def _best(boxes: Tensor, score: Tensor, classes: Tensor, settings: EvaluationSettings) -> Tensor:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lpovod.artifacts import read_json, sha256, write_json
-from lpovod.catalogue import COCO_CLASSES
+from lpovod.catalogue import COCO_CLASSES, COCO_IDS
 from lpovod.config import Config
 from lpovod.exceptions import LpovodError, did_you_mean, existing, some
-from lpovod.formats.coco import BOX_KEYS, IMAGE_KEYS
+from lpovod.formats.coco import BOX_KEYS, IMAGE_KEYS, ids_of
 from lpovod.miniature import pictograms
 
 BY_CONTENT = 2_000
@@ -42,11 +42,13 @@ class Source:
         images: of the image files and the list of them.
         annotations: of the annotations, by class name.
         count: number of images.
+        categories: ids by class name.
     """
 
     images: str
     annotations: dict[str, str]
     count: int
+    categories: dict[str, int]
 
     def digest(self, classes: Iterable[str] | None = None) -> str:
         """Digest of the list of images and of the annotations of some classes, or of all."""
@@ -68,7 +70,8 @@ def read_source(images: Path, annotations: Path, cache: Path = CACHE) -> Source:
     remembered = cache / f"{_digest([str(annotations.resolve())])[:16]}.json"
     facts = _facts(annotations, remembered)
     files = _file_digest(images, facts["files"], remembered.with_suffix(".images.json"))
-    return Source(_digest([facts["images"], files]), facts["annotations"], len(facts["files"]))
+    images_digest, count = _digest([facts["images"], files]), len(facts["files"])
+    return Source(images_digest, facts["annotations"], count, facts["categories"])
 
 
 def read_sources(config: Config) -> dict[str, Source]:
@@ -77,6 +80,22 @@ def read_sources(config: Config) -> dict[str, Source]:
     if config.dataset.source != "coco" or files.download:
         return {}
     return {s: read_source(files.images(s), files.annotations(s)) for s in config.dataset.splits}
+
+
+def category_ids(config: Config, sources: dict[str, Source]) -> dict[str, int]:
+    """Ids by name of the data set's categories and of all classes, as the evaluation has them.
+
+    Args:
+        config: the classes, and where the images come from.
+        sources: the user's data by split; empty if it is drawn, or downloaded.
+    """
+    if config.dataset.source == "miniature":
+        known = pictograms.CATEGORY_IDS
+    elif sources:
+        known = sources["val" if "val" in sources else "train"].categories
+    else:
+        known = COCO_IDS
+    return known | ids_of(known, [*config.classes.base, *config.classes.novel])
 
 
 def check_classes(config: Config, sources: dict[str, Source]) -> list[str]:
@@ -122,7 +141,7 @@ def _facts(annotations: Path, remembered: Path) -> dict[str, Any]:
     """Names of the image files, and digests of what a json says, from the cache if it holds."""
     stamp = _stamp(existing(annotations))
     facts = _remembered(remembered)
-    if facts.get("stamp") != stamp:
+    if facts.get("stamp") != stamp or "categories" not in facts:
         facts = {"stamp": stamp} | _read_facts(annotations)
         write_json(remembered, facts)
     return facts
@@ -140,6 +159,7 @@ def _read_facts(annotations: Path) -> dict[str, Any]:
     return {
         "files": [str(image.get("file_name")) for image in content["images"]],
         "images": _digest([[image.get(k) for k in IMAGE_KEYS] for image in content["images"]]),
+        "categories": {str(c.get("name")): c.get("id") for c in content["categories"]},
         "annotations": {
             str(c.get("name")): _digest([c.get("id"), by_category[_key(c.get("id"))]])
             for c in content["categories"]

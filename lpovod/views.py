@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.ops import clip_boxes_to_image
 
 from lpovod.config import TrainingSettings
 from lpovod.distributed import largest, rank, ranks
 from lpovod.formats.coco import CocoDataset
+from lpovod.torchvision_ops import clip_boxes_to_image
 
 MEAN = (122.770935, 116.74601, 104.093735)
 STD = (68.500534, 66.63216, 70.323166)

@@ -20,7 +20,7 @@ from lpovod.sources import Source, check_classes, read_sources
 
 CHECK = Path(RESULTS, "check", "check.json")
 # Data that is downloaded counts as published.
-PUBLISHED = Source("COCO 2017", {}, 0)
+PUBLISHED = Source("COCO 2017", {}, 0, {})
 DATA = CONFIG.dataset.coco
 ON_DISK = CONFIG.dataset.source == "coco" and not DATA.download
 

@@ -3,6 +3,10 @@
 # OUT  model.safetensors: everything that detects, in one file
 # COST seconds
 
+import json
+
+from lpovod.sources import category_ids
+
 # What neither detection nor learning a class needs; it would make the file stale.
 UNNEEDED = dict.fromkeys(
     ("dataset", "region_index", "report", "small_clip", "training_gpus", "training_nodes"), True
@@ -12,7 +16,6 @@ UNNEEDED["evaluation"] = {"protocol", "clip_on_crops"}
 
 rule model:
     input:
-        dataset=f"{RESULTS}/dataset/train.json",
         network=rules.proposal_network.output.network,
         detector=rules.base_detector.output.detector,
         probe=rules.linear_probe.output,
@@ -32,9 +35,10 @@ rule model:
     params:
         code=source("model"),
         run=CONFIG.model_dump_json(exclude=UNNEEDED),
+        categories=json.dumps(category_ids(CONFIG, SOURCES), sort_keys=True),
     message:
         "One file that detects"
     shell:
-        "python -m workflow_scripts.model --run {params.run:q} --dataset {input.dataset}"
+        "python -m workflow_scripts.model --run {params.run:q} --categories {params.categories:q}"
         " --network {input.network} --detector {input.detector} --linear-probe {input.probe}"
         " --text-embeddings {input.text} --output {output} 2>&1 | tee {log}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from open_clip.model import CLIP
 from PIL import Image
+from project import copy_project, snakemake
 from safetensors.torch import save_file
 
 from lpovod.artifacts import identity
@@ -22,7 +23,21 @@ TINY_CLIP = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 
+# One class fewer than the miniature world has, so that the sixth can be added.
+SMALLEST = {"classes": {"novel": ["star", "ring", "bolt", "house", "fish"]}}
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smallest_run(tmp_path_factory) -> Path:
+    """A copy of the project with the finished run of configs/smallest.yaml and `SMALLEST`.
+
+    Who changes it puts it back, or takes a copy.
+    """
+    folder = copy_project(tmp_path_factory.mktemp("smallest") / "project")
+    snakemake(folder, "smallest.yaml", SMALLEST, "--cores", "2")
+    return folder
 
 
 @pytest.fixture

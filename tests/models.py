@@ -56,6 +56,7 @@ def random_model(path: Path, seed: int = 0, **settings) -> ModelFile:
             ModelClass(name, "base" if name in BASE else "novel", category_id)
             for name, category_id in zip(names, (3, 1, 7, 5), strict=True)
         ],
+        categories={"cup": 9},
         networks={"proposal_network": arrays(network), "detector": tensors},
         weights=dict(zip(names, weights, strict=True)),
         text=dict(zip(names, text, strict=True)),

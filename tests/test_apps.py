@@ -11,7 +11,7 @@ import yaml
 from lpovod.apps.main import COMMANDS
 from lpovod.config import Config, documentation
 
-IMPORTING_TORCH = {"search"}
+IMPORTING_TORCH = {"search", "detect", "learn", "serve"}
 
 
 def lpovod(*arguments: str) -> subprocess.CompletedProcess:

@@ -23,7 +23,7 @@ ROOMS = (
     {"artifacts", "miniature"},
     {"config"},
     {"formats"},
-    {"boxes", "crops", "distributed", "shared_ranks", "views", "training"},
+    {"boxes", "torchvision_ops", "crops", "distributed", "shared_ranks", "views", "training"},
     {"networks", "measures", "drawing", "pages"},
     {"importers"},
     {"clip"},

@@ -34,6 +34,7 @@ BEYOND_PROPOSALS = {
     "retrieved_region_features": 1,
     "linear_probe": 1,
     "evaluation": 1,
+    "model": 1,
     "report": 1,
 }
 TRAINED = {"proposal_network": 1, "proposals": 2} | BEYOND_PROPOSALS

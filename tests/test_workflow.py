@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from conftest import SMALLEST
 from project import copy_project, snakemake, stale_jobs
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -28,10 +29,9 @@ from lpovod.formats.regions import read_proposals
 
 pytestmark = pytest.mark.slow
 
-# One class fewer than the miniature world has, so that the sixth can be added.
-NOVEL = ["star", "ring", "bolt", "house", "fish"]
+RUN = SMALLEST
+NOVEL = RUN["classes"]["novel"]
 BASE = yaml.safe_load(Path("config.yaml").read_text())["classes"]["base"]
-RUN = {"classes": {"novel": NOVEL}}
 DRAWN = {"train_images": 48, "val_images": 16, "tune_images": 8}  # as in configs/smallest.yaml
 
 EVERYTHING = {
@@ -76,11 +76,8 @@ def stale(folder: Path, **overlay) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    folder = copy_project(tmp_path_factory.mktemp("workflow") / "project")
-    assert stale(folder) == EVERYTHING
-    snakemake(folder, "smallest.yaml", RUN, "--cores", "2")
-    return folder
+def project(smallest_run) -> Path:
+    return smallest_run
 
 
 @pytest.fixture()
@@ -96,6 +93,10 @@ def edited(project):
     yield edit
     for file, content in saved.items():
         file.write_bytes(content)
+
+
+def test_everything_is_stale_before_a_run(tmp_path):
+    assert stale(copy_project(tmp_path / "project")) == EVERYTHING
 
 
 def test_nothing_is_stale_after_a_run(project):

@@ -81,6 +81,7 @@ STAGES = {
         ("evaluation/metrics.json", "evaluation/detections.json", "evaluation/ground_truth.json"),
         "evaluation.log",
     ),
+    "model": Stage(("model/model.safetensors",), "model.log"),
     "report": Stage(("report/report.html",), "report.log"),
 }
 

@@ -19,10 +19,11 @@ from lpovod.formats.coco import read_dataset
 from lpovod.formats.images import read_image
 from lpovod.formats.labels import SUFFIXES, Box, LabelledImage
 from lpovod.formats.yolo import write_yolo
-from lpovod.model import Detections, Model, load
+from lpovod.model import Detections, Model, Source, load
 from lpovod.progress import log, progress
 
 DRAWN_WIDTH = 800  # smallest width of a drawn image in pixels
+DRAWN_ABOVE = 0.3  # the low threshold that AP wants fills a picture with boxes
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def detect(
             CLIP head alone
         threshold: lowest score, 0 to 1; by default the run's
         output: folder of detections.json, drawn/ and yolo/
-        draw: also draw the detections
+        draw: also draw the detections: those above 0.3, unless --threshold says otherwise
         yolo: also write a YOLO text file for each image, and classes.txt
         device: cpu or cuda; by default the GPU if there is one
         batch_size: images per pass; by default 1 on a CPU, 8 on a GPU
@@ -83,7 +84,8 @@ def detect(
             f"{', '.join(added)}: no linear probe; scored by the CLIP head alone. `lpovod learn` "
             "adds a class"
         )
-    writer = _Writer(loaded, output, draw)
+    drawn_above = (DRAWN_ABOVE if threshold is None else threshold) if draw else None
+    writer = _Writer(loaded, output, drawn_above)
     with progress(None, "detections", "image", len(images)) as bar:
         for image, found, pixels in _detect_all(images, loaded, classes, threshold, batch_size):
             if isinstance(found, LpovodError):
@@ -154,7 +156,8 @@ def _detect_all(
     """Each image with its detections and its pixels, or with the error of reading it."""
     waiting, size = iter(images), batch_size or model.batch_size
     while together := list(islice(waiting, size)):
-        readable, pixels = [], []
+        readable: list[Named] = []
+        pixels: list[Source] = []
         for image in together:
             try:
                 pixels.append(read_image(image.path, image.size))
@@ -168,14 +171,14 @@ def _detect_all(
 class _Writer:
     """Writes what was asked for of each image."""
 
-    def __init__(self, model: Model, output: Path, draw: bool):
-        self._output, self._draw = output, draw
+    def __init__(self, model: Model, output: Path, drawn_above: float | None):
+        self._output, self._drawn_above = output, drawn_above
         self._base = set(model.content.of_split("base"))
         self.labelled: list[LabelledImage] = []
         self.results: list[dict[str, Any]] = []
 
     def add(self, image: Named, found: Detections, pixels: np.ndarray) -> None:
-        """The image's entries of detections.json, and its drawing."""
+        """Add an image's detections, and draw them."""
         entries = [e | {"file_name": image.name} for e in found.to_coco(image.image_id)]
         self.results += entries
         corners = [tuple(box) for box in found.xyxy.tolist()]
@@ -187,12 +190,18 @@ class _Writer:
         ]
         height, width = pixels.shape[:2]
         self.labelled.append(LabelledImage(Path(image.name), width, height, boxes))
-        if self._draw:
-            labels = [f"{e['class_name']} {e['score']:.2f}" for e in entries]
-            novel = [name not in self._base for name in found.class_name]
-            drawn = draw_detections(
-                pixels, [e["bbox"] for e in entries], labels, novel, max(DRAWN_WIDTH, width)
-            )
-            path = (self._output / "drawn" / image.name).with_suffix(".jpg")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drawn.save(path, quality=90)
+        if self._drawn_above is not None:
+            self._draw(image, found.above(self._drawn_above), pixels)
+
+    def _draw(self, image: Named, found: Detections, pixels: np.ndarray) -> None:
+        labels = [
+            f"{name} {score:.2f}"
+            for name, score in zip(found.class_name, found.confidence.tolist(), strict=True)
+        ]
+        novel = [name not in self._base for name in found.class_name]
+        boxes = [entry["bbox"] for entry in found.to_coco()]
+        width = max(DRAWN_WIDTH, pixels.shape[1])
+        drawn = draw_detections(pixels, boxes, labels, novel, width)
+        path = (self._output / "drawn" / image.name).with_suffix(".jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(path, quality=90)

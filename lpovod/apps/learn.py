@@ -202,7 +202,10 @@ class Run:
 
     def embed_picture(self, path: Path) -> np.ndarray:
         """CLIP's unit embedding, (D,) float32, of a whole picture, cropped as regions are."""
-        pixels = read_image(path)
+        return self.embed_pixels(read_image(path))
+
+    def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """The same of a decoded picture, (height, width, 3) uint8 RGB."""
         height, width = pixels.shape[:2]
         whole = np.array([[0, 0, width, height]], np.float32)
         shape = self.clip.preprocessing
@@ -390,9 +393,7 @@ def _query(run: Run, lesson: Lesson, text: np.ndarray | None) -> np.ndarray:
 
 def _as_class(content: ModelFile, lesson: Lesson) -> ModelClass:
     known = content.class_of(lesson.name)
-    if known is None:
-        category_id = max(c.category_id for c in content.classes) + 1
-        known = ModelClass(lesson.name, "novel", category_id)
+    known = known or ModelClass(lesson.name, "novel", content.id_of(lesson.name))
     record = lesson.as_json() | {"run": fingerprint(content.identity)}
     return replace(known, prompt=lesson.prompt, learned=record)
 

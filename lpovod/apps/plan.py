@@ -139,11 +139,13 @@ def plan(
         text = table(rows, {_number(n, "GPU"): [r.on_gpus(tflops, n) for r in rows] for n in GPUS})
     else:
         text = table(rows, {_number(cores, "core"): [r.on_cores(gflops, cores) for r in rows]})
+    added = another_class(settings, train, val, rows)
     notes = [
         _notes_on_gpus(tflops) if settings.gpu else _notes_on_cores(rows, gflops, cores),
         ARRAYS,
         EXTRACTING if rows[0].stage == "download" else "",
         COMPARED if measured else "",
+        _note_on_learning(added, settings.gpu, tflops, gflops, cores) if added else "",
     ]
     return "\n\n".join(
         [
@@ -151,6 +153,16 @@ def plan(
             text,
             "\n".join(textwrap.fill(note, 95) for note in notes if note),
         ]
+    )
+
+
+def _note_on_learning(added: Cost, gpu: bool, tflops: float, gflops: float, cores: int) -> str:
+    seconds = added.on_gpus(tflops, 1) + added.start if gpu else added.on_cores(gflops, cores)
+    unit = _unit(seconds, TIMES)
+    machine = "one GPU" if gpu else _number(cores, "core")
+    return (
+        "Once it is finished, a class more (`lpovod learn`) takes about "
+        f"{seconds / TIMES[unit]:.0f} {unit} on {machine}."
     )
 
 
@@ -307,6 +319,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
             start=HEAVY_START,
             threads=2,
         ),
+        Cost("model", disk=4 * (work.proposal_weights + work.detector_weights), start=LIGHT_START),
     ]
     downloaded = config.dataset.coco.download and (train, val) == tuple(COCO_IMAGES.values())
     omitted = {
@@ -318,8 +331,32 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
         "base_detector": not trains,
         "pseudo_labels": not retrieves,
         "linear_probe": not probes,
+        "model": proposals.files,
     }
     return [row for row in rows if not omitted.get(row.stage)]
+
+
+def another_class(config: Config, train: int, val: int, rows: list[Cost]) -> Cost | None:
+    """What `lpovod learn` costs for one class, once the run is finished; None if it cannot.
+
+    Args:
+        config: of the run.
+        train: number of training images.
+        val: number of validation images.
+        rows: the stages, as `costs` returns them.
+    """
+    stages = {row.stage: row for row in rows}
+    if not {"pseudo_labels", "linear_probe", "model"} <= stages.keys():
+        return None
+    features, k = stages["region_features"], config.pseudo_labels.k
+    retrieved = min(train, len(config.classes.novel) * k)
+    share = min(train, k) / (val + retrieved)
+    return Cost(
+        "lpovod learn",
+        features.gflop * share,
+        features.core * share + stages["pseudo_labels"].core + stages["linear_probe"].core,
+        start=HEAVY_START,
+    )
 
 
 def _dataset(settings: DatasetSettings, images: int) -> Cost:

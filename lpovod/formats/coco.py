@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +135,27 @@ class CocoDataset:
             for i, c in self.categories.items()
             if c["name"] in splits
         }
-        absent = sorted(set(splits) - {c["name"] for c in categories.values()})
-        first = max(self.categories, default=0) + 1
-        for number, name in enumerate(absent, first):
-            categories[number] = {"id": number, "name": name, "split": splits[name]}
+        known = {c["name"]: i for i, c in self.categories.items()}
+        for name, number in ids_of(known, splits).items():
+            categories.setdefault(number, {"id": number, "name": name, "split": splits[name]})
         annotations = {
             image_id: [a for a in objects if a["category_id"] in categories]
             for image_id, objects in self.annotations.items()
         }
         return replace(self, annotations=annotations, categories=categories)
+
+
+def ids_of(known: dict[str, int], names: Iterable[str]) -> dict[str, int]:
+    """The category id of each name: its own, or, for names that have none, the next ones.
+
+    Args:
+        known: ids of all categories of a data set.
+        names: of classes.
+    """
+    names = list(names)
+    absent = sorted(set(names) - set(known))
+    added = dict(zip(absent, count(max(known.values(), default=0) + 1), strict=False))
+    return {name: known[name] if name in known else added[name] for name in names}
 
 
 def check_same_images(path: Path, ident: Identity, data: CocoDataset) -> None:

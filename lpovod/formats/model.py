@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from lpovod.artifacts import Identity, read_tensors, write_tensors
 from lpovod.config import Config
 from lpovod.exceptions import LpovodError
+from lpovod.formats.coco import ids_of
 
 STAGE = "model"
 FORMAT = 1
@@ -48,6 +49,7 @@ class ModelFile:
         config: of the run, without its data.
         temperature: of the softmax over cosines.
         classes: the vocabulary: base classes, novel ones, then learned ones.
+        categories: ids of all categories of the run's data set by name.
         networks: tensors of ``proposal_network`` and ``detector`` by name.
         weights: (dimension,) float32 linear classifier of each class that has one.
         text: (D,) float32 unit text embedding of each class that CLIP scores.
@@ -61,6 +63,7 @@ class ModelFile:
     config: Config
     temperature: float
     classes: list[ModelClass]
+    categories: dict[str, int]
     networks: dict[str, dict[str, np.ndarray]]
     weights: dict[str, np.ndarray]
     text: dict[str, np.ndarray]
@@ -82,6 +85,11 @@ class ModelFile:
     def class_of(self, name: str) -> ModelClass | None:
         """The class of a name, or None."""
         return next((c for c in self.classes if c.name == name), None)
+
+    def id_of(self, name: str) -> int:
+        """The category id of a class: its own, the data set's, or the next one."""
+        taken = self.categories | {c.name: c.category_id for c in self.classes}
+        return ids_of(taken, [name])[name]
 
     def with_class(
         self,
@@ -127,6 +135,7 @@ def write_model(path: Path, model: ModelFile) -> None:
         "config": model.config.model_dump(mode="json", exclude_unset=True),
         "temperature": model.temperature,
         "classes": [asdict(c) for c in model.classes],
+        "categories": model.categories,
         "clip": model.clip,
     }
     write_tensors(path, tensors, model.identity | {"card": card})
@@ -159,6 +168,7 @@ def read_model(path: Path) -> ModelFile:
         config,
         card["temperature"],
         [ModelClass(**c) for c in card["classes"]],
+        card["categories"],
         {network: parts[network] for network in ("proposal_network", "detector")},
         parts["weight"],
         parts["text"],

@@ -178,6 +178,9 @@ _DISTRACTORS: dict[str, list[Part]] = {
 CLASSES, DISTRACTORS = tuple(PICTOGRAMS), tuple(_DISTRACTORS)
 PICTOGRAMS |= _DISTRACTORS
 
+# Gaps, as in COCO: code that mistakes an id for a row number fails here, not at full scale.
+CATEGORY_IDS = {name: 3 * position + 2 for position, name in enumerate(CLASSES)}
+
 # One array of corners per pictogram, so that one operation rotates or scales all of it.
 POINTS = {
     name: np.concatenate([part.outline for part in parts]) for name, parts in PICTOGRAMS.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lpovod.miniature.pictograms import CLASSES, DISTRACTORS
+from lpovod.miniature.pictograms import CATEGORY_IDS, CLASSES, DISTRACTORS
 from lpovod.miniature.scenes import IMAGE_SIZE, DrawnObject, compose_scene
 
 SPLITS = ("train", "val", "tune", "clip")
@@ -60,8 +60,6 @@ def draw_split(
         ValueError: if the split is not one of `SPLITS`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # Gaps, as in COCO: code that mistakes an id for a row number fails here, not at full scale.
-    category_ids = {name: 3 * position + 2 for position, name in enumerate(CLASSES)}
     first_id = 1_000_000 * (SPLITS.index(_checked(split)) + 1)
     records, annotations = [], []
     for index in range(images):
@@ -82,9 +80,9 @@ def draw_split(
                 continue
             annotation_id = 100 * image_id + position
             annotations.append(
-                _annotation(annotation_id, image_id, category_ids[drawn.name], drawn)
+                _annotation(annotation_id, image_id, CATEGORY_IDS[drawn.name], drawn)
             )
-    categories = [{"id": category_ids[name], "name": name} for name in CLASSES]
+    categories = [{"id": CATEGORY_IDS[name], "name": name} for name in CLASSES]
     return {"images": records, "annotations": annotations, "categories": categories}
 
 

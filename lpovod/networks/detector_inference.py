@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image
 
 from lpovod.artifacts import Identity, read_tensors
 from lpovod.boxes import decode
 from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.exceptions import LpovodError
 from lpovod.networks.detector import Detector
+from lpovod.torchvision_ops import clip_boxes_to_image
 from lpovod.views import LoadedView, batch
 
 Size = tuple[int, int]

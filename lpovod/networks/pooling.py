@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import roi_align
 
 from lpovod.networks.backbone import STRIDES, level_of
+from lpovod.torchvision_ops import roi_align
 
 POOLED = 7
 """Bins per side of a pooled region."""
@@ -39,7 +39,7 @@ def pool_regions(
         rows = (level == number).nonzero().flatten()
         # Without a region, too: the backward pass must meet the same norms on every rank.
         features, scale = pyramid[number], 1 / stride
-        here = roi_align(features, rois[rows], POOLED, scale, sampling_ratio, aligned=True)
+        here = roi_align(features, rois[rows], POOLED, scale, sampling_ratio)
         pooled = pooled.index_copy(0, rows, here)
     return pooled
 

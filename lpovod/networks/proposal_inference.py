@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image, nms
 
 from lpovod.artifacts import read_tensors
 from lpovod.config import BackboneSettings, ProposalsSettings
 from lpovod.networks.proposal_network import ProposalNetwork
+from lpovod.torchvision_ops import clip_boxes_to_image, nms
 from lpovod.views import LoadedView
 
 

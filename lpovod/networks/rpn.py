@@ -8,11 +8,11 @@ checkpoints. Anchors are ordered by level, row, column and ratio everywhere.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from lpovod.boxes import decode, encode, sample_rows
 from lpovod.distributed import total
 from lpovod.networks.backbone import STRIDES
+from lpovod.torchvision_ops import box_iou, clip_boxes_to_image
 from lpovod.views import padded
 
 ANCHOR_SCALE = 8.0
@@ -170,6 +170,8 @@ def rpn_proposals(
         sizes: height and width of each image, without padding.
         per_level: best anchors of each level that enter the NMS, which acts within a level.
     """
+    from torchvision.ops import batched_nms  # slow to import, and detection does not need it
+
     found = []
     for number, (height, width) in enumerate(sizes):
         boxes, scores, levels = [], [], []

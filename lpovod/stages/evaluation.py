@@ -1,11 +1,11 @@
 """Stage `evaluation`: detections, AP50, and the ablations that explain it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from faster_coco_eval import COCO
+import torch
 from torch.utils.data import DataLoader
 
 from lpovod.artifacts import check_made_from, sha256, write_json
@@ -20,19 +20,30 @@ from lpovod.formats.coco import (
 from lpovod.formats.regions import RegionStore, open_shards
 from lpovod.measures.ablations import Variant, table, variants
 from lpovod.measures.average_precision import (
+    GroundTruth,
     ap50,
-    ap50_by_class,
+    ap50_of_detections,
     coco_ground_truth,
     images_of,
-    without_garbage_collection,
 )
 from lpovod.measures.mistakes import count_mistakes
 from lpovod.measures.recall import recall_by_split
 from lpovod.progress import log, progress
-from lpovod.scoring import ClassWeights, detect, read_class_weights, score_regions
+from lpovod.scoring import (
+    ClassWeights,
+    Scores,
+    best_detections,
+    final_scores,
+    join,
+    read_class_weights,
+    score_regions,
+)
 
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Temperatures to choose from for the row of the CLIP head at its best temperature."""
+
+SCORES_AT_ONCE = 1 << 14
+"""Small images are scored together: torch's calls take longer than the arithmetic."""
 
 
 def evaluate(
@@ -73,7 +84,7 @@ def evaluate(
     category_ids = data.category_ids(classes.names)
     measured_images = images_of(data, settings.protocol)
     truth = coco_ground_truth(data, measured_images)
-    write_json(ground_truth, truth.dataset)  # before a measurement in this process changes it
+    write_json(ground_truth, truth.content)
     rows = variants(settings, classes.temperature, embeddings is not None)
     heads = [replace(rows["without_probe"], temperature=t) for t in TEMPERATURES]
     ways = [*rows.values(), *heads]
@@ -87,13 +98,14 @@ def evaluate(
     )
     content: dict[str, Any] = {"rows": by_row}
     content["per_class"] = {k: round(v, 2) for k, v in measured["full"][0].items()}
+    annotated = truth.content["annotations"]
     novel_ids = set(data.category_ids(classes.novel))
     content["evaluated"] = {
         "protocol": settings.protocol,
-        "images": len(truth.imgs),
+        "images": len(measured_images),
         "split_images": len(data.images),
-        "boxes": len(truth.anns),
-        "novel_boxes": sum(a["category_id"] in novel_ids for a in truth.anns.values()),
+        "boxes": len(annotated),
+        "novel_boxes": sum(a["category_id"] in novel_ids for a in annotated),
     }
     content["temperature"] = classes.temperature
     content["classes"] = {"base": classes.base, "novel": classes.novel}
@@ -124,33 +136,59 @@ def _detect_all(
     settings: EvaluationSettings,
     workers: int,
 ) -> list[Detections]:
-    """The detections of each variant; scores are made for one image at a time, and not kept."""
+    """The detections of each variant; scores are made for a few images at a time, and not kept."""
+    splits = len(classes.base), len(classes.novel)
+    weights = [torch.tensor(way.probe_weights(*splits)) for way in ways]
+    columns = torch.tensor(category_ids)
 
-    def of_image(image_id: int) -> tuple[int, list[Detected]]:
-        embedded = embeddings.read(image_id) if embeddings else None
-        scores = score_regions(features.read(image_id), embedded, classes)
-        return image_id, [
-            detect(scores, way.probe_weights(*counts), category_ids, way, settings) for way in ways
+    def of_images(image_ids: list[int]) -> list[list[Detected]]:
+        every = [
+            score_regions(features.read(i), embeddings.read(i) if embeddings else None, classes)
+            for i in image_ids
         ]
+        counts, joined = [len(scores.boxes) for scores in every], join(every)
+        return [of_variant(joined, counts, *pair) for pair in zip(ways, weights, strict=True)]
 
-    counts = len(classes.base), len(classes.novel)
+    def of_variant(
+        joined: Scores, counts: list[int], way: Variant, probe_weights: torch.Tensor
+    ) -> list[Detected]:
+        score = final_scores(joined, probe_weights, way).split(counts)
+        boxes = (joined.refined if way.refined else joined.boxes).split(counts)
+        of_each = zip(score, boxes, strict=True)
+        return [best_detections(*of_image, columns, settings) for of_image in of_each]
+
     detected: list[Detections] = [{} for _ in ways]
-    image_ids = [i for i in features.image_ids if features.count(i)]
-    results = in_processes(of_image, image_ids, workers)
-    for image_id, of_ways in progress(results, "detections", "image"):
-        for of_way, detections in zip(detected, of_ways, strict=True):
-            of_way[image_id] = detections
+    groups = list(_groups(features, len(classes.names)))
+    with progress(None, "detections", "image", sum(map(len, groups))) as bar:
+        results = in_processes(of_images, groups, workers)
+        for image_ids, of_ways in zip(groups, results, strict=True):
+            for of_way, of_group in zip(detected, of_ways, strict=True):
+                of_way.update(zip(image_ids, of_group, strict=True))
+            bar.update(len(image_ids))
     return detected
 
 
+def _groups(features: RegionStore, classes: int) -> Iterator[list[int]]:
+    """Images whose scores are made together, up to a number of scores."""
+    group: list[int] = []
+    scores = 0
+    for image_id in filter(features.count, features.image_ids):
+        scores += features.count(image_id) * classes
+        if group and scores > SCORES_AT_ONCE:
+            yield group
+            group, scores = [], features.count(image_id) * classes
+        group.append(image_id)
+    if group:
+        yield group
+
+
 def _measure_all(
-    truth: COCO, classes: ClassWeights, detected: list[Detections], workers: int
+    truth: GroundTruth, classes: ClassWeights, detected: list[Detections], workers: int
 ) -> list[tuple[dict[str, float], dict[str, float | None]]]:
     """AP50 by class, and its means, of each variant."""
 
     def of_variant(number: int) -> tuple[dict[str, float], dict[str, float | None]]:
-        with without_garbage_collection():
-            by_class = ap50_by_class(truth, coco_results(detected[number]))
+        by_class = ap50_of_detections(truth, detected[number])
         return by_class, ap50(by_class, classes.base, classes.novel)
 
     results = in_processes(of_variant, list(range(len(detected))), workers)

@@ -1,18 +1,18 @@
 """Stage `model`: the run's networks and classes as one file that detects."""
 
+import json
 from pathlib import Path
 
 from lpovod.artifacts import check_made_from, identity, read_tensors
 from lpovod.config import Config
 from lpovod.exceptions import LpovodError
 from lpovod.formats.class_embeddings import read_text_embeddings, temperature_of
-from lpovod.formats.coco import read_dataset
 from lpovod.formats.model import STAGE, ModelClass, ModelFile, write_model
 
 
 def join_model(
     run: Config,
-    dataset: Path,
+    categories: str,
     network: Path,
     detector: Path,
     linear_probe: Path,
@@ -23,7 +23,7 @@ def join_model(
 
     Args:
         run: the configuration.
-        dataset: json of the training images, for the ids of the categories.
+        categories: json, the ids of the data set's categories and of all classes, by name.
         network: the trained proposal network.
         detector: the trained base detector.
         linear_probe: weights of the novel classes.
@@ -44,17 +44,17 @@ def join_model(
     base, novel = ident["classes"], sorted(probes)
     if absent := [name for name in [*base, *novel] if name not in vectors]:
         raise LpovodError(f"class {absent[0]!r} has no text embedding in {text_embeddings}")
-    data = read_dataset(dataset).of_classes(base, novel)
-    prompts = run.classes.prompts
+    ids, prompts = json.loads(categories), run.classes.prompts
     classes = [
-        ModelClass(name, split, category_id, prompts.get(name))
+        ModelClass(name, split, ids[name], prompts.get(name))
         for split, names in (("base", base), ("novel", novel))
-        for name, category_id in zip(names, data.category_ids(names), strict=True)
+        for name in names
     ]
     model = ModelFile(
         config=run,
         temperature=temperature_of(text, text_embeddings[0], run.evaluation),
         classes=classes,
+        categories=ids,
         networks=networks,
         weights=prototypes | probes,
         text={c.name: vectors[c.name] for c in classes},

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from lpovod.artifacts import fingerprint, identity
 from lpovod.boxes import take
@@ -14,6 +13,7 @@ from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.importers.backbone import start_from
 from lpovod.networks.proposal_network import ProposalNetwork
+from lpovod.torchvision_ops import box_iou
 from lpovod.training import ready, train, write_training
 from lpovod.views import LoadedView, batch, load_views, training_views
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lpovod.artifacts import check_made_from
-from lpovod.drawing import jpeg_uri
+from lpovod.drawing import jpeg_uri, square_around
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, corners, read_dataset
 from lpovod.measures.mistakes import placement
@@ -201,28 +200,12 @@ def _load(images: CocoDataset, image_id: int, name: str) -> np.ndarray:
 
 def _draw_crop(pixels: np.ndarray, region: dict[str, Any], mark: str, why: str) -> dict[str, Any]:
     """A square around a region, with the box in percent of the square, mark and reason."""
-    left, top, side = _window(corners(region["bbox"]), pixels.shape[1], pixels.shape[0])
-    square = Image.new("RGB", (side, side), (128, 128, 128))
-    square.paste(Image.fromarray(pixels), (-left, -top))
-    x, y, width, height = region["bbox"]
-    box = [100 * v / side for v in (x - left, y - top, width, height)]
+    square, box = square_around(pixels, region["bbox"])
     return {
         "uri": jpeg_uri(square, CROP_PIXELS),
-        "box": box,
+        "box": list(box),
         "mark": mark,
         "why": why,
         "cosine": region["cosine"],
         "image_id": region["image_id"],
     }
-
-
-def _window(box: np.ndarray, width: int, height: int) -> tuple[int, int, int]:
-    """Left, top and side of a square around a box, inside the image if it fits."""
-    side = max(8, round(1.35 * float((box[2:] - box[:2]).max())))
-    corner = (box[:2] + box[2:] - side) / 2
-    limits = [(size - side) for size in (width, height)]
-    left, top = (
-        round(min(max(low, 0), limit)) if limit >= 0 else round(limit / 2)
-        for low, limit in zip(corner.tolist(), limits, strict=True)
-    )
-    return left, top, side
