@@ -62,8 +62,8 @@ def main(run: Path = Path("results/mini"), images: Path | None = None, repeats: 
         theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
         tensors = [torch.from_numpy(p).permute(2, 0, 1).float() / 255 for p in photographs]
         with torch.inference_mode():
-            figures["torchvision_ms"] = median(lambda: [theirs([t]) for t in tensors], repeats)
-        figures["torchvision_ms"] /= len(tensors)
+            (theirs_ms,) = medians([lambda: [theirs([t]) for t in tensors]], repeats)
+        figures["torchvision_ms"] = theirs_ms / len(tensors)
         ratio = figures["r50_detect_ms"] / figures["torchvision_ms"]
         print(f"torchvision's Faster R-CNN: {figures['torchvision_ms']:.0f} ms; ours {ratio:.2f}")
     print(json.dumps(figures))
@@ -78,7 +78,7 @@ def start_up(model: Path, image: Path) -> float:
         def process() -> None:
             subprocess.run(command, check=True, capture_output=True)
 
-        return median(process, 5) / 1000
+        return medians([process], 5)[0] / 1000
 
 
 def overhead(name: str, model: Model, images: list[np.ndarray], repeats: int) -> dict[str, float]:
@@ -99,7 +99,7 @@ def overhead(name: str, model: Model, images: list[np.ndarray], repeats: int) ->
         for pixels in images:
             model.detect(pixels)
 
-    networks, whole = median(bare, repeats) / len(images), median(detect, repeats) / len(images)
+    networks, whole = (m / len(images) for m in medians([bare, detect], repeats))
     print(f"{name}: {whole:.1f} ms per image, networks {networks:.1f} ({whole / networks:.3f})")
     return {f"{name}_detect_ms": whole, f"{name}_networks_ms": networks}
 
@@ -138,15 +138,19 @@ def _arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
 
 
-def median(work: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of some work, after one call that does not count."""
-    work()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds)
+def medians(works: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median milliseconds of each of several works, done in turn, so that all see the same machine.
+
+    The first round does not count.
+    """
+    seconds: list[list[float]] = [[] for _ in works]
+    for number in range(repeats + 1):
+        for work, of_work in zip(works, seconds, strict=True):
+            started = time.perf_counter()
+            work()
+            if number:
+                of_work.append(time.perf_counter() - started)
+    return [1000 * statistics.median(of_work) for of_work in seconds]
 
 
 if __name__ == "__main__":

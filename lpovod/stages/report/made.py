@@ -22,7 +22,6 @@ PACKAGES = (
     "open_clip_torch",
     "timm",
     "faiss-cpu",
-    "faster-coco-eval",
     "numpy",
     "pillow",
 )
