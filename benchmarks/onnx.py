@@ -5,7 +5,8 @@
 Both take the same pixels, decoded before; torch comes first, because ONNX Runtime's idle threads
 keep the cores busy. Without `--model` the networks are a ResNet-50 of the size that
 configs/photographs.yaml sets, with random weights; without `--image` the pixels are noise of
-640 x 480. Ends with one JSON line of medians.
+640 x 480. With `--compare FOLDER` the detections in its images are compared, too: one differs if
+the other has none of its class within 0.05 pixels and 1e-4 of its score. Ends with one JSON line.
 """
 
 import json
@@ -50,6 +51,8 @@ class Options:
     """the model file"""
     image: Path | None = None
     """the image file"""
+    compare: Path | None = None
+    """folder of images whose detections are compared"""
     repeats: int = 20
     """measurements, of which the median counts"""
     threads: int = 2
@@ -90,8 +93,17 @@ def random_model(path: Path) -> None:
     text = np.random.default_rng(0).normal(size=(CLASSES, CLIP_DIMENSION)).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     classes = [ModelClass(name, "base", number) for number, name in enumerate(names)]
-    by_name = [dict(zip(names, rows, strict=True)) for rows in (weights, text)]
-    write_model(path, ModelFile(config, 0.01, classes, networks, *by_name, identity(STAGE)))
+    model = ModelFile(
+        config=config,
+        temperature=0.01,
+        classes=classes,
+        categories={},
+        networks=networks,
+        weights=dict(zip(names, weights, strict=True)),
+        text=dict(zip(names, text, strict=True)),
+        identity=identity(STAGE),
+    )
+    write_model(path, model)
 
 
 def _arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -110,6 +122,23 @@ def median_milliseconds(
     return round(1000 * statistics.median(seconds[2:]), 1)  # the first two warm up
 
 
+def count_differing(model: lpovod.Model, graphs: Graphs, images: list[Path]) -> dict[str, int]:
+    """Detections of the model, and how many of them the graphs lack."""
+    total, differing = 0, 0
+    for path in images:
+        pixels = read_source(path)
+        expected = model.detect(pixels)
+        boxes, scores, columns = graphs.detect(pixels)
+        names = graphs.inputs["names"][columns]
+        for box, score, name in zip(
+            expected.xyxy, expected.confidence, expected.class_name, strict=True
+        ):
+            near = (np.abs(boxes - box) < 0.05).all(axis=1) & (np.abs(scores - score) < 1e-4)
+            differing += not (near & (names == name)).any()
+        total += len(expected)
+    return {"images": len(images), "detections": total, "differing": differing}
+
+
 def main(options: Options) -> None:
     start_logging()
     torch.set_num_threads(options.threads)
@@ -126,6 +155,8 @@ def main(options: Options) -> None:
         torch_ms = median_milliseconds(model.detect, pixels, options.repeats)
         graphs = Graphs(Path(name, "onnx"), options.threads)
         onnx_ms = median_milliseconds(graphs.detect, pixels, options.repeats)
+        images = sorted(options.compare.rglob("*.jpg")) if options.compare else []
+        compared = count_differing(model, graphs, images)
     result = {
         "backbone": model.content.config.backbone.architecture,
         "image": list(pixels.shape[:2]),
@@ -134,6 +165,7 @@ def main(options: Options) -> None:
         "onnxruntime_ms": onnx_ms,
         "speedup": round(torch_ms / onnx_ms, 2),
         "export_seconds": round(seconds, 1),
+        **(compared if images else {}),
     }
     print(json.dumps(result))
 
