@@ -19,7 +19,7 @@ from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import ids_of
 
 STAGE = "model"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,9 @@ def read_model(path: Path) -> ModelFile:
     tensors, ident = read_tensors(path, STAGE)
     card = ident.pop("card")
     if card["format"] != FORMAT:
-        raise LpovodError(f"{path} is a model file of format {card['format']}, expected {FORMAT}")
+        raise LpovodError(
+            f"{path} is a model file of format {card['format']}, expected {FORMAT}. Export it again"
+        )
     try:
         config = Config.model_validate(card["config"])
     except ValidationError as error:
