@@ -578,7 +578,9 @@ def read_text_tower(settings: ClipSource) -> TextTower:
         for name, tensor in state.items()
         if not name.startswith("visual.")
     }
-    merges = settings.vocabulary.read_bytes() if settings.vocabulary else b""
+    merges = b""
+    if settings.vocabulary:
+        merges = existing(settings.vocabulary, "clip.vocabulary").read_bytes()
     return TextTower(config, tensors, np.frombuffer(merges, np.uint8))
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from lpovod.exceptions import LpovodError, existing
 from lpovod.formats.coco import coco_results, ids_of
-from lpovod.formats.images import read_image
+from lpovod.formats.images import EIGHT_BITS, read_image
 from lpovod.formats.model import ModelClass, ModelFile, read_model
 from lpovod.formats.regions import Regions
 from lpovod.measures.ablations import Variant
@@ -56,6 +56,7 @@ class Detections:
 
     def of(self, names: Sequence[str]) -> "Detections":
         """Those of some classes."""
+        _check_names(names)
         return self._rows(np.flatnonzero([name in names for name in self.class_name]))
 
     def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:
@@ -108,7 +109,7 @@ class Model:
     """
 
     def __init__(self, content: ModelFile, path: Path, device: str | None = None):
-        self.path, self.device = path, _device(device)
+        self.path, self.device = path, device_of(device)
         network, detector = build_networks(content, path)
         self.network, self.detector = network.to(self.device), detector.to(self.device)
         self._extra: dict[str, np.ndarray] = {}
@@ -158,6 +159,7 @@ class Model:
         Raises:
             LpovodError: if neither the file nor the run's CLIP on disk can embed words.
         """
+        _check_names(names)
         known = {*self.names, *self._extra}
         added = [name for name in dict.fromkeys(names) if name not in known]
         if added:
@@ -213,7 +215,7 @@ class Model:
         Raises:
             LpovodError: if an image cannot be read, or a word cannot be embedded.
         """
-        sources = images if isinstance(images, list) else [images]
+        sources = list(images) if isinstance(images, list | tuple) else [images]
         self.add_names(classes or ())
         views = []
         for source in sources:
@@ -225,7 +227,7 @@ class Model:
             for row, of_image in zip(rows, regions, strict=True):
                 results[row] = self.score(of_image, threshold, classes, refined)
         found = [result for result in results if result is not None]
-        return found if isinstance(images, list) else found[0]
+        return found if isinstance(images, list | tuple) else found[0]
 
     @property
     def batch_size(self) -> int:
@@ -350,6 +352,11 @@ def read_source(source: Source) -> np.ndarray:
     if isinstance(source, Path | str):
         return read_image(Path(source))
     if isinstance(source, Image.Image):
+        if source.mode not in EIGHT_BITS:
+            raise LpovodError(
+                f"the image has mode {source.mode!r}, expected 8 bits per channel. Give its path: "
+                "files with 16 bits are read"
+            )
         return np.array(ImageOps.exif_transpose(source).convert("RGB"))
     if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
         raise LpovodError(
@@ -377,9 +384,21 @@ def _alike(shapes: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
             yield places[start : start + batch_size]
 
 
-def _device(device: str | None) -> str:
+def device_of(device: str | None) -> str:
+    """A device that torch has; None for the GPU if there is one, otherwise the CPU.
+
+    Raises:
+        LpovodError: if there is no such device.
+    """
+    gpus = torch.cuda.device_count()
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise LpovodError(f"there is no GPU that torch can use: {device} cannot be had. Use cpu")
+        return "cuda" if gpus else "cpu"
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
+    if device not in known:
+        raise LpovodError(f"device {device!r}: this machine has {', '.join(known)}")
     return device
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if isinstance(names, str):
+        raise LpovodError(f"classes: {names!r} is a text, expected a list of names: [{names!r}]")

@@ -52,7 +52,8 @@ def start_logging() -> None:
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
-        return f"{self.formatTime(record, self.datefmt)} {level}{record.getMessage()}"
+        line = f"{self.formatTime(record, self.datefmt)} {level}{record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def progress(

@@ -159,7 +159,10 @@ def _read_facts(annotations: Path) -> dict[str, Any]:
     return {
         "files": [str(image.get("file_name")) for image in content["images"]],
         "images": _digest([[image.get(k) for k in IMAGE_KEYS] for image in content["images"]]),
-        "categories": {str(c.get("name")): c.get("id") for c in content["categories"]},
+        # The check names those whose id is no integer.
+        "categories": {
+            str(c.get("name")): c["id"] for c in content["categories"] if type(c.get("id")) is int
+        },
         "annotations": {
             str(c.get("name")): _digest([c.get("id"), by_category[_key(c.get("id"))]])
             for c in content["categories"]

@@ -2,12 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 from torch import Tensor
 
 from lpovod.artifacts import sha256
-from lpovod.clip import TextTower, load_clip, name_vector, read_text_tower, text_encoder, texts_of
+from lpovod.clip import (
+    Clip,
+    TextTower,
+    load_clip,
+    name_vector,
+    read_text_tower,
+    text_encoder,
+    texts_of,
+)
 from lpovod.config import ClipSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.model import ModelFile
@@ -36,7 +45,13 @@ def encode_names(
 def _encoder(content: ModelFile) -> Callable[[list[str]], Tensor]:
     if content.text_tower:
         return text_encoder(TextTower(content.clip, content.text_tower, content.merges))
-    return load_clip(clip_of(content)).encode_texts
+    return _clip(clip_of(content), content.identity["inputs"]["clip_weights"]).encode_texts
+
+
+@lru_cache(maxsize=1)
+def _clip(settings: ClipSettings, digest: str) -> Clip:
+    """The CLIP of these settings, kept for the next word; the digest tells other weights apart."""
+    return load_clip(settings)
 
 
 def clip_of(content: ModelFile) -> ClipSettings:

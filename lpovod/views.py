@@ -84,7 +84,7 @@ def apply_view(pixels: np.ndarray, view: View) -> LoadedView:
     """
     height, width = pixels.shape[:2]
     factor = min(view.long_side / max(height, width), view.short_side / min(height, width))
-    size = (int(height * factor + 0.5), int(width * factor + 0.5))
+    size = (max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5)))
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     if size != (height, width):
         image = resize(image, *size)

@@ -108,7 +108,7 @@ def test_every_kind_of_source_names_the_same_images(model, images, tmp_path, kin
     }
     assert {(e["class_name"], e["category_id"]) for e in entries} == {("bus", 7), ("dog", 3)}
     assert min(e["score"] for e in entries) > 0.2
-    for name in ("a", "b", "deeper/c"):
+    for name in ("a", "b.png", "deeper/c.bmp"):
         with Image.open(output / f"drawn/{name}.jpg") as drawn:
             assert drawn.size == (800, 622)
     of_a = [e for e in entries if e["file_name"] == "a.jpg"]
@@ -118,6 +118,29 @@ def test_every_kind_of_source_names_the_same_images(model, images, tmp_path, kin
         assert ["dog", "cat", "bus", "fish"][int(number)] == entry["class_name"]
         box = [(x - width / 2) * 90, (y - height / 2) * 70, width * 90, height * 70]
         np.testing.assert_allclose(box, entry["bbox"], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_drawing_never_replaces_its_original(model, images, tmp_path):
+    """Even if a json names files by whole paths, and one folder holds a.jpg and a.png."""
+    shutil.copy(images / "b.png", images / "a.png")
+    files = [images / "a.jpg", images / "a.png", images / "deeper/c.bmp"]
+    listed = [
+        {"id": number, "file_name": str(path), "width": 90, "height": 70}
+        for number, path in enumerate(files)
+    ]
+    content = {"images": listed, "annotations": [], "categories": []}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    before, output = [sha256(path) for path in files], tmp_path / "output"
+    done = lpovod(
+        *("detect", str(tmp_path / "all.json"), "--model", str(model), "--draw"),
+        *("--output", str(output)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert [sha256(path) for path in files] == before
+    drawn = {str(p.relative_to(output)) for p in (output / "drawn").rglob("*.jpg")}
+    assert drawn == {"drawn/a.jpg", "drawn/a.png.jpg", "drawn/deeper/c.bmp.jpg"}
+    assert {e["image_id"] for e in results(output)} == {0, 1, 2}
 
 
 @pytest.mark.slow
@@ -137,6 +160,8 @@ def test_a_bad_image_is_named_and_skipped_and_the_exit_code_tells(model, images,
         ((), 2, "error: name something to detect in"),
         (("nowhere.jpg",), 1, "error: nowhere.jpg: no such image, folder or glob"),
         (("val.json", "a.jpg"), 2, "error: val.json has image ids of its own"),
+        (("a.jpg", "--batch-size", "0"), 2, "error: --batch-size 0: expected at least 1"),
+        (("conftest.py", "--device", "gpu"), 1, "error: device 'gpu': this machine has cpu"),
         (("a.jpg", "--threshold", "7"), 2, "error: --threshold 7.0: expected a number from 0 to 1"),
     ],
 )

@@ -84,6 +84,15 @@ def test_learning_is_a_function_of_run_model_and_lesson(run):
     assert same(one, second, one.names) and second.names[-2:] == ["cup", "square hole"]
 
 
+def test_a_class_that_is_learned_again_keeps_its_prompt(run):
+    prompted = learn_class(run, run.model, Lesson("mug", prompt="a cup"))
+    again = learn_class(run, prompted, Lesson("mug", drop=(region_of(first(run, "star")),)))
+    assert again.class_of("mug").prompt == "a cup"
+    np.testing.assert_array_equal(again.text["mug"], prompted.text["mug"])
+    named = learn_class(run, run.model, Lesson("mug"))
+    assert not np.array_equal(named.text["mug"], prompted.text["mug"])
+
+
 def first(run: Run, name: str) -> str:
     return region_name(run.retrieve(run.model)[name].regions[0]["key"])
 

@@ -122,6 +122,18 @@ def test_a_class_scores_the_same_whichever_others_are_asked_for(model):
     assert 0 < len(high) < len(everything)
 
 
+def test_an_image_thinner_than_a_pixel_of_the_network_is_seen(model):
+    assert len(model.detect(np.full((1, 400, 3), 90, np.uint8)).xyxy) >= 0
+
+
+def test_a_text_in_place_of_a_list_of_names_is_refused(model):
+    for call in (lambda: model.detect(picture(), classes="bus"), lambda: model.add_names("bus")):
+        with pytest.raises(LpovodError, match=r"expected a list of names: \['bus'\]"):
+            call()
+    assert model.vocabulary == [*BASE, *NOVEL]
+    assert isinstance(model.detect((picture(),)), list)
+
+
 def test_raw_boxes_are_the_proposals(model):
     pixels = picture()
     (regions,) = model.describe([model.view(pixels)], [pixels.shape[:2]])
@@ -145,6 +157,7 @@ def test_coco_results_hold_the_corners_as_width_and_height(model):
     [
         ("nowhere.jpg", "nowhere.jpg: no such file"),
         (np.zeros((9, 9), np.uint8), "array of uint8 (9, 9), expected uint8 (height, width, 3)"),
+        (Image.new("I;16", (9, 9)), "mode 'I;16', expected 8 bits per channel. Give its path"),
         (np.zeros((9, 9, 3), np.float32), "array of float32 (9, 9, 3), expected uint8"),
     ],
 )

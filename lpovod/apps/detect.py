@@ -16,7 +16,7 @@ from lpovod.artifacts import write_json
 from lpovod.drawing import draw_detections
 from lpovod.exceptions import LpovodError, UsageError
 from lpovod.formats.coco import read_dataset
-from lpovod.formats.images import read_image
+from lpovod.formats.images import ImageFault, read_image
 from lpovod.formats.labels import SUFFIXES, Box, LabelledImage
 from lpovod.formats.yolo import write_yolo
 from lpovod.model import Detections, Model, Source, load
@@ -69,7 +69,7 @@ def detect(
         threshold: lowest score, 0 to 1; by default the run's
         output: folder of detections.json, drawn/ and yolo/
         draw: also draw the detections: those above 0.3, unless --threshold says otherwise
-        yolo: also write a YOLO text file for each image, and classes.txt
+        yolo: also write YOLO's data.yaml, and a text file for each image with detections
         device: cpu or cuda; by default the GPU if there is one
         batch_size: images per pass; by default 1 on a CPU, 8 on a GPU
     """
@@ -77,6 +77,8 @@ def detect(
         raise UsageError("name something to detect in: lpovod detect photograph.jpg --run ...")
     if threshold is not None and not 0 <= threshold <= 1:
         raise UsageError(f"--threshold {threshold}: expected a number from 0 to 1")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: expected at least 1")
     images = list_images(sources)
     loaded = load(model_path(run, model), device)
     if added := loaded.add_names(classes):
@@ -89,7 +91,8 @@ def detect(
     with progress(None, "detections", "image", len(images)) as bar:
         for image, found, pixels in _detect_all(images, loaded, classes, threshold, batch_size):
             if isinstance(found, LpovodError):
-                log.warning(f"skipped: {found}")
+                # Its remedy is one for the workflow's data.
+                log.warning(f"skipped: {found.fault if isinstance(found, ImageFault) else found}")
             else:
                 writer.add(image, found, pixels)
             bar.update(1)
@@ -116,16 +119,27 @@ def list_images(sources: Iterable[str]) -> list[Named]:
             raise UsageError(f"{jsons[0]} has image ids of its own: detect in it alone")
         return _of_json(Path(jsons[0]))
     files = list(dict.fromkeys(file for source in sources for file in _files(source)))
-    folder = os.path.commonpath([file.absolute().parent for file in files])
-    names = [os.path.relpath(file.absolute(), folder) for file in files]
-    return [Named(number, *named) for number, named in enumerate(zip(names, files, strict=True), 1)]
+    return [
+        Named(number, *named)
+        for number, named in enumerate(zip(_names(files), files, strict=True), 1)
+    ]
+
+
+def _names(files: list[Path]) -> list[str]:
+    """Paths below the folder that holds all files; so a drawing never lands on its original."""
+    absolute = [os.path.abspath(file) for file in files]
+    folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    return [os.path.relpath(path, folder) for path in absolute]
 
 
 def _of_json(path: Path) -> list[Named]:
     data = read_dataset(path)
+    if not data.images:
+        raise LpovodError(f"{path} lists no image")
+    files = [data.image_path(i) for i in data.images]
     return [
-        Named(i, stated["file_name"], data.image_path(i), (stated["width"], stated["height"]))
-        for i, stated in data.images.items()
+        Named(i, name, file, (stated["width"], stated["height"]))
+        for (i, stated), name, file in zip(data.images.items(), _names(files), files, strict=True)
     ]
 
 
@@ -134,7 +148,10 @@ def _files(source: str) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
     elif path.suffix == ".txt" and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise LpovodError(f"{path} is no text in UTF-8, with a path on each line") from None
         files = [path.parent / line.strip() for line in lines if line.strip()]
     elif path.is_file():
         files = [path]
@@ -202,6 +219,8 @@ class _Writer:
         boxes = [entry["bbox"] for entry in found.to_coco()]
         width = max(DRAWN_WIDTH, pixels.shape[1])
         drawn = draw_detections(pixels, boxes, labels, novel, width)
-        path = (self._output / "drawn" / image.name).with_suffix(".jpg")
+        # b.png is drawn as b.png.jpg: there may be a b.jpg beside it.
+        name = image.name if image.name.endswith(".jpg") else f"{image.name}.jpg"
+        path = self._output / "drawn" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn.save(path, quality=90)

@@ -21,7 +21,7 @@ from lpovod.clip import Clip, load_clip
 from lpovod.config import Config, slug
 from lpovod.crops import crop_and_resize, crop_boxes
 from lpovod.exceptions import LpovodError, UsageError
-from lpovod.formats.class_embeddings import read_text_embeddings
+from lpovod.formats.class_embeddings import ClassEmbeddings, read_text_embeddings
 from lpovod.formats.coco import CocoDataset, corners, read_dataset
 from lpovod.formats.image_features import ImageFeatures
 from lpovod.formats.images import read_image
@@ -36,12 +36,13 @@ from lpovod.formats.regions import (
     region_key,
     split_key,
 )
+from lpovod.model import device_of
 from lpovod.overlaps import overlaps
 from lpovod.probe import fit, gather_candidates
 from lpovod.progress import log
 from lpovod.retrieval import retrieve_regions
 from lpovod.retrieved_features import FrozenDetector, candidates_of, retrieved_features
-from lpovod.search import queries
+from lpovod.search import check_belong, queries
 from lpovod.source_digest import source_digest
 from lpovod.text_tower import clip_of, encode_names
 
@@ -149,8 +150,13 @@ class Run:
     """
 
     def __init__(self, folder: Path, device: str = "cpu", threads: int = 2):
-        self.folder, self.device, self.threads = folder, device, threads
+        self.folder, self.device, self.threads = folder, device_of(device), threads
         self.model = read_model(model_path(folder, None))
+        if self.config.pseudo_labels.file or self.config.linear_probe.checkpoint:
+            raise LpovodError(
+                f"{folder}: its novel classes come from an imported file, and not from retrieval: "
+                "no class can be learned beside them"
+            )
         index = folder / "region_index/train.index"
         if not index.is_file():
             raise LpovodError(
@@ -161,7 +167,7 @@ class Run:
             self.config.backbone,
             self.config.base_detector,
             self.config.region_features,
-            device,
+            self.device,
         )
         check_made_from(folder / MODEL, self.model.identity, "detector", self.detector.digest)
 
@@ -187,13 +193,23 @@ class Run:
 
     @cached_property
     def index(self) -> RegionIndex:
-        """The index over them."""
-        return open_index(self.folder / "region_index/train.index")
+        """The index over them.
 
-    @cached_property
+        Raises:
+            LpovodError: if it, the regions, the images and CLIP do not belong together.
+        """
+        index = open_index(self.folder / "region_index/train.index")
+        check_belong([self._base], self.regions, index, self.data.path)
+        return index
+
+    @property
     def base_text(self) -> np.ndarray:
         """(b, D) text embeddings of the base classes."""
-        return read_text_embeddings(self.folder / "text_embeddings/base.safetensors").vectors
+        return self._base.vectors
+
+    @cached_property
+    def _base(self) -> ClassEmbeddings:
+        return read_text_embeddings(self.folder / "text_embeddings/base.safetensors")
 
     @cached_property
     def clip(self) -> Clip:
@@ -305,10 +321,12 @@ def learn_class(run: Run, content: ModelFile, lesson: Lesson) -> ModelFile:
         LpovodError: if the model comes from another run, or nothing is retrieved.
     """
     _check_lesson(run, content, lesson)
-    text = None
+    known, text = content.class_of(lesson.name), None
+    if lesson.prompt is None:  # the model's, or the configuration's
+        prompt = known.prompt if known else run.config.classes.prompts.get(lesson.name)
+        lesson = replace(lesson, prompt=prompt)
     if lesson.by_name:
         prompts = {lesson.name: lesson.prompt} if lesson.prompt else {}
-        known = content.class_of(lesson.name)
         if known and known.prompt == lesson.prompt and lesson.name in content.text:
             text = content.text[lesson.name]
         else:
@@ -410,8 +428,8 @@ def _code(stage: str) -> str:
     return source_digest(Path("workflow_scripts", f"{stage}.py"), PROJECT)
 
 
-def _print(name: str, retrieved: Retrieved, rows: int = 20) -> None:
+def _print(name: str, retrieved: Retrieved) -> None:
     print(f"{name}: {len(retrieved.regions)} regions\n{'region':>16}  objectness  cosine")
-    for region in retrieved.regions[:rows]:
+    for region in retrieved.regions:
         text = region_name(region["key"])
         print(f"{text:>16}  {region['score']:10.3f}  {region['cosine']:6.4f}")

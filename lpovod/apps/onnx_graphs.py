@@ -37,7 +37,7 @@ try:
 
     from lpovod.apps import onnx_scripts
 except ImportError:
-    raise LpovodError('ONNX is not installed: pip install "lpovod[onnx]"') from None
+    raise LpovodError('ONNX is not installed: pip install -e ".[onnx]"') from None
 
 GRAPHS = ("image.onnx", "vocabulary.onnx", "detections.onnx")
 CARD, VOCABULARY = "card.json", "vocabulary.npz"

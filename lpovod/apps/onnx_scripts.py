@@ -69,6 +69,7 @@ def preparation(backbone: BackboneSettings, normalisation: Normalisation) -> Mod
         by_long = long_side / op.ReduceMax(exact, keepdims=0)
         by_short = short_side / op.ReduceMin(exact, keepdims=0)
         shown_sides = op.Cast(exact * op.Min(by_long, by_short) + 0.5, to=TO_INT64)
+        shown_sides = op.Max(shown_sides, 1)
         rows, columns = op.Split(shown_sides, num_outputs=2)
         pixels = resize(image, op.Squeeze(rows), op.Squeeze(columns))
         pixels = op.Unsqueeze(op.Transpose(pixels, perm=[2, 0, 1]), [0])

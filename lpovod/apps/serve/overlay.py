@@ -19,12 +19,14 @@ def overlay_of(content: ModelFile) -> str:
     }
     classes: dict[str, Any] = {}
     if added:
-        classes["add_novel"] = added
+        # A list replaces those of the overlays below it, so the whole one is written.
+        classes |= {"novel": [*configured.novel, *added], "add_novel": []}
     if prompts:
         classes["prompts"] = prompts
     lines = [
         f"# An overlay for {content.config.name}'s configuration:",
-        "#   snakemake --cores all --configfile OVERLAY.yaml",
+        "# to be laid over those that the run used:",
+        "#   snakemake --cores all --configfile [ITS OVERLAYS] OVERLAY.yaml",
         *(f"# {line}" for c in learned for line in _inexpressible(c)),
     ]
     body = yaml.safe_dump({"classes": classes} if classes else {}, allow_unicode=True)

@@ -42,7 +42,7 @@ def picture(run: Path, output: Path, example: int = 0, name: str = "fish") -> No
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        raise LpovodError("playwright is not installed: pip install lpovod[test]") from None
+        raise LpovodError("playwright is not installed: pip install -e .[test]") from None
     workshop = Workshop(run, None)
     wrong = wrong_regions(workshop, name)
     listener = socket.create_server(("127.0.0.1", 0))

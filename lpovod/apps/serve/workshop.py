@@ -261,7 +261,7 @@ class Session:
             "classes": known + words,
             "floor": self.floor,
             "per_image": settings.per_image,
-            "undo": self._state.change or None,
+            "undo": self._state.change if self._place else None,
             "redo": later[0].change if later else None,
         }
 
