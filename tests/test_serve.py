@@ -616,4 +616,5 @@ def test_a_walk_through_the_page(run, address, browser, tmp_path):
     assert outside == []
     assert [p for p in problems if "400" not in p] == []
     tab.set_viewport_size({"width": 360, "height": 700})
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    # The image is fitted anew when the browser tells the page of its width.
+    tab.wait_for_function("document.documentElement.scrollWidth <= 360")
