@@ -161,7 +161,11 @@ def test_a_bad_image_is_named_and_skipped_and_the_exit_code_tells(model, images,
         (("nowhere.jpg",), 1, "error: nowhere.jpg: no such image, folder or glob"),
         (("val.json", "a.jpg"), 2, "error: val.json has image ids of its own"),
         (("a.jpg", "--batch-size", "0"), 2, "error: --batch-size 0: expected at least 1"),
-        (("conftest.py", "--device", "gpu"), 1, "error: device 'gpu': this machine has cpu"),
+        (
+            ("docs/pictures/serve.png", "--device", "gpu"),
+            1,
+            "error: device 'gpu': this machine has cpu",
+        ),
         (("a.jpg", "--threshold", "7"), 2, "error: --threshold 7.0: expected a number from 0 to 1"),
     ],
 )
