@@ -241,7 +241,7 @@ def test_without_onnx_the_packages_to_install_are_named(tmp_path, monkeypatch):
     random_model(tmp_path / "model.safetensors")
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.delitem(sys.modules, "lpovod.apps.onnx_graphs")
-    with pytest.raises(LpovodError, match=r'not installed: pip install "lpovod\[onnx\]"'):
+    with pytest.raises(LpovodError, match=r'not installed: pip install -e "\.\[onnx\]"'):
         export(model=tmp_path / "model.safetensors", onnx=tmp_path)
 
 
