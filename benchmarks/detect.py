@@ -27,17 +27,13 @@ import torch
 import tyro
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-from lpovod.artifacts import identity
-from lpovod.config import Config, read_config
+from benchmarks.random_model import random_model
+from lpovod.config import read_config
 from lpovod.formats.images import read_image
 from lpovod.formats.labels import SUFFIXES
-from lpovod.formats.model import STAGE, ModelClass, ModelFile
 from lpovod.model import Model, load
-from lpovod.networks.detector import Detector
-from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.views import batch
 
-CLIP_DIMENSION = 512
 PHOTOGRAPHS = 3  # a model of the paper's size takes seconds for each
 
 
@@ -107,35 +103,7 @@ def overhead(name: str, model: Model, images: list[np.ndarray], repeats: int) ->
 def paper_size() -> Model:
     """A model of the paper's size with random weights and 65 classes."""
     config = read_config([Path("config.yaml"), Path("configs/coco.yaml")], weights=False)
-    torch.manual_seed(0)
-    names = [*config.classes.base, *config.classes.novel]
-    network = ProposalNetwork(config.backbone, config.proposals.anchor_scale)
-    detector = Detector(
-        config.backbone, config.base_detector, len(config.classes.base), CLIP_DIMENSION
-    )
-    random = np.random.default_rng(0)
-    dimension = config.base_detector.dimension
-    networks = {"proposal_network": _arrays(network), "detector": _arrays(detector)}
-    del networks["detector"]["prototypes"]
-    text = random.normal(size=(len(names), CLIP_DIMENSION)).astype(np.float32)
-    content = ModelFile(
-        config=Config.model_validate(config.model_dump()),
-        temperature=0.01,
-        classes=[
-            ModelClass(n, "base" if n in config.classes.base else "novel", i)
-            for i, n in enumerate(names, 1)
-        ],
-        categories={},
-        networks=networks,
-        weights={n: random.normal(0, 0.01, dimension).astype(np.float32) for n in names},
-        text=dict(zip(names, text / np.linalg.norm(text, axis=1, keepdims=True), strict=True)),
-        identity=identity(STAGE),
-    )
-    return Model(content, Path("random"), "cpu")
-
-
-def _arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    return Model(random_model(config), Path("random"), "cpu")
 
 
 def medians(works: list[Callable[[], object]], repeats: int) -> list[float]:

@@ -23,16 +23,14 @@ import torch
 import tyro
 
 import lpovod
+from benchmarks.random_model import random_model
 from lpovod.apps.onnx_graphs import export_onnx
-from lpovod.artifacts import identity
 from lpovod.config import Config
-from lpovod.formats.model import STAGE, ModelClass, ModelFile, write_model
+from lpovod.formats.model import ModelFile, write_model
 from lpovod.model import read_source
-from lpovod.networks.detector import Detector
-from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.progress import start_logging
 
-CLASSES, CLIP_DIMENSION = 65, 512
+CLASSES = 65
 PHOTOGRAPHS = {
     "backbone": {
         "architecture": "resnet50_torchvision",
@@ -81,33 +79,11 @@ class Graphs:
         return outputs
 
 
-def random_model(path: Path) -> None:
-    """Write a model of the size of configs/photographs.yaml."""
+def photographs_size() -> ModelFile:
+    """A model of the size of configs/photographs.yaml."""
     names = [f"class {chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(CLASSES)]
-    config = Config.model_validate({"classes": {"base": names, "novel": ["novel"]}} | PHOTOGRAPHS)
-    torch.manual_seed(0)
-    network = ProposalNetwork(config.backbone, config.proposals.anchor_scale)
-    detector = Detector(config.backbone, config.base_detector, CLASSES, CLIP_DIMENSION)
-    networks = {"proposal_network": _arrays(network), "detector": _arrays(detector)}
-    weights = networks["detector"].pop("prototypes")
-    text = np.random.default_rng(0).normal(size=(CLASSES, CLIP_DIMENSION)).astype(np.float32)
-    text /= np.linalg.norm(text, axis=1, keepdims=True)
-    classes = [ModelClass(name, "base", number) for number, name in enumerate(names)]
-    model = ModelFile(
-        config=config,
-        temperature=0.01,
-        classes=classes,
-        categories={},
-        networks=networks,
-        weights=dict(zip(names, weights, strict=True)),
-        text=dict(zip(names, text, strict=True)),
-        identity=identity(STAGE),
-    )
-    write_model(path, model)
-
-
-def _arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    classes = {"base": names[:-1], "novel": names[-1:]}
+    return random_model(Config.model_validate({"classes": classes} | PHOTOGRAPHS))
 
 
 def median_milliseconds(
@@ -147,7 +123,7 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = options.model or Path(name, "model.safetensors")
         if options.model is None:
-            random_model(path)
+            write_model(path, photographs_size())
         start = time.perf_counter()
         export_onnx(path, Path(name, "onnx"))
         seconds = time.perf_counter() - start

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpovod.artifacts import check_made_from, read_tensors
 from lpovod.config import EvaluationSettings
 from lpovod.exceptions import LpovodError
-from lpovod.formats.class_embeddings import read_text_embeddings, temperature_of
+from lpovod.formats.class_embeddings import temperature_of
+from lpovod.formats.class_rows import read_class_rows
 from lpovod.formats.coco import Detected
 from lpovod.formats.regions import Regions
 from lpovod.measures.ablations import Variant
@@ -80,22 +80,14 @@ def read_class_weights(
         LpovodError: if a class has no text embedding, if the probe belongs to another detector, or
             if there is neither a temperature nor CLIP's logit scale.
     """
-    tensors, ident = read_tensors(detector, "base_detector")
-    probes, probe_ident = read_tensors(linear_probe, "linear_probe")
-    check_made_from(linear_probe, probe_ident, "detector", detector)
-    text = read_text_embeddings(text_embeddings)
-    rows = dict(zip(text.names, text.vectors, strict=True))
-    base, novel = ident["classes"], sorted(probes)
-    for name in [*base, *novel]:
-        if name not in rows:
-            raise LpovodError(f"class {name!r} has no text embedding in {text_embeddings}")
-    weights = np.concatenate([tensors["prototypes"], *(probes[name][None] for name in novel)])
+    rows = read_class_rows(detector, linear_probe, text_embeddings)
+    names = [*rows.base, *rows.novel]
     return ClassWeights(
-        base,
-        novel,
-        torch.from_numpy(weights),
-        torch.from_numpy(np.stack([rows[name] for name in [*base, *novel]])),
-        temperature_of(text, text_embeddings[0], settings),
+        rows.base,
+        rows.novel,
+        torch.from_numpy(np.stack([rows.weights[name] for name in names])),
+        torch.from_numpy(np.stack([rows.vectors[name] for name in names])),
+        temperature_of(rows.text, text_embeddings[0], settings),
     )
 
 

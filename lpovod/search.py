@@ -289,23 +289,33 @@ def _cosines(store: RegionStore, keys: np.ndarray, vector: np.ndarray) -> np.nda
     return np.array(cosines, np.float32)
 
 
+def as_annotation(key: int, box: np.ndarray, objectness: float, cosine: float) -> dict:
+    """A region as COCO's annotation, with its key and its cosine with a query.
+
+    Args:
+        key: of the region (`region_key`).
+        box: (4,) xyxy.
+        objectness: of the region.
+        cosine: with the query.
+    """
+    x1, y1, x2, y2 = box.astype(float).tolist()
+    return {
+        "key": int(key),
+        "image_id": int(split_key(np.array(key))[0]),
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": (x2 - x1) * (y2 - y1),
+        "score": float(objectness),
+        "cosine": float(cosine),
+    }
+
+
 def _ranked(index: RegionIndex, rows: np.ndarray, cosines: np.ndarray) -> list[dict]:
     """Annotations in the order of cosine, descending, then key."""
-    regions = []
-    for place in np.lexsort((index.keys[rows], -cosines)).tolist():
-        row = rows[place]
-        x1, y1, x2, y2 = index.box[row].astype(float).tolist()
-        regions.append(
-            {
-                "key": int(index.keys[row]),
-                "image_id": int(split_key(index.keys[row])[0]),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
-                "score": float(index.objectness[row]),
-                "cosine": float(cosines[place]),
-            }
-        )
-    return regions
+    order = np.lexsort((index.keys[rows], -cosines))
+    return [
+        as_annotation(index.keys[row], index.box[row], index.objectness[row], cosine)
+        for row, cosine in zip(rows[order], cosines[order], strict=True)
+    ]
 
 
 def _take(ranked: list[dict], settings: PseudoLabelsSettings) -> list[dict]:

@@ -45,13 +45,18 @@ def encode_names(
 def _encoder(content: ModelFile) -> Callable[[list[str]], Tensor]:
     if content.text_tower:
         return text_encoder(TextTower(content.clip, content.text_tower, content.merges))
-    return _clip(clip_of(content), content.identity["inputs"]["clip_weights"]).encode_texts
+    return load_model_clip(content).encode_texts
 
 
-@lru_cache(maxsize=1)
-def _clip(settings: ClipSettings, digest: str) -> Clip:
-    """The CLIP of these settings, kept for the next word; the digest tells other weights apart."""
-    return load_clip(settings)
+def load_model_clip(content: ModelFile, device: str = "cpu") -> Clip:
+    """The run's CLIP, kept for the next word or picture; raises as `clip_of` does."""
+    return _load(clip_of(content), content.identity["inputs"]["clip_weights"], device)
+
+
+@lru_cache(maxsize=2)
+def _load(settings: ClipSettings, digest: str, device: str) -> Clip:
+    """The digest tells other weights apart."""
+    return load_clip(settings, device)
 
 
 def clip_of(content: ModelFile) -> ClipSettings:

@@ -13,6 +13,19 @@ from lpovod.networks.proposal_network import ProposalNetwork
 
 BASE, NOVEL = ["dog", "cat"], ["bus", "fish"]
 DIMENSION = 16  # of the embeddings
+SMALL = {
+    "classes": {"base": BASE, "novel": NOVEL},
+    "backbone": {"channels": 16, "short_side": 96, "long_side": 128},
+    "proposals": {"per_image": 20, "per_level": 100},
+    "base_detector": {
+        "regions": "proposals",
+        "head_convolutions": 1,
+        "dimension": 24,
+        "finest_scale": 16,
+        "sampling_ratio": 1,
+    },
+}
+"""The settings of networks that take milliseconds."""
 
 
 def random_model(path: Path, seed: int = 0, **settings) -> ModelFile:
@@ -23,19 +36,7 @@ def random_model(path: Path, seed: int = 0, **settings) -> ModelFile:
         seed: of all weights.
         **settings: blocks of the configuration that differ from these.
     """
-    content = {
-        "classes": {"base": BASE, "novel": NOVEL},
-        "backbone": {"channels": 16, "short_side": 96, "long_side": 128},
-        "proposals": {"per_image": 20, "per_level": 100},
-        "base_detector": {
-            "regions": "proposals",
-            "head_convolutions": 1,
-            "dimension": 24,
-            "finest_scale": 16,
-            "sampling_ratio": 1,
-        },
-    }
-    config = Config.model_validate(content | settings)
+    config = Config.model_validate(SMALL | settings)
     torch.manual_seed(seed)
     network = ProposalNetwork(config.backbone, config.proposals.anchor_scale).eval()
     detector = Detector(config.backbone, config.base_detector, len(BASE), DIMENSION).eval()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import write_proposals, write_shards
+from models import BASE, DIMENSION, NOVEL, SMALL, arrays
 from PIL import Image
 
 from lpovod.apps.learn import Run, train
@@ -17,8 +18,7 @@ from lpovod.stages.model import join_model
 from lpovod.stages.region_index import build_region_index
 from lpovod.stages.text_embeddings import embed_classes
 
-BASE, NOVEL = ["dog", "cat"], ["bus", "fish"]
-IMAGES, REGIONS, DIMENSION = 14, 6, 16  # DIMENSION of the tiny CLIP
+IMAGES, REGIONS = 14, 6
 
 
 def make_run(folder: Path, clip: ClipSettings, **settings) -> Path:
@@ -29,20 +29,10 @@ def make_run(folder: Path, clip: ClipSettings, **settings) -> Path:
         clip: the tiny CLIP.
         **settings: blocks of the configuration that differ from these.
     """
-    content = {
+    content = SMALL | {
         "name": "tiny",
-        "classes": {"base": BASE, "novel": NOVEL},
         "clip": clip.model_dump(mode="json"),
         "text_embeddings": {"templates": ["a photo of a {}"]},
-        "backbone": {"channels": 16, "short_side": 96, "long_side": 128},
-        "proposals": {"per_image": 20, "per_level": 100},
-        "base_detector": {
-            "regions": "proposals",
-            "head_convolutions": 1,
-            "dimension": 24,
-            "finest_scale": 16,
-            "sampling_ratio": 1,
-        },
         "region_features": {"batch_size": 2},
         "pseudo_labels": {"k": 10, "objectness": 0.2},
         "linear_probe": {"epochs": 3, "milestones": [2], "learning_rate": 0.05},
@@ -128,10 +118,6 @@ def _networks(folder: Path, config: Config) -> None:
     detector = Detector(config.backbone, config.base_detector, len(BASE), DIMENSION)
     torch.nn.init.normal_(detector.box_refinement.weight, std=0.3)
     torch.nn.init.normal_(detector.prototypes, std=0.05)
-    write_tensors(folder / "proposals/network.safetensors", _arrays(network), identity("proposals"))
+    write_tensors(folder / "proposals/network.safetensors", arrays(network), identity("proposals"))
     ident = identity("base_detector") | {"classes": BASE}
-    write_tensors(folder / "base_detector/detector.safetensors", _arrays(detector), ident)
-
-
-def _arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().numpy().copy() for name, tensor in module.state_dict().items()}
+    write_tensors(folder / "base_detector/detector.safetensors", arrays(detector), ident)

@@ -17,7 +17,7 @@ import tyro
 
 from lpovod.apps.export import MODEL, model_path
 from lpovod.artifacts import check_made_from, fingerprint, sha256
-from lpovod.clip import Clip, load_clip
+from lpovod.clip import Clip
 from lpovod.config import Config, slug
 from lpovod.crops import crop_and_resize, crop_boxes
 from lpovod.exceptions import LpovodError, UsageError
@@ -37,14 +37,14 @@ from lpovod.formats.regions import (
     split_key,
 )
 from lpovod.model import device_of
-from lpovod.overlaps import overlaps
+from lpovod.overlaps import overlapping
 from lpovod.probe import fit, gather_candidates
 from lpovod.progress import log
 from lpovod.retrieval import retrieve_regions
 from lpovod.retrieved_features import FrozenDetector, candidates_of, retrieved_features
-from lpovod.search import check_belong, queries
+from lpovod.search import as_annotation, check_belong, queries
 from lpovod.source_digest import source_digest
-from lpovod.text_tower import clip_of, encode_names
+from lpovod.text_tower import encode_names, load_model_clip
 
 PROJECT = Path(__file__).parents[2]
 """Holds the stages' scripts, whose digests are in the keys of the store."""
@@ -129,8 +129,10 @@ def learn(
         tuple(region_of(text) for text in drop),
         tuple(region_of(text) for text in keep),
     )
-    learned = learn_class(source, content, lesson)
-    _print(name, source.retrieve(learned)[name])
+    draft = with_lesson(source, content, lesson)
+    retrieved = source.retrieve(draft)
+    learned = with_probe(source, draft, name, retrieved)
+    _print(name, retrieved[name])
     path = output or model
     assert path is not None
     write_model(path, learned)
@@ -211,10 +213,10 @@ class Run:
     def _base(self) -> ClassEmbeddings:
         return read_text_embeddings(self.folder / "text_embeddings/base.safetensors")
 
-    @cached_property
+    @property
     def clip(self) -> Clip:
         """The run's CLIP."""
-        return load_clip(clip_of(self.model), self.device)
+        return load_model_clip(self.model, self.device)
 
     def embed_picture(self, path: Path) -> np.ndarray:
         """CLIP's unit embedding, (D,) float32, of a whole picture, cropped as regions are."""
@@ -238,8 +240,7 @@ class Run:
             )
             for scale in self.config.region_embeddings.scales
         ]
-        summed = np.sum([f.cpu().numpy()[0] for f in features], axis=0)
-        return (summed / np.linalg.norm(summed)).astype(np.float32)
+        return _unit(np.sum([f.cpu().numpy()[0] for f in features], axis=0)).astype(np.float32)
 
     def retrieve(self, content: ModelFile) -> dict[str, Retrieved]:
         """The regions of each novel class of a model, corrected as its lessons say."""
@@ -282,7 +283,7 @@ class Run:
         regions = [r for r in retrieved.regions if r["key"] not in drop]
         regions += [self.region(key, vector) for key in keep if key not in known]
         dropped = [self.region(key, vector) for key in drop]
-        ignored = [r for r in retrieved.ignored if not _overlaps_any(r, dropped)]
+        ignored = [r for r in retrieved.ignored if not _on_any(r, dropped)]
         return Retrieved(regions, ignored, retrieved.recall)
 
     def region(self, key: int, vector: np.ndarray) -> dict[str, Any]:
@@ -295,15 +296,8 @@ class Run:
         if image_id not in self.regions or place >= self.regions.count(image_id):
             raise LpovodError(f"{region_name(key)}: {self.folder} has no such training region")
         of_image = self.regions.read(image_id, ["embedding"])
-        x1, y1, x2, y2 = of_image.box[place].astype(float).tolist()
-        return {
-            "key": key,
-            "image_id": image_id,
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "area": (x2 - x1) * (y2 - y1),
-            "score": float(of_image.objectness[place]),
-            "cosine": float(of_image["embedding"][place].astype(np.float64) @ vector),
-        }
+        cosine = of_image["embedding"][place].astype(np.float64) @ vector
+        return as_annotation(key, of_image.box[place], of_image.objectness[place], cosine)
 
 
 def learn_class(run: Run, content: ModelFile, lesson: Lesson) -> ModelFile:
@@ -320,6 +314,12 @@ def learn_class(run: Run, content: ModelFile, lesson: Lesson) -> ModelFile:
         UsageError: if the class is a base class.
         LpovodError: if the model comes from another run, or nothing is retrieved.
     """
+    draft = with_lesson(run, content, lesson)
+    return with_probe(run, draft, lesson.name, run.retrieve(draft))
+
+
+def with_lesson(run: Run, content: ModelFile, lesson: Lesson) -> ModelFile:
+    """A model with the class of a lesson, whose linear classifier is not trained yet."""
     _check_lesson(run, content, lesson)
     known, text = content.class_of(lesson.name), None
     if lesson.prompt is None:  # the model's, or the configuration's
@@ -331,15 +331,17 @@ def learn_class(run: Run, content: ModelFile, lesson: Lesson) -> ModelFile:
             text = content.text[lesson.name]
         else:
             (text,) = encode_names([lesson.name], content, prompts)
-    query = _query(run, lesson, text)
-    added = _as_class(content, lesson)
-    nothing = np.zeros_like(next(iter(content.weights.values())))
-    draft = content.with_class(added, nothing, text, query)
-    retrieved = run.retrieve(draft)
-    if not retrieved[lesson.name].regions:
-        raise LpovodError(f"{lesson.name!r}: no region is left to learn from")
-    weights = train(run, draft, retrieved)
-    return draft.with_class(added, weights[lesson.name], text, query)
+    return content.with_class(_as_class(content, lesson), text, _query(run, lesson, text))
+
+
+def with_probe(
+    run: Run, content: ModelFile, name: str, retrieved: dict[str, Retrieved]
+) -> ModelFile:
+    """A model with the linear classifier of one class trained on what all of them retrieved."""
+    if not retrieved[name].regions:
+        raise LpovodError(f"{name!r}: no region is left to learn from")
+    weights = train(run, content, retrieved)
+    return replace(content, weights=content.weights | {name: weights[name]})
 
 
 def train(run: Run, content: ModelFile, retrieved: dict[str, Retrieved]) -> dict[str, np.ndarray]:
@@ -401,12 +403,13 @@ def _query(run: Run, lesson: Lesson, text: np.ndarray | None) -> np.ndarray:
     if text is not None:
         parts.append(queries(text[None], run.base_text, run.config.pseudo_labels)[0])
     if lesson.examples:
-        mean = np.mean(lesson.examples, axis=0)
-        parts.append(mean / np.linalg.norm(mean))
-    if len(parts) == 1:
-        return parts[0].astype(np.float32)
-    summed = np.sum(parts, axis=0)
-    return (summed / np.linalg.norm(summed)).astype(np.float32)
+        parts.append(_unit(np.mean(lesson.examples, axis=0)))
+    query = parts[0] if len(parts) == 1 else _unit(np.sum(parts, axis=0))
+    return query.astype(np.float32)
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
 
 
 def _as_class(content: ModelFile, lesson: Lesson) -> ModelClass:
@@ -416,12 +419,9 @@ def _as_class(content: ModelFile, lesson: Lesson) -> ModelClass:
     return replace(known, prompt=lesson.prompt, learned=record)
 
 
-def _overlaps_any(region: dict[str, Any], others: Sequence[dict[str, Any]]) -> bool:
-    same = [o for o in others if o["image_id"] == region["image_id"]]
-    if not same:
-        return False
-    boxes = corners([o["bbox"] for o in same])
-    return bool(overlaps(corners(region["bbox"]), boxes)[0].max() >= 0.5)
+def _on_any(region: dict[str, Any], others: Sequence[dict[str, Any]]) -> bool:
+    boxes = corners([o["bbox"] for o in others if o["image_id"] == region["image_id"]])
+    return bool(overlapping(corners([region["bbox"]]), boxes)[0])
 
 
 def _code(stage: str) -> str:

@@ -118,18 +118,15 @@ def describe_model(content: ModelFile, normalisation: Normalisation) -> dict[str
             include={"alpha", "beta", "score_threshold", "nms", "per_image"}
         ),
         "temperature": content.temperature,
-        "classes": [_describe_class(content, name) for name in content.names],
-    }
-
-
-def _describe_class(content: ModelFile, name: str) -> dict[str, Any]:
-    of_class = content.class_of(name)
-    assert of_class is not None
-    return {
-        "name": name,
-        "split": of_class.split,
-        "category_id": of_class.category_id,
-        "prompt": of_class.prompt,
+        "classes": [
+            {
+                "name": c.name,
+                "split": c.split,
+                "category_id": c.category_id,
+                "prompt": c.prompt,
+            }
+            for c in content.classes
+        ],
     }
 
 

@@ -10,7 +10,6 @@ from lpovod.measures.average_precision import (
     ap50_by_class,
     coco_ground_truth,
     images_of,
-    without_garbage_collection,
 )
 
 SPLITS = {"base": "base", "novel": "novel", "seen": "base", "unseen": "novel"}
@@ -60,8 +59,7 @@ def score_table(
     data = data.of_classes(names["base"], names["novel"])
     results = [r for r in results if r.get("category_id") in data.categories]
     images = images_of(data, protocol)
-    with without_garbage_collection():
-        by_class = ap50_by_class(coco_ground_truth(data, images), results)
+    by_class = ap50_by_class(coco_ground_truth(data, images), results)
     means = ap50(by_class, names["base"], names["novel"])
     rows = [(f"{'class':24}{'split':>8}", "AP50")]
     rows += [

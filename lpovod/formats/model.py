@@ -92,29 +92,26 @@ class ModelFile:
         return ids_of(taken, [name])[name]
 
     def with_class(
-        self,
-        added: ModelClass,
-        weight: np.ndarray,
-        text: np.ndarray | None,
-        query: np.ndarray | None,
+        self, added: ModelClass, text: np.ndarray | None, query: np.ndarray
     ) -> "ModelFile":
-        """The same model with a class more, or with this class in the place of its namesake."""
+        """The same model with a class more, or with this class in the place of its namesake.
+
+        Its linear classifier stays as it is; a new class has none yet.
+
+        Args:
+            added: the class.
+            text: (D,) its text embedding; None if its linear classifier alone scores it.
+            query: (D,) what its regions are retrieved with.
+        """
         known = self.class_of(added.name) is not None
         classes = [added if c.name == added.name else c for c in self.classes]
+        others = {name: vector for name, vector in self.text.items() if name != added.name}
         return replace(
             self,
             classes=classes if known else [*classes, added],
-            weights=self.weights | {added.name: weight},
-            text=_with(self.text, added.name, text),
-            queries=_with(self.queries, added.name, query),
+            text=others if text is None else others | {added.name: text},
+            queries=self.queries | {added.name: query},
         )
-
-
-def _with(
-    vectors: dict[str, np.ndarray], name: str, vector: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    others = {other: kept for other, kept in vectors.items() if other != name}
-    return others if vector is None else others | {name: vector}
 
 
 def write_model(path: Path, model: ModelFile) -> None:

@@ -4,9 +4,7 @@ The numbers are pycocotools'. They are computed from arrays, for all images and 
 a run measures many variants, and a dictionary per detection took most of the time.
 """
 
-import contextlib
-import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
@@ -19,23 +17,6 @@ from lpovod.formats.coco import CocoDataset, Detections
 IOU = 0.5
 PER_IMAGE = 100  # detections of a class that count in an image, the best ones
 RECALLS = np.linspace(0, 1, 101)
-
-
-@contextlib.contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Suspend garbage collection for code that makes many small objects and no cycles.
-
-    Building a hundred thousand objects then takes a quarter of the time: reference counts free
-    them, and Python's collector would only walk over them again and again.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
 
 Protocol = Literal["all_images", "annotated_images"]
 """Images that AP is measured on: all, or as in OV-COCO only those with an annotation."""
