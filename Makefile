@@ -5,7 +5,7 @@
 # make torture   every stage killed in every way; half an hour or more
 #
 # TORCH_INDEX=ADDRESS  a package index with CPU-only wheels of torch and torchvision: the environment
-#                      then lacks CUDA's libraries and Triton, 4.1 of 5.9 GB
+#                      then lacks CUDA's libraries and Triton, 4.1 of 6.2 GB
 
 VENV := .venv
 # Not the environment's own, which is removed before a new one is made.
