@@ -23,7 +23,8 @@ ROOMS = (
     {"artifacts", "miniature"},
     {"config"},
     {"formats"},
-    {"boxes", "torchvision_ops", "crops", "distributed", "shared_ranks", "views", "training"},
+    {"boxes", "torchvision_ops", "crops", "distributed", "shared_ranks", "views", "training"}
+    | {"precision"},
     {"networks", "measures", "drawing", "pages"},
     {"importers"},
     {"clip"},
