@@ -1,5 +1,5 @@
 # make run       environment, then the whole workflow on the miniature world
-# make test      environment, then all checks and tests (fast ones alone: pytest -m "not slow")
+# make test      environment, then all checks and tests (fast ones alone: pytest -n 2 -m "not slow")
 # make lint      format, style, types and Snakemake's own lint
 # make pictures  the README's pictures, from a finished default run
 # make torture   every stage killed in every way; half an hour or more
@@ -20,7 +20,7 @@ run: $(VENV)/.installed
 	snakemake --cores all
 
 test: $(VENV)/.installed lint
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	ruff check .

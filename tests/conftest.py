@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from open_clip.model import CLIP
 from PIL import Image
 from project import copy_project, snakemake
@@ -29,13 +32,31 @@ SMALLEST = {"classes": {"novel": ["star", "ring", "bolt", "house", "fish"]}}
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: the processes that share the files then end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def smallest_run(tmp_path_factory) -> Path:
     """A copy of the project with the finished run of configs/smallest.yaml and `SMALLEST`.
 
     Who changes it puts it back, or takes a copy.
     """
-    folder = copy_project(tmp_path_factory.mktemp("smallest") / "project")
+    folder = tmp_path_factory.mktemp("smallest") / "project"
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return _run_smallest(folder)
+    # The first of pytest-xdist's processes makes the run, and each gets a copy of its own.
+    shared = tmp_path_factory.getbasetemp().parent / "smallest"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            _run_smallest(folder).rename(shared)
+    return shutil.copytree(shared, folder)
+
+
+def _run_smallest(folder: Path) -> Path:
+    copy_project(folder)
     snakemake(folder, "smallest.yaml", SMALLEST, "--cores", "2")
     return folder
 
