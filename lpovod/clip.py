@@ -115,6 +115,11 @@ class Clip:
         """Side of a crop in pixels."""
         return self.preprocessing.image_size
 
+    @property
+    def crops_per_pass(self) -> int:
+        """Crops that the image tower sees at once, at most, on the model's device."""
+        return CROPS_PER_PASS.get(self.model.logit_scale.device.type, BATCH)
+
     @torch.inference_mode()
     def encode_crops(self, pixels: Tensor) -> Tensor:
         """Image features of crops.
@@ -139,7 +144,7 @@ class Clip:
         mean = torch.tensor(self.preprocessing.mean, device=device).view(3, 1, 1)
         std = torch.tensor(self.preprocessing.std, device=device).view(3, 1, 1)
         features = [torch.empty(0, self.dimension, device=device)]
-        for batch in pixels.split(CROPS_PER_PASS.get(device.type, BATCH)) if len(pixels) else ():
+        for batch in pixels.split(self.crops_per_pass) if len(pixels) else ():
             batch = batch.to(device).contiguous(memory_format=torch.channels_last).float()
             batch = batch.div_(255).sub_(mean).div_(std).to(precision)
             features.append(self.model.encode_image(batch).float())

@@ -22,7 +22,7 @@ from lpovod.config import (
 )
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, read_dataset
-from lpovod.formats.regions import read_proposals
+from lpovod.formats.regions import RegionStore, digest_of_shards, read_proposals
 from lpovod.measures.recall import recall_by_split
 from lpovod.miniature.pictograms import BASE_CLASSES
 from lpovod.stages.proposal_network import centerness, proposal_losses, train_proposal_network
@@ -104,8 +104,8 @@ def test_recall_by_hand():
 
 def test_proposals_are_keyed_bounded_and_best_first(folder, tmp_path):
     val, network = folder / "dataset/val.images.json", folder / "whole.network"
-    propose(val, network, BACKBONE, SETTINGS, tmp_path / "val.h5")
-    store, data = read_proposals(tmp_path / "val.h5", val), read_dataset(val)
+    propose(val, network, BACKBONE, SETTINGS, 0, 1, tmp_path / "val.h5")
+    store, data = read_proposals([tmp_path / "val.h5"], val), read_dataset(val)
     assert set(store.image_ids) == set(data.images)
     for image_id in store.image_ids:
         found = store.read(image_id)
@@ -115,7 +115,26 @@ def test_proposals_are_keyed_bounded_and_best_first(folder, tmp_path):
         assert (found.box <= 160).all()
         assert (found.box[:, 2:] - found.box[:, :2] >= 1).all()
     with pytest.raises(LpovodError, match="proposals of other images"):
-        read_proposals(tmp_path / "val.h5", folder / "dataset/train.images.json")
+        read_proposals([tmp_path / "val.h5"], folder / "dataset/train.images.json")
+
+
+def test_any_number_of_shards_gives_the_same_bytes_per_image(folder, tmp_path):
+    train, network = folder / "dataset/train.images.json", folder / "whole.network"
+
+    def propose_in(count: int) -> RegionStore:
+        paths = [tmp_path / f"of{count}/{number}.h5" for number in range(count)]
+        for number, path in enumerate(paths):
+            propose(train, network, BACKBONE, SETTINGS, number, count, path)
+        return read_proposals(paths, train)
+
+    one, eight = propose_in(1), propose_in(8)
+    assert sorted(one.image_ids) == sorted(eight.image_ids) == sorted(read_dataset(train).images)
+    for image_id in one.image_ids:
+        whole, divided = one.read(image_id), eight.read(image_id)
+        assert len(whole)
+        assert whole.box.tobytes() == divided.box.tobytes()
+        assert whole.objectness.tobytes() == divided.objectness.tobytes()
+    assert digest_of_shards(one) == digest_of_shards(eight)
 
 
 def test_the_loss_falls_and_the_checkpoint_is_removed(folder):

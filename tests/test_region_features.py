@@ -11,7 +11,7 @@ from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeatures
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import read_dataset
 from lpovod.formats.image_features import ImageFeatures, paths_in
-from lpovod.formats.regions import RegionStore
+from lpovod.formats.regions import RegionStore, Shard, open_shards
 from lpovod.networks.detector import Detector
 from lpovod.stages.region_features import extract_retrieved, extract_split
 from lpovod.views import Normalisation, View, apply_view, batch
@@ -70,6 +70,28 @@ def test_a_split_is_extracted_region_by_region(world, detector, tmp_path):
         assert np.allclose(np.linalg.norm(found["embedding"].astype(float), axis=1), 1, atol=2e-3)
 
 
+def test_any_number_of_shards_gives_the_same_bytes_per_image(world, detector, tmp_path):
+    settings = RegionFeaturesSettings(batch_size=3)
+
+    def extract(count: int) -> RegionStore:
+        paths = [tmp_path / f"of{count}/{number}.h5" for number in range(count)]
+        for number, path in enumerate(paths):
+            proposals, shard = tmp_path / f"proposals/{number}.h5", Shard(number, count)
+            write_proposals(proposals, world.dataset, world.boxes, world.objectness, shard)
+            arguments = (world.dataset, proposals, detector[0], BACKBONE, HEADS, settings)
+            extract_split(*arguments, path)
+        return open_shards(paths, "region_features")
+
+    one, eight = extract(1), extract(8)
+    assert len(eight.image_ids) == len(one.image_ids) == len(world.images)
+    for image_id in world.images:
+        whole, divided = one.read(image_id), eight.read(image_id)
+        assert whole.box.tobytes() == divided.box.tobytes()
+        assert whole.objectness.tobytes() == divided.objectness.tobytes()
+        for name in ("feature", "embedding", "refined"):
+            assert whole[name].tobytes() == divided[name].tobytes()
+
+
 def write_labels(path, data, labels):
     """Pseudo-labels (class, image id, box, score) in a file."""
     names = list(dict.fromkeys(name for name, *_ in labels))
@@ -97,8 +119,8 @@ def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, d
     retrieved += [("star", 20, world.boxes[20][0], 0.6), ("fish", 41, world.boxes[41][0], 0.9)]
     write_labels(labels, data, retrieved)
     extract_retrieved(
-        *(world.dataset, world.proposals, labels, path, BACKBONE, HEADS, SETTINGS),
-        *(0, output, tmp_path / "store", "c"),
+        *(world.dataset, [world.proposals], labels, path, BACKBONE, HEADS, SETTINGS),
+        *(0, 1, output, tmp_path / "store", "c"),
     )
     assert sorted(file.name for file in output.iterdir()) == [
         f"{i}.safetensors" for i in (20, 3, 41)
@@ -126,16 +148,15 @@ def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, d
 def test_shards_share_the_images(world, detector, tmp_path):
     data, labels = read_dataset(world.dataset), tmp_path / "novel.json"
     write_labels(labels, data, [("fish", i, world.boxes[i][0], 0.8) for i in (41, 3, 20)])
-    settings = RegionFeaturesSettings(batch_size=2, shards=2)
     folders = [tmp_path / "0", tmp_path / "1"]
     for shard, folder in enumerate(folders):
         extract_retrieved(
-            *(world.dataset, world.proposals, labels, detector[0], BACKBONE, HEADS, settings),
-            *(shard, folder, tmp_path / "store", "c"),
+            *(world.dataset, [world.proposals], labels, detector[0], BACKBONE, HEADS, SETTINGS),
+            *(shard, 2, folder, tmp_path / "store", "c"),
         )
     assert [sorted(ImageFeatures(paths_in([folder])).image_ids) for folder in folders] == [
-        [3, 41],
-        [20],
+        [3],
+        [20, 41],
     ]
     assert sorted(ImageFeatures(paths_in(folders)).image_ids) == [3, 20, 41]
 
