@@ -33,7 +33,7 @@ from lpovod.config import Config, LinearProbeSettings, TrainingSettings, read_co
 from lpovod.formats.coco import CocoDataset, coco_results, read_dataset
 from lpovod.formats.image_features import ImageFeatures, paths_in
 from lpovod.formats.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
-from lpovod.formats.regions import open_shards, read_proposals, shards_in
+from lpovod.formats.regions import RegionStore, open_shards, read_proposals, shards_in
 from lpovod.measures.ablations import variants
 from lpovod.measures.average_precision import (
     ap50,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import write_proposals
 from torchvision.ops import clip_boxes_to_image
 
 from lpovod.artifacts import identity, write_json, write_tensors

@@ -262,8 +262,7 @@ def test_shards_that_a_finer_division_left_behind_are_passed_over(tmp_path):
     paths = write_shards(tmp_path, {1: 2, 2: 3, 3: 0}, 2)
     assert (tmp_path / "2.h5").exists()
     assert shards_in(tmp_path, "region_embeddings") == paths
-    with pytest.raises(LpovodError, match="3 shards were given, but .*0.h5 is one of 2"):
-        open_shards(tmp_path.glob("*.h5"), "region_embeddings")
+    assert open_shards(paths, "region_embeddings").image_ids == [1, 2, 3]
 
 
 def test_shards_that_are_no_whole_division_are_refused(tmp_path):
@@ -288,7 +287,8 @@ def test_the_digest_of_shards_is_that_of_their_regions(tmp_path):
             changed[change][1] += 0.5
             with write_regions(paths[0], IDENT) as writer:
                 for image_id, count in counts.items():
-                    writer.add(image_id, **(changed if image_id == 5 else regions_of(image_id, count)))
+                    of_image = changed if image_id == 5 else regions_of(image_id, count)
+                    writer.add(image_id, **of_image)
         return digest_of_shards(open_shards(paths, "region_embeddings"))
 
     assert digest(1) == digest(2) == digest(5)

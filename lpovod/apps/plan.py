@@ -170,8 +170,8 @@ def _note_on_learning(added: Cost, gpu: bool, tflops: float, gflops: float, core
 def _notes_on_gpus(tflops: float) -> str:
     return (
         f"Assumed: GPUs that sustain {tflops:g} TFLOP/s each (--tflops), waits included, and lose "
-        f"nothing together; a disk that reads {READING / 1e9:g} GB/s. At most `shards` jobs share a "
-        "pass over the training images. Stages that are not listed cost next to nothing."
+        f"nothing together; a disk that reads {READING / 1e9:g} GB/s. At most `shards` jobs share "
+        "a pass over the training images. Stages that are not listed cost next to nothing."
     )
 
 

@@ -42,11 +42,11 @@ class Shard(NamedTuple):
 
     Attributes:
         number: of the shard, from 0.
-        count: number of shards that the split has.
+        total: number of shards that the split has.
     """
 
     number: int = 0
-    count: int = 1
+    total: int = 1
 
     def of(self, image_ids: Iterable[int]) -> list[int]:
         """The shard's images, ascending, and ascending from shard to shard; in equal numbers.
@@ -57,10 +57,10 @@ class Shard(NamedTuple):
         Raises:
             LpovodError: if there is no such shard.
         """
-        if not 0 <= self.number < self.count:
-            raise LpovodError(f"shard {self.number} is not one of 0 ... {self.count - 1}")
+        if not 0 <= self.number < self.total:
+            raise LpovodError(f"shard {self.number} is not one of 0 ... {self.total - 1}")
         ordered = sorted(image_ids)
-        start, stop = (len(ordered) * n // self.count for n in (self.number, self.number + 1))
+        start, stop = (len(ordered) * n // self.total for n in (self.number, self.number + 1))
         return ordered[start:stop]
 
 
@@ -256,14 +256,22 @@ class RegionStore:
         return self._rows(number, start, start + count, ids, np.arange(count), columns)
 
     def blocks(self, rows: int, columns: Iterable[str] | None = None) -> Iterator[Regions]:
-        """All regions in order, at most `rows` at once."""
+        """All regions in order, `rows` at once wherever files end; the last block may be smaller."""
+        parts: list[Regions] = []
         for number in range(len(self.paths)):
             images = [(i, count) for i, (n, _, count) in self._where.items() if n == number]
             ids = np.repeat([i for i, _ in images], [n for _, n in images]).astype(np.int64)
             index = np.concatenate([np.arange(n) for _, n in images] or [np.arange(0)])
-            for start in range(0, len(ids), rows):
-                part = slice(start, min(start + rows, len(ids)))
-                yield self._rows(number, start, part.stop, ids[part], index[part], columns)
+            stop = 0
+            while stop < len(ids):
+                start, stop = stop, min(stop + rows - sum(map(len, parts)), len(ids))
+                part = slice(start, stop)
+                parts.append(self._rows(number, start, stop, ids[part], index[part], columns))
+                if sum(map(len, parts)) == rows:
+                    yield _join(parts)
+                    parts = []
+        if parts:
+            yield _join(parts)
 
     def _rows(
         self,
@@ -299,6 +307,18 @@ class RegionStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
+
+
+def _join(parts: list[Regions]) -> Regions:
+    if len(parts) == 1:
+        return parts[0]
+    return Regions(
+        image_id=np.concatenate([part.image_id for part in parts]),
+        index=np.concatenate([part.index for part in parts]),
+        box=np.concatenate([part.box for part in parts]),
+        objectness=np.concatenate([part.objectness for part in parts]),
+        columns={n: np.concatenate([part[n] for part in parts]) for n in parts[0].columns},
+    )
 
 
 _FIXED = ("box", "objectness", "image_id", "start", "count")
@@ -363,12 +383,10 @@ def open_shards(paths: Iterable[Path], stage: str) -> RegionStore:
     for path, ident in zip(paths, store.identities, strict=True):
         for name, digest in ident["inputs"].items():
             if digest != store.identity["inputs"][name]:
-                raise LpovodError(
-                    f"{path} and {paths[0]} were made from different {name}. {again}"
-                )
+                raise LpovodError(f"{path} and {paths[0]} were made from different {name}. {again}")
     for path, shard, expected in zip(paths, store.shards, range(len(paths)), strict=True):
-        if shard.count != len(paths):
-            raise LpovodError(f"{len(paths)} shards were given, but {path} is one of {shard.count}")
+        if shard.total != len(paths):
+            raise LpovodError(f"{len(paths)} shards were given, but {path} is one of {shard.total}")
         if shard.number != expected:
             raise LpovodError(f"{path} is shard {shard.number}, not shard {expected}. {again}")
     return store
@@ -378,7 +396,7 @@ def shards_in(folder: Path, stage: str) -> list[Path]:
     """The shards of a split in a run's folder, without any that a finer division left behind."""
     first = folder / "0.h5"
     with _open(first) as file:
-        return [folder / f"{number}.h5" for number in range(_shard(first, file, stage).count)]
+        return [folder / f"{number}.h5" for number in range(_shard(first, file, stage).total)]
 
 
 def digest_of_shards(store: RegionStore) -> str:
@@ -389,8 +407,8 @@ def digest_of_shards(store: RegionStore) -> str:
     counts = [[image_id, store.count(image_id)] for image_id in store.image_ids]
     boxes, objectness = hashlib.sha256(), hashlib.sha256()
     for block in store.blocks(DIGESTED_ROWS, []):
-        boxes.update(block.box)
-        objectness.update(block.objectness)
+        boxes.update(block.box.tobytes())
+        objectness.update(block.objectness.tobytes())
     regions = {"box": boxes.hexdigest(), "objectness": objectness.hexdigest()}
     return fingerprint({"identity": store.identity, "counts": counts} | regions)
 
@@ -425,7 +443,7 @@ def read_shard(path: Path, dataset: Path, image_ids: Iterable[int]) -> tuple[Reg
         first = min(listed ^ proposed)
         holder, other = (dataset, path) if first in listed else (path, dataset)
         raise LpovodError(
-            f"{dataset} has {len(listed)} images in shard {shard.number} of {shard.count}, {path} "
+            f"{dataset} has {len(listed)} images in shard {shard.number} of {shard.total}, {path} "
             f"has {len(proposed)}; image {first} is in {holder} but not in {other}. Make it "
             f"again: snakemake --forcerun {path}"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from lpovod.artifacts import fingerprint, identity, sha256
+from lpovod.artifacts import fingerprint, identity
 from lpovod.boxes import encode, match, sample
 from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.distributed import total, training_ranks

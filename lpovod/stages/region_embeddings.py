@@ -105,7 +105,7 @@ def embed_regions(
         clip_preprocessing=fingerprint(asdict(model.preprocessing)),
     ) | {"code": code}
     log.info(
-        f"shard {shard.number} of {shard.count}: {len(of_shard)} images, "
+        f"shard {shard.number} of {shard.total}: {len(of_shard)} images, "
         f"{sum(of_shard.values())} regions"
     )
     if empty := [i for i, count in of_shard.items() if count == 0]:
