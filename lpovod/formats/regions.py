@@ -256,7 +256,7 @@ class RegionStore:
         return self._rows(number, start, start + count, ids, np.arange(count), columns)
 
     def blocks(self, rows: int, columns: Iterable[str] | None = None) -> Iterator[Regions]:
-        """All regions in order, `rows` at once wherever files end; the last block may be smaller."""
+        """All regions in order, `rows` at once, wherever files end; the last may be smaller."""
         parts: list[Regions] = []
         for number in range(len(self.paths)):
             images = [(i, count) for i, (n, _, count) in self._where.items() if n == number]
