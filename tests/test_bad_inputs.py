@@ -858,7 +858,7 @@ ROWS = {
         (
             "proposals in 0 to 1, in reverse",
             proposals([np.array([[0.9, 0.9, 0.1, 0.1, 1]], np.float32)] * 5),
-            "p.pkl: image 7: proposal 0 ... is inverted",
+            "p.pkl: image 3: proposal 0 ... is inverted",
         ),
         (
             "proposals by another size of image",

@@ -54,7 +54,7 @@ def test_hours_and_bytes_of_the_paper():
     # GPUs divide a training and the shards, of which COCO has 64.
     assert float(table["base_detector"][1]) == pytest.approx(needed / 8, rel=0.01)
     for stage in ("proposals", "region_embeddings"):
-        on_one, on_eight, on_64 = map(float, table[stage][:3])
+        on_one, on_eight, on_64 = (float(cell.replace("-", "0")) for cell in table[stage][:3])
         assert on_eight == pytest.approx(on_one / 8, abs=0.06)
         assert on_64 == pytest.approx(on_one / 64, abs=0.06)
     assert table["region_index"][0] == table["region_index"][2]
@@ -65,7 +65,7 @@ def test_a_stage_takes_no_less_than_one_core_needs_for_its_images():
     """With ever faster GPUs, decoding and resizing 123,287 photographs at 27.6 ms remain."""
     text = plan(COCO, tflops=1e9)
     assert "min, 1 GPU" in text
-    assert float(rows(text)["proposals"][1]) == pytest.approx(123_287 * 0.0276 / 60, abs=0.06)
+    assert float(rows(text)["proposals"][0]) == pytest.approx(123_287 * 0.0276 / 60, abs=0.06)
 
 
 def test_no_more_gpus_work_than_there_are_shards():
