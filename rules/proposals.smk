@@ -16,7 +16,7 @@ rule proposals:
         f"{RESULTS}/benchmarks/proposals/{{split}}/{{shard}}.tsv"
     conda:
         ENVIRONMENT
-    threads: 1
+    threads: FEEDING
     resources:
         mem_mb=grows(NETWORK, 2 * LISTED),
         runtime=grows_in_shards(30, PASS),
@@ -33,4 +33,4 @@ rule proposals:
         "python -m workflow_scripts.proposals --dataset {input.dataset}"
         " --network {input.network} --backbone {params.backbone:q} --settings {params.settings:q}"
         " --shard {wildcards.shard} --shards {params.shards} --output {output}"
-        " --device {params.device} 2>&1 | tee {log}"
+        " --device {params.device} --threads {threads} 2>&1 | tee {log}"

@@ -40,6 +40,8 @@ def grows_in_shards(fixed, per_image):
 
 # A training of a few images ends before more processors would have been free.
 TRAINING_THREADS = min(8, max(2, image_count("train") // 50))
+# Threads of a job that feeds a GPU with images: all but one decode, 200 photographs a second each.
+FEEDING = 4 if CONFIG.gpu else 1
 # Minutes per image of one epoch: 15 images per second, an assumption for one GPU and the paper's
 # detector; the miniature world trains on 18 per second with two cores.
 EPOCH = 1 / (15 * 60)

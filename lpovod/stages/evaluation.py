@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from lpovod.artifacts import check_made_from, sha256, write_json
+from lpovod.artifacts import check_made_from, fingerprint, sha256, write_json
 from lpovod.config import EvaluationSettings
 from lpovod.formats.coco import (
     Detected,
@@ -17,7 +17,7 @@ from lpovod.formats.coco import (
     coco_results,
     read_dataset,
 )
-from lpovod.formats.regions import RegionStore, digest_of_shards, open_shards
+from lpovod.formats.regions import RegionStore, open_shards
 from lpovod.measures.ablations import Variant, table, variants
 from lpovod.measures.average_precision import (
     GroundTruth,
@@ -119,7 +119,7 @@ def evaluate(
     }
     made_from = {
         "dataset": sha256(dataset),
-        "region_features": digest_of_shards(features),
+        "region_features": fingerprint(features.identity),
         "linear_probe": sha256(linear_probe),
     }
     content["made_from"] = made_from
@@ -173,7 +173,7 @@ def _groups(features: RegionStore, classes: int) -> Iterator[list[int]]:
     """Images whose scores are made together, up to a number of scores."""
     group: list[int] = []
     scores = 0
-    for image_id in filter(features.count, features.image_ids):
+    for image_id in filter(features.count, sorted(features.image_ids)):
         scores += features.count(image_id) * classes
         if group and scores > SCORES_AT_ONCE:
             yield group

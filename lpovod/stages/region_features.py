@@ -26,6 +26,7 @@ def extract_split(
     settings: RegionFeaturesSettings,
     output: Path,
     device: str = "cpu",
+    threads: int = 1,
 ) -> None:
     """Features of all proposals of a shard of a split.
 
@@ -38,6 +39,7 @@ def extract_split(
         settings: of this stage.
         output: the same shard of the region store.
         device: where to run.
+        threads: of the job; with a GPU all but one load images.
     """
     data = read_dataset(dataset)
     store, shard = read_shard(proposals, dataset, data.images)
@@ -47,7 +49,7 @@ def extract_split(
         regions[image_id] = (proposed.box, proposed.objectness)
     origin = fingerprint(store.identity)
     made_from = identity(STAGE, None, dataset=dataset, proposals=origin, detector=detector)
-    frozen = FrozenDetector(detector, backbone, base_detector, settings, device)
+    frozen = FrozenDetector(detector, backbone, base_detector, settings, device, threads)
     with write_regions(output, made_from, shard) as writer:
         for image_id, arrays in frozen.extract(data, regions):
             writer.add(image_id, **arrays)
@@ -67,6 +69,7 @@ def extract_retrieved(
     store: Path,
     code: str,
     device: str = "cpu",
+    threads: int = 1,
 ) -> None:
     """Features of the regions that the novel classes are learned from.
 
@@ -88,10 +91,11 @@ def extract_retrieved(
         store: folder of the features made so far.
         code: digest of the source code; features made by different code are made again.
         device: where to run.
+        threads: of the job; with a GPU all but one load images.
     """
     data, regions = read_dataset(dataset), read_proposals(proposals, dataset)
     labels = read_pseudo_labels(pseudo_labels)
     image_ids = Shard(shard, shards).of({i for images in labels.values() for i in images})
     wanted = {i: candidates_of(regions.read(i), labels, i) for i in image_ids}
-    frozen = FrozenDetector(detector, backbone, base_detector, settings, device)
+    frozen = FrozenDetector(detector, backbone, base_detector, settings, device, threads)
     link_images(retrieved_features(data, wanted, frozen, store, code), output)
