@@ -251,9 +251,7 @@ class Model:
             For each image, its proposals with the columns of stage `region_features`.
         """
         config, count = self.content.config, len(views)
-        proposed = find_proposals(
-            self.network, views, sizes, config.proposals, count, self.device
-        )
+        proposed = find_proposals(self.network, views, sizes, config.proposals, count, self.device)
         described = describe_regions(
             self.detector,
             views,
