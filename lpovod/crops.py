@@ -10,6 +10,8 @@ the vertical pass first if the height shrinks much more than the width; earlier 
 all published CLIP features, do not.)
 """
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ PRECISION = {"bicubic": torch.float32, "bilinear": torch.float64}
 FRACTION_BITS = 22  # fraction bits in PIL's fixed-point weights for 8-bit images
 CROPS_AT_ONCE = 64  # crops whose weights are computed together; bounds memory at the paper's scale
 PIXELS_AT_ONCE = 1 << 24  # of all crops in one batched product, 15 bytes each; bounds memory, too
+
+Distances = TypeVar("Distances", np.ndarray, Tensor)
 
 
 def crop_boxes(box: np.ndarray, scale: float, width: int, height: int) -> np.ndarray:
@@ -140,7 +144,7 @@ def crop_and_resize_batched(
     extent, resized, offset = _extents(boxes, size, resize_mode)
     begin, end = _seen(extent, resized, offset, size, interpolation)
     window, taps = end - begin, _taps(extent, resized, interpolation)
-    order = _by_size(window)
+    order = np.argsort(window.max(axis=1), kind="stable")
     # Sent at once, because every sending may make the host wait.
     placed = np.stack([boxes[:, :2] + begin, begin, extent, resized, offset], axis=1)[order]
     placed, places = send(placed, image.device), send(order, image.device)
@@ -189,7 +193,7 @@ class _Windows:
         start, begin, length, resized, offset = placed.unbind(dim=1)
         step = torch.arange(width, device=placed.device)
         self.pixel = (start[:, None] + step).clamp(max=pixels - 1)
-        first, weight = _weights(length, resized, offset, size, taps, interpolation)
+        first, weight = _tap_weights(length, resized, offset, size, taps, interpolation)
         place = (first - begin[:, None])[:, :, None] + torch.arange(taps, device=placed.device)
         # Wider by the zero weights that lie beyond the last pixel.
         self.weight = torch.zeros(
@@ -227,7 +231,7 @@ def _seen(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first pixel of a crop that reaches the centre of the result, and the one past the last.
 
-    Arguments as for `_weights`, of any one shape, which is also that of the result; int64.
+    Arguments as for `_sparse_weights`, of any one shape, which is also that of the result; int64.
     """
     scale = length / resized
     radius = SUPPORT[interpolation] * np.maximum(scale, 1)
@@ -241,9 +245,29 @@ def _taps(length: np.ndarray, resized: np.ndarray, interpolation: str) -> np.nda
     return np.ceil(2 * SUPPORT[interpolation] * np.maximum(length / resized, 1)).astype(np.int64)
 
 
-def _by_size(window: np.ndarray) -> np.ndarray:
-    """An order of windows, (n, 2) width and height, in which neighbours are of about one size."""
-    return np.argsort(window.max(axis=1), kind="stable")
+def _tap_weights(
+    length: Tensor, resized: Tensor, offset: Tensor, size: int, taps: int, interpolation: str
+) -> tuple[Tensor, Tensor]:
+    """`_sparse_weights` on a device, where numpy's arrays are not; lengths and offset (n,) int64.
+
+    Returns:
+        The first source pixel of each output pixel, (n, size) int64, and weights of it and of those
+        after it, (n, size, taps), zero past the last.
+    """
+    length, offset = length.double()[:, None], offset.double()[:, None]
+    scale = length / resized[:, None]
+    stretch = scale.clamp(min=1)
+    radius = SUPPORT[interpolation] * stretch
+    step, pixel = (torch.arange(n, dtype=length.dtype, device=length.device) for n in (size, taps))
+    centre = (offset + step + 0.5) * scale
+    first = (centre - radius + 0.5).floor_().clamp_(min=0)
+    count = torch.minimum((centre + radius + 0.5).floor_(), length) - first
+    x = (pixel + (first - centre + 0.5)[:, :, None]).abs_().div_(stretch[:, :, None])
+    weight = _kernel(x, interpolation)
+    weight.masked_fill_((x >= SUPPORT[interpolation]) | (pixel >= count[:, :, None]), 0)
+    weight /= weight.sum(dim=2, keepdim=True)
+    weight = weight.mul_(2**FRACTION_BITS).round_().div_(2**FRACTION_BITS)
+    return first.long(), weight.to(PRECISION[interpolation])
 
 
 def _resize(rows: Tensor, x: "_Weights", y: "_Weights", k: int, out: Tensor) -> None:
@@ -277,18 +301,16 @@ class _Weights:
         size: int,
         interpolation: str,
     ) -> None:
-        seen, end = _seen(length, resized, offset, size, interpolation)
-        taps = int(_taps(length, resized, interpolation).max())
-        crops = (torch.from_numpy(of_crops) for of_crops in (length, resized, offset))
-        first, weight = _weights(*crops, size, taps, interpolation)
-        self._size, width = size, end - seen
-        self.start: list[int] = (first_pixel + seen).tolist()
+        first, last, weight = _sparse_weights(length, resized, offset, size, interpolation)
+        self._size, taps = size, weight.shape[-1]
+        width = last[:, -1] - first[:, 0]
+        self.start: list[int] = (first_pixel + first[:, 0]).tolist()
         self.width: list[int] = width.tolist()
         pitch = width + taps  # room for the zero weights beyond the last pixel
         begin = np.concatenate([[0], np.cumsum(size * pitch)])
-        row = begin[:-1, None] + pitch[:, None] * np.arange(size) + first.numpy() - seen[:, None]
-        flat = torch.zeros(begin[-1], dtype=weight.dtype)
-        flat.numpy()[row[:, :, None] + np.arange(taps)] = weight.numpy()
+        row = begin[:-1, None] + pitch[:, None] * np.arange(size) + first - first[:, :1]
+        flat = torch.zeros(begin[-1], dtype=PRECISION[interpolation])
+        flat.numpy()[row[:, :, None] + np.arange(taps)] = weight
         self._flat = flat
         self._begin, self._pitch = begin.tolist(), pitch.tolist()
 
@@ -298,41 +320,32 @@ class _Weights:
         )
 
 
-def _weights(
-    length: Tensor, resized: Tensor, offset: Tensor, size: int, taps: int, interpolation: str
-) -> tuple[Tensor, Tensor]:
+def _sparse_weights(
+    length: np.ndarray, resized: np.ndarray, offset: np.ndarray, size: int, interpolation: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """PIL's weights that resize n crops from `length` to `resized` pixels, and keep `size` of them.
 
-    Args:
-        length: (n,) int64.
-        resized: (n,) int64.
-        offset: (n,) int64, of the first pixel that is kept.
-        size: number of pixels that are kept.
-        taps: see `_taps`; larger than for these crops adds zeros.
-        interpolation: a key of `SUPPORT`.
-
     Returns:
-        The first source pixel of each output pixel, (n, size) int64, and weights of it and of those
-        after it, (n, size, taps), zero past the last.
+        The first source pixel of each output pixel and the one past the last, both (n, size), and
+        weights (n, size, taps), zero past the last pixel.
     """
-    scale = (length.double() / resized)[:, None]
-    stretch = scale.clamp(min=1)
+    scale = (length / resized)[:, None]
+    stretch = np.maximum(scale, 1)
     radius = SUPPORT[interpolation] * stretch
-    step = torch.arange(size, dtype=torch.float64, device=length.device)
-    centre = (offset[:, None] + step + 0.5) * scale
-    first = (centre - radius + 0.5).floor().clamp(min=0)
-    count = torch.minimum((centre + radius + 0.5).floor(), length[:, None]) - first
-    pixel = torch.arange(taps, device=length.device)
-    x = (pixel + (first - centre + 0.5)[:, :, None]).abs() / stretch[:, :, None]
+    centre = (offset[:, None] + np.arange(size) + 0.5) * scale
+    first = np.maximum(np.floor(centre - radius + 0.5), 0).astype(np.int64)
+    last = np.minimum(np.floor(centre + radius + 0.5).astype(np.int64), length[:, None])
+    pixel = np.arange((last - first).max())
+    x = np.abs(pixel + (first - centre + 0.5)[:, :, None]) / stretch[:, :, None]
     weight = _kernel(x, interpolation)
-    weight *= (x < SUPPORT[interpolation]) & (pixel < count[:, :, None])
-    weight /= weight.sum(dim=2, keepdim=True)
-    weight = weight.mul_(2**FRACTION_BITS).round_().div_(2**FRACTION_BITS)
-    return first.long(), weight.to(PRECISION[interpolation])
+    weight[(x >= SUPPORT[interpolation]) | (pixel >= (last - first)[:, :, None])] = 0
+    weight /= weight.sum(axis=-1, keepdims=True)
+    return first, last, np.rint(weight * 2**FRACTION_BITS) / 2**FRACTION_BITS
 
 
-def _kernel(x: Tensor, interpolation: str) -> Tensor:
+def _kernel(x: Distances, interpolation: str) -> Distances:
     """PIL's filter at a distance of x >= 0 pixels; valid within its support."""
     if interpolation == "bilinear":
         return 1 - x
-    return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    where = torch.where if isinstance(x, Tensor) else np.where
+    return where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)

@@ -129,10 +129,9 @@ def test_crops_come_in_the_order_of_the_boxes():
     assert crop_and_resize_batched(torch.from_numpy(image), boxes[:0], 16).shape == (0, 3, 16, 16)
 
 
-def test_crops_have_full_precision_whatever_networks_compute_in(monkeypatch):
+def test_crops_have_full_precision_whatever_networks_compute_in():
     image, boxes = noise(60, 90), np.array([[0, 0, 80, 60], [3, 4, 20, 50]])
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     expected = crop_and_resize(image, boxes, 32)
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
