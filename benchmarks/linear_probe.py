@@ -33,7 +33,7 @@ from lpovod.config import Config, LinearProbeSettings, TrainingSettings, read_co
 from lpovod.formats.coco import CocoDataset, coco_results, read_dataset
 from lpovod.formats.image_features import ImageFeatures, paths_in
 from lpovod.formats.pseudo_labels import PseudoLabels, read_ignored, read_pseudo_labels
-from lpovod.formats.regions import RegionStore, read_proposals
+from lpovod.formats.regions import RegionStore, open_shards, read_proposals, shards_in
 from lpovod.measures.ablations import variants
 from lpovod.measures.average_precision import (
     ap50,
@@ -165,7 +165,8 @@ def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
 
 def measure(options: Options) -> dict:
     config, run = read_config(options.config), options.results
-    train, proposals = run / "dataset/train.json", run / "proposals/train.h5"
+    train = run / "dataset/train.json"
+    proposals = read_proposals(shards_in(run / "proposals/train", "proposals"), train)
     detector = run / "base_detector/detector.safetensors"
     score = scorer(run, config)
     labels = run / "pseudo_labels/novel.json"
@@ -174,7 +175,7 @@ def measure(options: Options) -> dict:
     stored = ImageFeatures(paths_in(sorted((run / "region_features/retrieved").iterdir())))
     model, _ = load_detector(detector, config.backbone, config.base_detector)
     data = read_dataset(train)
-    images = label_images(retrieved, ignored, read_proposals(proposals, train))
+    images = label_images(retrieved, ignored, proposals)
 
     def cached(seed: int) -> Tensor:
         candidates = list(gather_candidates(retrieved, ignored, stored).values())
@@ -209,7 +210,8 @@ def scorer(run: Path, config: Config) -> Callable[[Tensor], dict[str, float]]:
         config.evaluation,
     )
     data = read_dataset(run / "dataset/val.json").of_classes(classes.base, classes.novel)
-    features = RegionStore(run / "region_features/val.h5", "region_features")
+    stage = "region_features"
+    features = open_shards(shards_in(run / stage / "val", stage), stage)
     truth = coco_ground_truth(data, images_of(data, config.evaluation.protocol))
     category_ids = data.category_ids(classes.names)
     ways = variants(config.evaluation, classes.temperature, true_clip=False)

@@ -42,7 +42,14 @@ from lpovod.artifacts import identity
 from lpovod.clip import load_clip
 from lpovod.config import ClipSettings, RegionEmbeddingsSettings
 from lpovod.crops import crop_boxes
-from lpovod.formats.regions import RegionStore, write_regions
+from lpovod.formats.regions import (
+    RegionStore,
+    Shard,
+    open_shards,
+    read_proposals,
+    shards_in,
+    write_regions,
+)
 from lpovod.stages import region_embeddings
 
 ARCHITECTURE = "ViT-B-32-quickgelu"
@@ -64,8 +71,8 @@ class Options:
     )
 
 
-def make_inputs(folder: Path, options: Options) -> ClipSettings:
-    """A dataset with proposals, and a CLIP with random weights."""
+def make_inputs(folder: Path, options: Options, shards: int) -> ClipSettings:
+    """A dataset with proposals in shards, and a CLIP with random weights."""
     random = np.random.default_rng(0)
     paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".png"))
     if len(paths) < options.count:
@@ -84,9 +91,10 @@ def make_inputs(folder: Path, options: Options) -> ClipSettings:
     content = {"images": listed, "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
     (folder / "train.json").write_text(json.dumps(content))
     made_from = identity("proposals", dataset=folder / "train.json")
-    with write_regions(folder / "proposals.h5", made_from) as writer:
-        for number, box in boxes.items():
-            writer.add(number, box, np.ones(len(box), np.float32))
+    for shard in [Shard(number, shards) for number in range(shards)]:
+        with write_regions(folder / f"proposals/{shard.number}.h5", made_from, shard) as writer:
+            for image_id in shard.of(boxes):
+                writer.add(image_id, boxes[image_id], np.ones(options.proposals, np.float32))
     torch.manual_seed(0)
     model = open_clip.create_model(ARCHITECTURE)
     save_file(
@@ -146,10 +154,9 @@ def embed(number, ready, folder, clip, settings, device) -> tuple[float, float]:
     region_embeddings.load_clip = load
     region_embeddings.embed_regions(
         folder / "train.json",
-        folder / "proposals.h5",
+        folder / f"proposals/{number}.h5",
         clip,
         settings,
-        number,
         folder / f"{number}.checkpoint",
         "",
         folder / f"{number}.h5",
@@ -175,10 +182,11 @@ class OriginalRegions(torch.utils.data.Dataset):
     """Both crops of a region, from an image that is decoded for each region."""
 
     def __init__(self, folder: Path):
+        store = read_proposals(shards_in(folder / "proposals", "proposals"), folder / "train.json")
         self.regions = [
             (folder / "images" / "train" / image["file_name"], box)
             for image in json.loads((folder / "train.json").read_text())["images"]
-            for box in RegionStore(folder / "proposals.h5", "proposals").read(image["id"]).box
+            for box in store.read(image["id"]).box
         ]
         self.transform = Compose(
             [
@@ -221,18 +229,19 @@ def main(options: Options) -> None:
     regions = options.count * options.proposals
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        clip = make_inputs(folder, options)
+        clip = make_inputs(folder, options, shards)
         ((start, end, expected),), _ = side_by_side(original, 1, folder, clip, options.device)
         reference = regions / (end - start)
         _row("the original's design, float32", reference)
         precision = options.precision or faster_precision(options.device)
-        settings = RegionEmbeddingsSettings(shards=shards, precision=precision)
+        settings = RegionEmbeddingsSettings(precision=precision)
         times, memory = side_by_side(embed, shards, folder, clip, settings, options.device)
         ours = regions / _span(times)
         crops = 2 * regions // shards
         times, _ = side_by_side(bare, shards, clip, precision, options.device, crops)
         model = regions / _span(times)
-        store = RegionStore([folder / f"{n}.h5" for n in range(shards)], "region_embeddings")
+        paths = [folder / f"{n}.h5" for n in range(shards)]
+        store = open_shards(paths, "region_embeddings")
         vectors = np.concatenate([b["embedding"] for b in store.blocks(1 << 16)])
         _row(f"ours, {precision}, {shards} shards", ours, memory)
         _row(f"bare model, {precision}, {shards} processes", model)

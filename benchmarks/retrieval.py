@@ -27,7 +27,7 @@ import tyro
 from lpovod.artifacts import identity
 from lpovod.config import PseudoLabelsSettings, RegionIndexSettings
 from lpovod.formats.index import READ_ROWS, open_index
-from lpovod.formats.regions import RegionStore, open_shards, write_regions
+from lpovod.formats.regions import RegionStore, Shard, open_shards, write_regions
 from lpovod.search import top_regions
 from lpovod.stages.region_index import build_region_index
 
@@ -54,10 +54,11 @@ def make_files(folder: Path, rows: int) -> None:
     noise = random.standard_normal((1 << 16, DIMENSION), np.float32)
     noise = (noise / np.linalg.norm(noise, axis=1, keepdims=True)).astype(np.float16)
     images = rows // PER_IMAGE
-    settings = {"scales": [1.0, 1.5], "shards": 2, "precision": "float32"}
-    for shard in range(2):
-        with write_regions(folder / f"{shard}.h5", identity("region_embeddings", settings)) as file:
-            for image in range(shard * images // 2, (shard + 1) * images // 2):
+    ident = identity("region_embeddings", {"scales": [1.0, 1.5], "precision": "float32"})
+    for path, number in zip(shards_of(folder), range(2), strict=True):
+        shard = Shard(number, 2)
+        with write_regions(path, ident, shard) as file:
+            for image in shard.of(range(images)):
                 place = image * PER_IMAGE % (len(noise) - PER_IMAGE)
                 vectors = np.roll(noise[place : place + PER_IMAGE], image // 200, axis=1)
                 box = np.tile(np.float32([0, 0, 9, 9]), (PER_IMAGE, 1))
@@ -102,7 +103,7 @@ def retrieve(folder: Path, count: int) -> tuple[float, float, list[list[int]]]:
 def _retrieve(folder: Path, count: int) -> tuple[float, float, list[list[int]]]:
     make_cold(folder)
     start = time.perf_counter()
-    store, index = open_shards(shards_of(folder)), open_index(folder / "index")
+    store, index = open_shards(shards_of(folder), "region_embeddings"), open_index(folder / "index")
     regions_of = top_regions(index, store, queries(count), SETTINGS, threads=THREADS)
     seconds = time.perf_counter() - start
     return seconds, peak_gib(), [[region["key"] for region in regions] for regions in regions_of]
@@ -193,7 +194,7 @@ def _product_alone(count: int, rows: int) -> float:
 
 def compare(folder: Path, keys: list[list[int]], seconds: float) -> None:
     """Compare with more queries, and with other ways to the same regions."""
-    store = open_shards(shards_of(folder))
+    store = open_shards(shards_of(folder), "region_embeddings")
     index = open_index(folder / "index")
     floor = SETTINGS.objectness
     rows = sum(np.count_nonzero(b.objectness >= floor) for b in store.blocks(1 << 16, []))

@@ -23,6 +23,7 @@ import torch
 
 from lpovod import training
 from lpovod.config import Config, read_config
+from lpovod.formats.regions import shards_in
 from lpovod.stages import base_detector, proposal_network
 
 STAGES = {"proposal_network": proposal_network, "base_detector": base_detector}
@@ -78,7 +79,7 @@ def learn(stage: str, config: Config, results: Path, folder: Path, threads: int)
         )
     else:
         base_detector.train_base_detector(
-            region_embeddings=sorted((results / "region_embeddings/train").glob("*.h5")),
+            region_embeddings=shards_in(results / "region_embeddings/train", "region_embeddings"),
             network=config.backbone.weights,
             backbone=config.backbone,
             settings=config.base_detector,

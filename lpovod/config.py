@@ -31,6 +31,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["train", "val", "tune"]
+Precision = Literal["float32", "bfloat16"]
 BACKBONES = ("small", "resnet50", "resnet50_torchvision")
 TIMM = "timm:"
 """In front of the name of a model of timm's."""
@@ -355,6 +356,8 @@ class ProposalsSettings(Settings):
     per_level: PositiveInt = key(2000, "best boxes of each pyramid level that enter the NMS")
     nms: Fraction = key(0.7, "IoU threshold of the class-agnostic NMS")
     per_image: PositiveInt = key(60, "proposals kept per image")
+    batch_size: PositiveInt = key(4, "images per pass of the network, once it is trained")
+    precision: Precision = key("float32", "of the trained network; its boxes are float32")
     files: dict[Split, Path] = key(
         {},
         "imported proposals by split: an OpenMMLab pickle, or json in COCO's results format",
@@ -373,8 +376,7 @@ class RegionEmbeddingsSettings(Settings):
         min_length=1,
     )
     batch_size: PositiveInt = key(256, "crops encoded at once, across images")
-    shards: PositiveInt = key(2, "number of files that share the images, one job each")
-    precision: Literal["float32", "bfloat16"] = key(
+    precision: Precision = key(
         "float32", "of CLIP's image tower; bfloat16 pays on GPUs and CPUs with bfloat16 units"
     )
 
@@ -442,7 +444,9 @@ class PseudoLabelsSettings(Settings):
 
 class RegionFeaturesSettings(Settings):
     batch_size: PositiveInt = key(4, "images per pass of the backbone")
-    shards: PositiveInt = key(1, "jobs that share the retrieved images")
+    precision: Precision = key(
+        "float32", "of the detector's backbone and heads; its boxes are float32"
+    )
 
 
 class LinearProbeSettings(Settings):
@@ -536,6 +540,12 @@ class Config(Settings):
     training_nodes: PositiveInt = key(
         1, "nodes of a SLURM cluster that share the steps of a training"
     )
+    # How the work is divided shapes no result.
+    shards: PositiveInt = key(
+        2,
+        "jobs that share a pass over the training images, in proposals, region_embeddings and "
+        "region_features; a smaller number of images has fewer",
+    )
     dataset: DatasetSettings = key(DatasetSettings(), "images and annotations")
     classes: ClassSettings = Field(description="the split")
     clip: ClipSettings = key(ClipSettings(), "the vision-language model")
@@ -563,6 +573,19 @@ class Config(Settings):
     small_clip: SmallClipSettings = key(
         SmallClipSettings(), "training of the small CLIP (target small_clip)"
     )
+
+    def shards_of(self, images: int, train: int) -> int:
+        """Number of jobs that share a pass over some images: in proportion to the training images.
+
+        Args:
+            images: number of the images.
+            train: number of training images.
+        """
+        return max(1, round(self.shards * images / max(1, train)))
+
+    def retrieved_images(self, train: int) -> int:
+        """Number of training images that the novel classes retrieve, at most."""
+        return min(train, len(self.classes.novel) * self.pseudo_labels.k)
 
 
 def slug(name: str) -> str:
@@ -685,7 +708,8 @@ def explain(problem: Any, root: type[Settings], whole: str) -> str:
     if problem["type"] == "extra_forbidden":
         block = _block(root, problem["loc"][:-1])
         allowed = list(block.model_fields) if block else []
-        hint = did_you_mean(str(problem["loc"][-1]), allowed)
+        moved = "shards is a key of the whole run" if problem["loc"][-1] == "shards" else ""
+        hint = moved or did_you_mean(str(problem["loc"][-1]), allowed)
         return f"{name}: unknown key; {hint or 'allowed: ' + ', '.join(allowed)}"
     if problem["type"] == "missing":
         return f"{name}: this key is required"

@@ -5,8 +5,8 @@ same views for any number of loading processes and of ranks.
 """
 
 import signal
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -19,6 +19,7 @@ from lpovod.config import TrainingSettings
 from lpovod.distributed import largest, rank, ranks
 from lpovod.formats.coco import CocoDataset
 from lpovod.torchvision_ops import clip_boxes_to_image
+from lpovod.transfers import constant
 
 MEAN = (122.770935, 116.74601, 104.093735)
 STD = (68.500534, 66.63216, 70.323166)
@@ -55,19 +56,36 @@ class LoadedView:
 
     Attributes:
         view: the view.
-        pixels: (3, h, w) uint8 RGB, resized and flipped.
+        pixels: (3, h, w) uint8 RGB, resized and flipped; with `resize_to` as decoded.
         scale: (2,) float32, resized width and height over the original's.
         extra: whatever `load_views` was told to load with it.
+        resize_to: height and width that a device is yet to resize the pixels to, before it flips
+            them.
     """
 
     view: View
     pixels: Tensor
     scale: Tensor
     extra: Any = None
+    resize_to: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the view in pixels."""
+        return self.resize_to or (self.pixels.shape[1], self.pixels.shape[2])
+
+    def shown_on(self, device: str) -> Tensor:
+        """The pixels of the view, (3, height, width) uint8, on a device."""
+        pixels = self.pixels.to(device, non_blocking=True)
+        return _show(pixels, self.view, self.resize_to) if self.resize_to else pixels
+
+    def pin_memory(self) -> "LoadedView":
+        """The same in pinned memory, as the loader asks of what it loads for a GPU."""
+        return replace(self, pixels=self.pixels.pin_memory(), scale=self.scale.pin_memory())
 
     def to_view(self, boxes: np.ndarray | Tensor) -> Tensor:
         """Boxes of the original image, (n, 4), as boxes of the view, cut to it."""
-        height, width = self.pixels.shape[1:]
+        height, width = self.size
         boxes = clip_boxes_to_image(torch.as_tensor(boxes) * self.scale.repeat(2), (height, width))
         if self.view.flip:
             boxes = torch.stack(
@@ -76,22 +94,40 @@ class LoadedView:
         return boxes
 
 
-def apply_view(pixels: np.ndarray, view: View) -> LoadedView:
-    """Resize the shorter side to the view's, unless the longer one would exceed its limit.
+def shown_size(size: tuple[int, int], view: View) -> tuple[int, int]:
+    """Height and width of an image in a view.
+
+    The shorter side gets the view's length, unless the longer one would exceed its limit.
+
+    Args:
+        size: height and width of the image.
+        view: the view.
+    """
+    height, width = size
+    factor = min(view.long_side / max(height, width), view.short_side / min(height, width))
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def apply_view(pixels: np.ndarray, view: View, on_device: bool = False) -> LoadedView:
+    """Resize and flip an image.
 
     Args:
         pixels: (H, W, 3) uint8.
+        view: how to show it.
+        on_device: leave the work to the device that the view is sent to.
     """
-    height, width = pixels.shape[:2]
-    factor = min(view.long_side / max(height, width), view.short_side / min(height, width))
-    size = (max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5)))
+    height, width = shown_size((pixels.shape[0], pixels.shape[1]), view)
+    scale = torch.tensor([width / pixels.shape[1], height / pixels.shape[0]], dtype=torch.float32)
     image = torch.from_numpy(pixels).permute(2, 0, 1)
-    if size != (height, width):
+    if on_device:
+        return LoadedView(view, image, scale, resize_to=(height, width))
+    return LoadedView(view, _show(image, view, (height, width)).contiguous(), scale)
+
+
+def _show(image: Tensor, view: View, size: tuple[int, int]) -> Tensor:
+    if size != image.shape[1:]:
         image = resize(image, *size)
-    if view.flip:
-        image = image.flip(2)
-    scale = torch.tensor([size[1] / width, size[0] / height], dtype=torch.float32)
-    return LoadedView(view, image.contiguous(), scale)
+    return image.flip(2) if view.flip else image
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -100,16 +136,18 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     OpenCV works in fixed point: weights have `WEIGHT_BITS` bits, the horizontal sum drops its last
     four, each vertical product the next sixteen, and their sum is rounded by two more.
 
+    All is integer arithmetic, so every device finds the same bits.
+
     Args:
         pixels: (3, H, W) uint8.
         height: of the result.
         width: of the result.
     """
-    left, right, part = _taps(pixels.shape[2], width)
+    left, right, part = _taps(pixels.shape[2], width, pixels.device)
     rows = pixels[:, :, left] * part[0]
     rows += pixels[:, :, right] * part[1]
     rows >>= 4
-    above, below, part = _taps(pixels.shape[1], height)
+    above, below, part = _taps(pixels.shape[1], height, pixels.device)
     upper, lower = rows[:, above], rows[:, below]
     upper *= part[0][:, None]
     lower *= part[1][:, None]
@@ -118,9 +156,10 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     return ((upper + lower + 2) >> 2).byte()
 
 
-def _taps(old: int, new: int) -> tuple[Tensor, Tensor, Tensor]:
+def _taps(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For each new pixel of an axis: the old ones before and after it, and (2, new) weights."""
-    centre = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    step = torch.arange(new, dtype=torch.float64, device=device)
+    centre = ((step + 0.5) * (old / new) - 0.5).float()
     before, last = centre.floor(), old - 1
     weights = torch.stack([1 - (centre - before), centre - before]) * 2**WEIGHT_BITS
     before = before.int()
@@ -132,6 +171,7 @@ def batch(
     device: str,
     normalisation: Normalisation,
     pad_with_black: bool = False,
+    at_least: int = 0,
 ) -> Tensor:
     """Normalised images, (n, 3, H, W) float32, padded right and below to a multiple of 32.
 
@@ -141,19 +181,20 @@ def batch(
         normalisation: of the network, that of its backbone.
         pad_with_black: pad before normalising, as the original does in its tests, instead of with
             zeros after it, as in its training.
+        at_least: images of the batch; empty ones fill it up.
     """
     # Of several ranks' batches all get the size of the largest: norms see the padding, too.
-    height, width = largest([max(v.pixels.shape[side] for v in views) for side in (1, 2)])
+    height, width = largest([max(view.size[side] for view in views) for side in (0, 1)])
     mean, std = (
-        torch.tensor(v, device=device).view(3, 1, 1)
-        for v in (normalisation.mean, normalisation.std)
+        constant(values, device).view(3, 1, 1) for values in (normalisation.mean, normalisation.std)
     )
-    images = torch.zeros(len(views), 3, padded(height), padded(width), device=device)
+    count = max(len(views), at_least)
+    images = torch.zeros(count, 3, padded(height), padded(width), device=device)
     if pad_with_black:
         images += -mean / std
-    for image, view in zip(images, views, strict=True):
-        shown = image[:, : view.pixels.shape[1], : view.pixels.shape[2]]
-        shown.copy_((view.pixels.to(device).float() - mean) / std)
+    for image, view in zip(images, views, strict=False):
+        shown = image[:, : view.size[0], : view.size[1]]
+        shown.copy_((view.shown_on(device).float() - mean) / std)
     return images
 
 
@@ -197,17 +238,16 @@ def training_views(
 
 
 class _Loading(torch.utils.data.Dataset):
-    def __init__(self, dataset: CocoDataset, views: list[View], extra: Any):
-        self.dataset, self.views, self.extra = dataset, views, extra
+    def __init__(self, dataset: CocoDataset, views: list[View], extra: Any, on_device: bool):
+        self.dataset, self.views, self.extra, self.on_device = dataset, views, extra, on_device
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, number: int) -> LoadedView:
         view = self.views[number]
-        shown = apply_view(self.dataset.load(view.image_id), view)
-        loaded = self.extra(shown) if self.extra else None
-        return LoadedView(shown.view, shown.pixels, shown.scale, loaded)
+        shown = apply_view(self.dataset.load(view.image_id), view, self.on_device)
+        return replace(shown, extra=self.extra(shown)) if self.extra else shown
 
 
 def load_views(
@@ -216,6 +256,7 @@ def load_views(
     per_batch: int,
     workers: int = 0,
     extra: Any = None,
+    device: str = "cpu",
 ) -> Iterable[list[LoadedView]]:
     """Load views in order, in lists of `per_batch`, divided over the ranks.
 
@@ -225,15 +266,31 @@ def load_views(
         per_batch: images per list, of all ranks together; the last one may be shorter.
         workers: loading processes; 0 loads in this one.
         extra: called with each loaded view (in the worker); its result is attached.
+        device: where the views go; other than a CPU, it resizes them itself (`batch`).
     """
     numbers = list(range(len(views)))
     lists = [numbers[start : start + per_batch] for start in numbers[::per_batch]]
+    lists = [part[rank() :: ranks()] for part in lists]
+    return _load_lists(dataset, views, lists, workers, extra, device)
+
+
+def _load_lists(
+    dataset: CocoDataset,
+    views: list[View],
+    lists: list[list[int]],
+    workers: int,
+    extra: Any,
+    device: str,
+) -> Iterable[list[LoadedView]]:
+    """Load the views with the numbers of each list."""
+    kind = torch.device(device).type
     return DataLoader(
-        _Loading(dataset, views, extra),
-        batch_sampler=[part[rank() :: ranks()] for part in lists],
+        _Loading(dataset, views, extra, on_device=kind != "cpu"),
+        batch_sampler=lists,
         num_workers=workers,
         worker_init_fn=_leave_signals,
         collate_fn=list,
+        pin_memory=kind == "cuda",
     )
 
 
@@ -244,21 +301,38 @@ def _leave_signals(worker: int) -> None:
 
 
 def inference_views(
-    dataset: CocoDataset, image_ids: list[int], short_side: int, long_side: int, per_batch: int
-) -> Iterator[list[LoadedView]]:
-    """Load images unflipped, at one size, in lists of at most `per_batch`.
+    dataset: CocoDataset,
+    image_ids: list[int],
+    short_side: int,
+    long_side: int,
+    per_batch: int,
+    device: str = "cpu",
+    threads: int = 1,
+) -> Iterable[list[LoadedView]]:
+    """Load images unflipped, at one size, in lists of at most `per_batch`, one size after another.
 
-    Images of one list have one size, so that no image is padded for the sake of another and what a
-    network says of it does not depend on its neighbours.
+    Images of one list have one size once they are padded, so that none is padded for the sake of
+    another and what a network says of it does not depend on its neighbours; all lists of a size
+    but its last are full.
+
+    Args:
+        dataset: where the images are.
+        image_ids: images to load.
+        short_side: length of the shorter side in pixels.
+        long_side: limit of the longer side.
+        per_batch: images per list.
+        device: where the views go.
+        threads: of the job; beside a GPU all but one load images, on a CPU the network needs them.
     """
-    views = [View(i, short_side, long_side) for i in image_ids]
-    together: list[LoadedView] = []
-    for (loaded,) in load_views(dataset, views, 1):
-        if together and (
-            len(together) == per_batch or loaded.pixels.shape != together[0].pixels.shape
-        ):
-            yield together
-            together = []
-        together.append(loaded)
-    if together:
-        yield together
+    views = [View(image_id, short_side, long_side) for image_id in image_ids]
+    of_size: dict[tuple[int, int], list[int]] = {}
+    for number, view in enumerate(views):
+        height, width = shown_size(dataset.size(view.image_id), view)
+        of_size.setdefault((padded(height), padded(width)), []).append(number)
+    lists = [
+        numbers[start : start + per_batch]
+        for numbers in of_size.values()
+        for start in range(0, len(numbers), per_batch)
+    ]
+    workers = 0 if device == "cpu" else threads - 1
+    return _load_lists(dataset, views, lists, workers, None, device)

@@ -8,7 +8,7 @@
 rule base_detector:
     input:
         dataset=f"{RESULTS}/dataset/train.json",
-        shards=shards("train"),
+        shards=shards("region_embeddings", "train"),
         network=ancient(START_FILES) or rules.proposal_network.output.network,
     output:
         detector=f"{RESULTS}/base_detector/detector.safetensors",

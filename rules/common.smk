@@ -90,16 +90,15 @@ def rules_of(stage, files):
     return f"rules/imported_{stage}.smk" if files else f"rules/{stage}.smk"
 
 
-def shards(split):
-    """The shards of the region embeddings of a split."""
-    path = f"{RESULTS}/region_embeddings/{split}/{{shard}}.h5"
-    return expand(path, shard=range(CONFIG.region_embeddings.shards))
+def shards(stage, split):
+    """The files of a stage for a split, one for each shard of its images."""
+    path = f"{RESULTS}/{stage}/{split}/{{shard}}.h5"
+    return expand(path, shard=range(shard_count(split)))
 
 
-def evaluated(pattern):
-    """An input path for the split that belongs to the output's folder."""
-    splits = {"evaluation": "val", "evaluation_tune": "tune"}
-    return lambda wildcards: expand(pattern, split=splits[wildcards.evaluation])
+def evaluated(wildcards):
+    """The split that belongs to the output's folder."""
+    return {"evaluation": "val", "evaluation_tune": "tune"}[wildcards.evaluation]
 
 
 def miniature_of(split):

@@ -9,10 +9,12 @@
 
 rule evaluation:
     input:
-        dataset=evaluated(f"{RESULTS}/dataset/{{split}}.json"),
-        features=evaluated(f"{RESULTS}/region_features/{{split}}.h5"),
+        dataset=lambda wildcards: f"{RESULTS}/dataset/{evaluated(wildcards)}.json",
+        features=lambda wildcards: shards("region_features", evaluated(wildcards)),
         embeddings=lambda wildcards: (
-            shards(evaluated("{split}")(wildcards)[0]) if CONFIG.evaluation.clip_on_crops else []
+            shards("region_embeddings", evaluated(wildcards))
+            if CONFIG.evaluation.clip_on_crops
+            else []
         ),
         detector=rules.base_detector.output.detector,
         probe=rules.linear_probe.output,

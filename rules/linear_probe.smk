@@ -7,9 +7,7 @@
 rule linear_probe:
     input:
         pseudo_labels=rules.pseudo_labels.output,
-        features=expand(
-            rules.retrieved_region_features.output, shard=range(CONFIG.region_features.shards)
-        ),
+        features=expand(rules.retrieved_region_features.output, shard=range(RETRIEVED_SHARDS)),
     output:
         f"{RESULTS}/linear_probe/weights.safetensors",
     log:

@@ -9,7 +9,16 @@ from lpovod.sources import category_ids
 
 # What neither detection nor learning a class needs; it would make the file stale.
 UNNEEDED = dict.fromkeys(
-    ("dataset", "region_index", "report", "small_clip", "training_gpus", "training_nodes"), True
+    (
+        "dataset",
+        "region_index",
+        "report",
+        "shards",
+        "small_clip",
+        "training_gpus",
+        "training_nodes",
+    ),
+    True,
 )
 UNNEEDED["evaluation"] = {"protocol", "clip_on_crops"}
 

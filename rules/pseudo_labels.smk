@@ -9,7 +9,7 @@ rule pseudo_labels:
         text=rules.text_embeddings.output.novel,
         base=rules.text_embeddings.output.base,
         index=rules.region_index.output,
-        shards=shards("train"),
+        shards=shards("region_embeddings", "train"),
         dataset=f"{RESULTS}/dataset/train.images.json",
     output:
         f"{RESULTS}/pseudo_labels/novel.json",

@@ -1,5 +1,5 @@
 # Stage region_embeddings
-# IN   dataset, proposals, CLIP
+# IN   dataset, a shard of its proposals, CLIP
 # OUT  {split}/{shard}.h5: region store with the column embedding (n, D) float16, unit rows
 # COST 1,044 bytes per region at D = 512 (vector 1,024, box and objectness 20) and 24 per image;
 #      COCO train with 300 regions per image: 37 GB, and as much again while a shard is unfinished
@@ -9,7 +9,7 @@ rule region_embeddings:
     input:
         clip=ancient(CLIP_FILES),
         dataset=f"{RESULTS}/dataset/{{split}}.images.json",
-        proposals=rules.proposals.output[0],
+        proposals=f"{RESULTS}/proposals/{{split}}/{{shard}}.h5",
     output:
         f"{RESULTS}/region_embeddings/{{split}}/{{shard}}.h5",
     log:
@@ -18,10 +18,10 @@ rule region_embeddings:
         f"{RESULTS}/benchmarks/region_embeddings/{{split}}/{{shard}}.tsv"
     conda:
         ENVIRONMENT
-    threads: 1
+    threads: FEEDING
     resources:
         mem_mb=grows(NETWORK, LISTED),
-        runtime=grows(30, EMBEDDING),
+        runtime=grows_in_shards(30, EMBEDDING),
         gpu=int(CONFIG.gpu),
     params:
         code=source("region_embeddings"),
@@ -35,6 +35,6 @@ rule region_embeddings:
     shell:
         "python -m workflow_scripts.region_embeddings --dataset {input.dataset}"
         " --proposals {input.proposals} --clip {params.clip:q} --settings {params.settings:q}"
-        " --shard {wildcards.shard} --checkpoint {params.checkpoint} --code {params.code}"
+        " --checkpoint {params.checkpoint} --code {params.code}"
         " --output {output} --device {params.device} --threads {threads}"
         " 2>&1 | tee {log}"

@@ -1,7 +1,7 @@
 # Stage region_features
 # IN   the trained detector, images, proposals (and, for training regions, pseudo-labels)
-# OUT  {split}.h5: region store of all proposals of a split; retrieved/{shard}/: a file per image that
-#      a novel class retrieved. Columns feature (float16), embedding (float16, unit rows) and refined
+# OUT  {split}/{shard}.h5: region store of all proposals of a shard; retrieved/{shard}/: a file per image
+#      that a novel class retrieved. Columns feature (float16), embedding (float16, unit rows) and refined
 #      (float32 xyxy)
 # COST COCO: one pass over 5,000 images, 3 KB per region; at most K images per novel class, once each;
 #      images that the store holds are linked
@@ -10,41 +10,41 @@
 rule region_features:
     input:
         dataset=f"{RESULTS}/dataset/{{split}}.images.json",
-        proposals=rules.proposals.output[0],
+        proposals=f"{RESULTS}/proposals/{{split}}/{{shard}}.h5",
         detector=rules.base_detector.output.detector,
     output:
-        f"{RESULTS}/region_features/{{split}}.h5",
+        f"{RESULTS}/region_features/{{split}}/{{shard}}.h5",
     log:
-        f"{RESULTS}/logs/region_features/{{split}}.log",
+        f"{RESULTS}/logs/region_features/{{split}}/{{shard}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/region_features/{{split}}.tsv"
+        f"{RESULTS}/benchmarks/region_features/{{split}}/{{shard}}.tsv"
     conda:
         ENVIRONMENT
-    threads: 2
+    threads: max(2, FEEDING)
     resources:
         mem_mb=grows(NETWORK, 2 * LISTED),
-        runtime=grows(30, PASS),
+        runtime=grows_in_shards(30, PASS),
         gpu=int(CONFIG.gpu),
     params:
         code=source("region_features"),
         device=DEVICE,
         backbone=block("backbone"),
         base_detector=block("base_detector"),
-        # The shards divide retrieved images alone.
-        settings=CONFIG.region_features.model_dump_json(exclude={"shards"}),
+        settings=block("region_features"),
     message:
-        "The frozen detector on the {wildcards.split} proposals"
+        "The frozen detector on the {wildcards.split} proposals, shard {wildcards.shard}"
     shell:
         "python -m workflow_scripts.region_features extract_split --dataset {input.dataset}"
         " --proposals {input.proposals} --detector {input.detector}"
         " --backbone {params.backbone:q} --base-detector {params.base_detector:q}"
-        " --settings {params.settings:q} --output {output} --device {params.device} 2>&1 | tee {log}"
+        " --settings {params.settings:q} --output {output} --device {params.device}"
+        " --threads {threads} 2>&1 | tee {log}"
 
 
 rule retrieved_region_features:
     input:
         dataset=f"{RESULTS}/dataset/train.images.json",
-        proposals=f"{RESULTS}/proposals/train.h5",
+        proposals=shards("proposals", "train"),
         pseudo_labels=rules.pseudo_labels.output,
         detector=rules.base_detector.output.detector,
     output:
@@ -55,10 +55,10 @@ rule retrieved_region_features:
         f"{RESULTS}/benchmarks/region_features/retrieved/{{shard}}.tsv"
     conda:
         ENVIRONMENT
-    threads: 2
+    threads: max(2, FEEDING)
     resources:
         mem_mb=grows(NETWORK, LISTED),
-        runtime=grows(60, PASS / CONFIG.region_features.shards),
+        runtime=grows(60, PASS / RETRIEVED_SHARDS),
         gpu=int(CONFIG.gpu),
     params:
         code=source("region_features"),
@@ -66,6 +66,7 @@ rule retrieved_region_features:
         backbone=block("backbone"),
         base_detector=block("base_detector"),
         settings=block("region_features"),
+        shards=RETRIEVED_SHARDS,
         store=f"{STORE}/region_features",
     message:
         "The frozen detector on the retrieved images, shard {wildcards.shard}"
@@ -74,5 +75,6 @@ rule retrieved_region_features:
         " --proposals {input.proposals} --pseudo-labels {input.pseudo_labels}"
         " --detector {input.detector} --backbone {params.backbone:q}"
         " --base-detector {params.base_detector:q} --settings {params.settings:q}"
-        " --shard {wildcards.shard} --output {output} --store {params.store} --code {params.code}"
-        " --device {params.device} 2>&1 | tee {log}"
+        " --shard {wildcards.shard} --shards {params.shards} --output {output}"
+        " --store {params.store} --code {params.code} --device {params.device}"
+        " --threads {threads} 2>&1 | tee {log}"

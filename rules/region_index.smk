@@ -7,7 +7,7 @@
 
 rule region_index:
     input:
-        shards=shards("train"),
+        shards=shards("region_embeddings", "train"),
     output:
         f"{RESULTS}/region_index/train.index",
     log:

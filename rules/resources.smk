@@ -24,8 +24,24 @@ def image_count(split):
     return SOURCES[split].count if split in SOURCES else CONFIG.dataset.image_count(split)
 
 
+def shard_count(split):
+    """Number of jobs that share a pass over the images of a split."""
+    return CONFIG.shards_of(image_count(split), image_count("train"))
+
+
+def grows_in_shards(fixed, per_image):
+    """As `grows`, for one shard of the job's split."""
+
+    def amount(wildcards, attempt):
+        return grows(fixed, per_image / shard_count(wildcards.split))(wildcards, attempt)
+
+    return amount
+
+
 # A training of a few images ends before more processors would have been free.
 TRAINING_THREADS = min(8, max(2, image_count("train") // 50))
+# Threads of a job that feeds a GPU with images: all but one decode, 200 photographs a second each.
+FEEDING = 4 if CONFIG.gpu else 1
 # Minutes per image of one epoch: 15 images per second, an assumption for one GPU and the paper's
 # detector; the miniature world trains on 18 per second with two cores.
 EPOCH = 1 / (15 * 60)
@@ -47,5 +63,9 @@ RETRIEVED = (
 )
 # MB of stage linear_probe: the features that stay in memory, and their rows.
 CANDIDATES = 2000
-# Minutes per image of a shard: 300 regions per second, cropped by one core.
-EMBEDDING = REGIONS / (300 * 60) / CONFIG.region_embeddings.shards
+# Minutes per image: 300 regions per second, cropped by one core.
+EMBEDDING = REGIONS / (300 * 60)
+# Jobs that share the images which classes retrieve.
+RETRIEVED_SHARDS = CONFIG.shards_of(
+    CONFIG.retrieved_images(image_count("train")), image_count("train")
+)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from lpovod.artifacts import identity
 from lpovod.config import ClipSettings
-from lpovod.formats.regions import write_regions
+from lpovod.formats.regions import WHOLE, Shard, write_regions
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -132,9 +132,11 @@ def make_world(
     return World(dataset, proposals, images, boxes, objectness)
 
 
-def write_proposals(path: Path, dataset: Path, boxes: dict, objectness: dict) -> None:
-    with write_regions(path, identity("proposals", dataset=dataset)) as writer:
-        for image_id in boxes:
+def write_proposals(
+    path: Path, dataset: Path, boxes: dict, objectness: dict, shard: Shard = WHOLE
+) -> None:
+    with write_regions(path, identity("proposals", dataset=dataset), shard) as writer:
+        for image_id in shard.of(boxes):
             writer.add(image_id, boxes[image_id], objectness[image_id])
 
 
@@ -149,11 +151,11 @@ def write_shards(
 ) -> list[Path]:
     """Region embeddings with given vectors, image by image in turn over the shards."""
     stated = {"proposals": "p" * 64, "clip_weights": "w" * 64, "clip_architecture": "a"} | inputs
-    settings = {"scales": [1.0, 1.5], "shards": shards}
+    settings = {"scales": [1.0, 1.5]}
     paths = [folder / f"{number}.h5" for number in range(shards)]
     for number, path in enumerate(paths):
         ident = identity("region_embeddings", settings, dataset=dataset, **stated)
-        with write_regions(path, ident) as writer:
+        with write_regions(path, ident, Shard(number, shards)) as writer:
             for image_id in list(vectors)[number::shards]:
                 writer.add(
                     image_id, boxes[image_id], objectness[image_id], embedding=vectors[image_id]

@@ -247,7 +247,7 @@ def proposals(content: Any, id_map: dict | None = None, name: str = "p.pkl") -> 
         if id_map is not None:
             write_json(Path("map.json"), id_map)
         place = None if id_map is None else Path("map.json")
-        import_proposals(world.dataset, Path(name), ProposalsSettings(), Path("out.h5"), place)
+        import_proposals(world.dataset, Path(name), ProposalsSettings(), [Path("out.h5")], place)
 
     return act
 
@@ -318,17 +318,17 @@ def shape_of(rows: int, width: int) -> dict[str, torch.Tensor]:
 def foreign_proposals() -> None:
     world = make_world(Path(), COUNTS)
     make_world(Path("other"), COUNTS, seed=1)
-    read_proposals(world.proposals, Path("other/train.json"))
+    read_proposals([world.proposals], Path("other/train.json"))
 
 
 def truncated_proposals() -> None:
     world = make_world(Path(), COUNTS)
-    read_proposals(cut(world.proposals), world.dataset)
+    read_proposals([cut(world.proposals)], world.dataset)
 
 
 def json_in_place_of_proposals() -> None:
     world = make_world(Path(), COUNTS)
-    read_proposals(world.dataset, world.dataset)
+    read_proposals([world.dataset], world.dataset)
 
 
 def shard_of_another_run() -> None:
@@ -340,16 +340,16 @@ def shard_of_another_run() -> None:
     _, second = write_shards(
         Path("other"), world.dataset, vectors, world.boxes, world.objectness, proposals="q" * 64
     )
-    open_shards([first, second])
+    open_shards([first, second], "region_embeddings")
 
 
 def one_shard_is_missing() -> None:
-    open_shards(shards()[:1])
+    open_shards(shards()[:1], "region_embeddings")
 
 
 def truncated_shard() -> None:
     first, second = shards()
-    open_shards([first, cut(second)])
+    open_shards([first, cut(second)], "region_embeddings")
 
 
 def no_shards() -> None:
@@ -431,7 +431,7 @@ def proposals_in_place_of_features() -> None:
     paths = {n: Path(n) for n in ("detector", "linear_probe", "metrics", "detections")}
     evaluate(
         world.dataset,
-        world.proposals,
+        [world.proposals],
         text_embeddings=[],
         region_embeddings=[],
         settings=load_config(DEFAULT).evaluation,
@@ -443,8 +443,8 @@ def proposals_in_place_of_features() -> None:
 def embeddings_of_too_few_images() -> None:
     world = make_world(Path(), COUNTS)
     write_proposals(Path("few.h5"), world.dataset, {7: world.boxes[7]}, {7: world.objectness[7]})
-    settings = RegionEmbeddingsSettings(shards=1)
-    arguments = (world.dataset, Path("few.h5"), make_clip(Path(), 0), settings, 0)
+    settings = RegionEmbeddingsSettings()
+    arguments = (world.dataset, Path("few.h5"), make_clip(Path(), 0), settings)
     embed_regions(*arguments, Path("checkpoint"), "", Path("out.h5"))
 
 
@@ -858,7 +858,7 @@ ROWS = {
         (
             "proposals in 0 to 1, in reverse",
             proposals([np.array([[0.9, 0.9, 0.1, 0.1, 1]], np.float32)] * 5),
-            "p.pkl: image 7: proposal 0 ... is inverted",
+            "p.pkl: image 3: proposal 0 ... is inverted",
         ),
         (
             "proposals by another size of image",

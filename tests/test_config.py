@@ -35,6 +35,9 @@ def test_the_default_is_valid():
         ("pseudo_lables.k", 10, "pseudo_lables: unknown key; did you mean pseudo_labels?"),
         ("pseudo_labels.kk", 10, "pseudo_labels.kk: unknown key; did you mean k?"),
         ("proposals.training.epoch", 1, "proposals.training.epoch: unknown key; did you mean epo"),
+        ("region_embeddings.shards", 2, "shards: unknown key; shards is a key of the whole run"),
+        ("region_features.shards", 1, "shards: unknown key; shards is a key of the whole run"),
+        ("shards", 0, "shards = 0: .*greater than or equal to 1"),
         ("pseudo_labels.k", 0, "pseudo_labels.k = 0: .*greater than or equal to 1"),
         ("pseudo_labels.k", "many", "pseudo_labels.k = 'many': .*integer"),
         ("region_embeddings.scales", [0], "region_embeddings.scales.0 = 0: .*greater than 0"),
@@ -60,6 +63,13 @@ def test_the_default_is_valid():
 def test_what_is_wrong_is_named(path, value, message):
     with pytest.raises(LpovodError, match=message):
         load_config(changed(path, value))
+
+
+def test_fewer_images_have_fewer_shards():
+    coco = load_config(changed("shards", 64))
+    images = (118_287, 5_000, 1_700, 10, 0)  # COCO's splits, and what 17 classes retrieve
+    assert [coco.shards_of(count, 118_287) for count in images] == [64, 3, 1, 1, 1]
+    assert [load_config(DEFAULT).shards_of(n, 1400) for n in (1400, 750, 500, 200)] == [2, 1, 1, 1]
 
 
 def test_a_backbone_of_timm_s_is_looked_up_when_it_is_built():

@@ -277,7 +277,7 @@ class Files:
         outputs = [self.folder / f"{name}.json" for name in ("metrics", "detections", "truth")]
         evaluate(
             self.dataset,
-            self.folder / "features",
+            [self.folder / "features"],
             self.folder / "detector",
             self.folder / "probe",
             [self.folder / "base", self.folder / "novel"],

@@ -20,7 +20,7 @@ from lpovod.config import (
 )
 from lpovod.exceptions import LpovodError
 from lpovod.formats.pseudo_labels import read_pseudo_labels
-from lpovod.formats.regions import read_proposals
+from lpovod.formats.regions import RegionStore, read_proposals
 from lpovod.importers.backbone import start_from
 from lpovod.importers.checkpoints import (
     export_checkpoint,
@@ -115,7 +115,7 @@ def imported(world, tmp_path, content, id_map=None, name="p.pkl", **settings):
     if id_map is not None:
         places = tmp_path / "map.json"
         places.write_text(json.dumps(id_map))
-    output = tmp_path / "imported.h5"
+    output = [tmp_path / f"imported/{number}.h5" for number in range(2)]
     import_proposals(world.dataset, file, ProposalsSettings(**settings), output, places)
     return read_proposals(output, world.dataset)
 
@@ -130,6 +130,15 @@ def check_same(store, world) -> None:
 
 def test_proposals_in_annotation_order(world, tmp_path):
     check_same(imported(world, tmp_path, list(rows_of(world).values())), world)
+
+
+def test_imported_proposals_are_divided_as_computed_ones(world, tmp_path):
+    store = imported(world, tmp_path, list(rows_of(world).values()))
+    assert [path.name for path in store.paths] == ["0.h5", "1.h5"]
+    assert [RegionStore(path, "proposals").image_ids for path in store.paths] == [
+        [3, 7],
+        [20, 41, 900],
+    ]
 
 
 def test_proposals_by_the_map_of_image_ids(world, tmp_path):

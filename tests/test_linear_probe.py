@@ -265,7 +265,7 @@ def drawn_world(folder: Path) -> tuple[PseudoLabels, ImageFeatures, list[LoadedV
     parameters = {k: v.numpy() for k, v in model.state_dict().items()}
     detector, made_from = folder / "detector", identity("base_detector") | {"classes": ["a", "b"]}
     write_tensors(detector, parameters, made_from)
-    proposals = read_proposals(folder / "proposals.h5", folder / "train.json")
+    proposals = read_proposals([folder / "proposals.h5"], folder / "train.json")
     annotation = {"iscrowd": 0, "score": 0.9, "cosine": 0.3, "area": 1}
     annotations = [
         annotation | {"category_id": k + 1, "image_id": i, "bbox": [x1, y1, x2 - x1, y2 - y1]}
@@ -281,9 +281,9 @@ def drawn_world(folder: Path) -> tuple[PseudoLabels, ImageFeatures, list[LoadedV
             "categories": [{"id": k, "name": n, "split": "novel"} for k, n in enumerate(NAMES, 1)],
         },
     )
-    inputs = (folder / "train.json", folder / "proposals.h5", folder / "novel.json", detector)
+    inputs = (folder / "train.json", [folder / "proposals.h5"], folder / "novel.json", detector)
     settings = (BACKBONE, HEADS, RegionFeaturesSettings())
-    extract_retrieved(*inputs, *settings, 0, folder / "retrieved", folder / "store", "c")
+    extract_retrieved(*inputs, *settings, 0, 1, folder / "retrieved", folder / "store", "c")
     retrieved, stored = read_pseudo_labels(folder / "novel.json"), folder / "retrieved"
     views = []
     for image_id, boxes in label_images(retrieved, {}, proposals).items():

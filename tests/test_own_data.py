@@ -22,7 +22,7 @@ RUN = {
     "classes": {"base": BASE, "novel": [*NOVEL, {"name": "狗", "prompt": "a house"}]},
     "proposals": {"per_image": 10, "training": {"epochs": 1, "milestones": []}},
     "base_detector": {"training": {"epochs": 1, "milestones": []}},
-    "region_embeddings": {"shards": 1},
+    "shards": 1,
     "evaluation": {"clip_on_crops": False},
 }
 BEYOND_PROPOSALS = {

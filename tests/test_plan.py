@@ -51,9 +51,13 @@ def test_hours_and_bytes_of_the_paper():
     head = 2 * (4 * 256 * 256 * 9 * 49 + 12_544 * 1_024)
     needed = 20 * 118_287 * 3 * (232.4e9 + 85.7e9 + 812 * head) / 1e13 / 3600
     assert float(table["base_detector"][0]) == pytest.approx(needed, rel=0.01)
-    # Eight GPUs divide a training and the shards, and not the one job that proposes.
+    # GPUs divide a training and the shards, of which COCO has 64.
     assert float(table["base_detector"][1]) == pytest.approx(needed / 8, rel=0.01)
-    assert table["proposals"][0] == table["proposals"][1]
+    for stage in ("proposals", "region_embeddings"):
+        on_one, on_eight, on_64 = (float(cell.replace("-", "0")) for cell in table[stage][:3])
+        assert on_eight == pytest.approx(on_one / 8, abs=0.06)
+        assert on_64 == pytest.approx(on_one / 64, abs=0.06)
+    assert table["region_index"][0] == table["region_index"][2]
     assert float(table["download"][3]) == pytest.approx(20.4, abs=0.1)
 
 
@@ -61,7 +65,17 @@ def test_a_stage_takes_no_less_than_one_core_needs_for_its_images():
     """With ever faster GPUs, decoding and resizing 123,287 photographs at 27.6 ms remain."""
     text = plan(COCO, tflops=1e9)
     assert "min, 1 GPU" in text
-    assert float(rows(text)["proposals"][1]) == pytest.approx(123_287 * 0.0276 / 60, abs=0.06)
+    assert float(rows(text)["proposals"][0]) == pytest.approx(123_287 * 0.0276 / 60, abs=0.06)
+
+
+def test_no_more_gpus_work_than_there_are_shards():
+    """Four shards of the training images, two of 51,000 retrieved ones, one of validation."""
+    text = plan((*COCO, overlay("shards: 4\npseudo_labels: {k: 3000}")), tflops=0.1)
+    table = rows(text)
+    on_one, on_eight, on_64 = (float(cell.replace(",", "")) for cell in table["proposals"][:3])
+    assert on_eight == on_64 == pytest.approx(on_one / 5, rel=0.01)
+    on_one, on_eight = (float(cell.replace(",", "")) for cell in table["region_features"][:2])
+    assert on_eight == pytest.approx(on_one / 3, rel=0.01)  # 17 * 3,000 of 118,287 images
 
 
 @pytest.mark.slow
@@ -179,9 +193,9 @@ def test_residual_networks_as_published(architecture, channels, expected):
 
 def test_seconds_of_the_miniature_world():
     table = rows(plan(MINIATURE, gflops=50, cores=2))
-    # Four jobs start in 3.7 s; two crops of 50 regions on 1,900 images, which are decoded.
+    # Three jobs start in 3.7 s; two crops of 50 regions on 1,900 images, which are decoded.
     crop = 0.0286648
-    embedding = 4 * 3.7 + 1900 * (100 * crop / 50 + 4.6e-3 * 160 * 160 / (480 * 640))
+    embedding = 3 * 3.7 + 1900 * (100 * crop / 50 + 4.6e-3 * 160 * 160 / (480 * 640))
     assert float(table["region_embeddings"][0]) == pytest.approx(embedding, rel=0.001)
     assert float(table["region_embeddings"][1]) == pytest.approx(
         1900 * 50 * (2 * 128 + 20) / 1e6, abs=0.06
@@ -201,8 +215,8 @@ def benchmark(place: str, seconds: float, mebibytes: float = 100) -> None:
 
 def test_a_run_is_measured_beside_its_prediction():
     predicted = rows(plan(MINIATURE))["proposals"][0]
-    benchmark("mini/benchmarks/proposals/train.tsv", 10.25, 800)
-    benchmark("mini/benchmarks/proposals/val.tsv", 5, 1000)
+    benchmark("mini/benchmarks/proposals/train/0.tsv", 10.25, 800)
+    benchmark("mini/benchmarks/proposals/val/0.tsv", 5, 1000)
     table = rows(plan(MINIATURE))
     assert table["proposals"][:2] == [predicted, "15.2"]
     assert float(table["proposals"][2]) == pytest.approx(float(predicted) / 15.25, abs=0.01)

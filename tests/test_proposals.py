@@ -22,7 +22,7 @@ from lpovod.config import (
 )
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, read_dataset
-from lpovod.formats.regions import read_proposals
+from lpovod.formats.regions import RegionStore, digest_of_shards, read_proposals
 from lpovod.measures.recall import recall_by_split
 from lpovod.miniature.pictograms import BASE_CLASSES
 from lpovod.stages.proposal_network import centerness, proposal_losses, train_proposal_network
@@ -41,6 +41,7 @@ SETTINGS = ProposalsSettings(
         warmup_steps=0,
     ),
 )
+IN_FLOAT32 = {"precision": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +105,8 @@ def test_recall_by_hand():
 
 def test_proposals_are_keyed_bounded_and_best_first(folder, tmp_path):
     val, network = folder / "dataset/val.images.json", folder / "whole.network"
-    propose(val, network, BACKBONE, SETTINGS, tmp_path / "val.h5")
-    store, data = read_proposals(tmp_path / "val.h5", val), read_dataset(val)
+    propose(val, network, BACKBONE, SETTINGS, 0, 1, tmp_path / "val.h5")
+    store, data = read_proposals([tmp_path / "val.h5"], val), read_dataset(val)
     assert set(store.image_ids) == set(data.images)
     for image_id in store.image_ids:
         found = store.read(image_id)
@@ -115,7 +116,63 @@ def test_proposals_are_keyed_bounded_and_best_first(folder, tmp_path):
         assert (found.box <= 160).all()
         assert (found.box[:, 2:] - found.box[:, :2] >= 1).all()
     with pytest.raises(LpovodError, match="proposals of other images"):
-        read_proposals(tmp_path / "val.h5", folder / "dataset/train.images.json")
+        read_proposals([tmp_path / "val.h5"], folder / "dataset/train.images.json")
+
+
+def test_any_number_of_shards_gives_the_same_bytes_per_image(folder, tmp_path):
+    train, network = folder / "dataset/train.images.json", folder / "whole.network"
+
+    def propose_in(count: int) -> RegionStore:
+        paths = [tmp_path / f"of{count}/{number}.h5" for number in range(count)]
+        for number, path in enumerate(paths):
+            propose(train, network, BACKBONE, SETTINGS, number, count, path)
+        return read_proposals(paths, train)
+
+    one, eight = propose_in(1), propose_in(8)
+    assert sorted(one.image_ids) == sorted(eight.image_ids) == sorted(read_dataset(train).images)
+    for image_id in one.image_ids:
+        whole, divided = one.read(image_id), eight.read(image_id)
+        assert len(whole)
+        assert whole.box.tobytes() == divided.box.tobytes()
+        assert whole.objectness.tobytes() == divided.objectness.tobytes()
+    assert digest_of_shards(one) == digest_of_shards(eight)
+
+
+def found_in(folder: Path, output: Path, settings: ProposalsSettings, **lists) -> dict:
+    """Proposals of the validation images by id, of those listed alone, in that order."""
+    content = read_json(folder / "dataset/val.images.json") | lists
+    dataset = folder / f"dataset/val.{output.stem}.json"  # beside the images
+    dataset.write_text(json.dumps(content))
+    propose(dataset, folder / "whole.network", BACKBONE, settings, 0, 1, output)
+    store = read_proposals([output], dataset)
+    return {image_id: store.read(image_id) for image_id in store.image_ids}
+
+
+def test_proposals_of_an_image_depend_on_no_other_image(folder, tmp_path):
+    """Bit for bit: alone, in a batch that is not full, and in another order."""
+    settings = SETTINGS.model_copy(update={"batch_size": 3})
+    listed = read_json(folder / "dataset/val.images.json")["images"]
+    together = found_in(folder, tmp_path / "all.h5", settings)
+    others = found_in(folder, tmp_path / "last.h5", settings, images=listed[:1:-1])
+    others |= found_in(folder, tmp_path / "first.h5", settings, images=listed[:1])
+    assert len(together) == 4 and len(others) == 3
+    for image_id, alone in others.items():
+        assert np.array_equal(alone.box, together[image_id].box)
+        assert np.array_equal(alone.objectness, together[image_id].objectness)
+
+
+def test_proposals_in_bfloat16_are_near_those_in_float32(folder, tmp_path):
+    """Eight bits of a value are left: objectness within 0.02, best boxes within two pixels."""
+    settings = SETTINGS.model_copy(update={"precision": "bfloat16", "nms": 1.0})
+    found = found_in(folder, tmp_path / "half.h5", settings)
+    expected = found_in(folder, tmp_path / "whole.h5", settings.model_copy(update=IN_FLOAT32))
+    for image_id, precise in expected.items():
+        near, best = found[image_id], precise.box[:10]
+        assert near.box.dtype == near.objectness.dtype == np.float32
+        np.testing.assert_allclose(near.objectness, precise.objectness, atol=0.02)
+        apart = np.abs(best[:, None] - near.box).max(axis=2).min(axis=1)
+        assert apart.max() <= 2
+        assert not np.array_equal(near.objectness, precise.objectness)
 
 
 def test_the_loss_falls_and_the_checkpoint_is_removed(folder):
@@ -180,7 +237,8 @@ def test_the_shipped_backbone_is_the_recorded_one_and_never_saw_a_novel_label():
     assert sha256(folder / "weights.safetensors") == record["weights_sha256"]
     _, made_from = read_tensors(folder / "weights.safetensors", "proposals")
     config = read_config([Path("config.yaml"), Path("configs/small_backbone.yaml")])
-    assert renamed(made_from["settings"]) == config.proposals.model_dump(mode="json")
+    settings = config.proposals.model_dump(mode="json", exclude={"batch_size", "precision"})
+    assert renamed(made_from["settings"]) == settings
     assert made_from["backbone"] == config.backbone.model_dump(mode="json")
     assert made_from["seed"] == config.seed != read_config([Path("config.yaml")]).seed
     assert made_from["inputs"].keys() == {"dataset"}  # train.json: base annotations alone

@@ -10,20 +10,28 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file
 
-from lpovod.artifacts import check_made_from, sha256
+from lpovod.artifacts import check_made_from, fingerprint, identity, sha256
 from lpovod.clip import load_clip
-from lpovod.config import ClipSettings, RegionEmbeddingsSettings
+from lpovod.config import ClipSettings, RegionEmbeddingsSettings, RegionIndexSettings
 from lpovod.crops import crop_boxes
 from lpovod.exceptions import LpovodError
-from lpovod.formats.regions import RegionStore
-from lpovod.stages.region_embeddings import divide_images, embed_regions
+from lpovod.formats.regions import (
+    RegionStore,
+    Shard,
+    digest_of_shards,
+    open_shards,
+    shards_in,
+    write_regions,
+)
+from lpovod.stages.region_embeddings import STAGE, embed_regions
+from lpovod.stages.region_index import build_region_index
 
-SETTINGS = RegionEmbeddingsSettings(shards=1, batch_size=7)
+SETTINGS = RegionEmbeddingsSettings(batch_size=7)
 
 
-def embed(world, clip, output, settings=SETTINGS, shard=0):
+def embed(world, clip, output, settings=SETTINGS):
     checkpoint, code = output.with_suffix(".checkpoint"), "a"
-    embed_regions(world.dataset, world.proposals, clip, settings, shard, checkpoint, code, output)
+    embed_regions(world.dataset, world.proposals, clip, settings, checkpoint, code, output)
     assert not checkpoint.exists()
     return RegionStore(output, "region_embeddings")
 
@@ -51,7 +59,7 @@ def reference(world, clip, image_id, scales):
 
 @pytest.mark.parametrize("scales", [[1.0, 1.5], [1.0]])
 def test_every_region_has_the_vector_of_its_own_crops(world, tiny_clip, tmp_path, scales):
-    settings = RegionEmbeddingsSettings(shards=1, batch_size=7, scales=scales)
+    settings = RegionEmbeddingsSettings(batch_size=7, scales=scales)
     store = embed(world, tiny_clip, tmp_path / "s.h5", settings)
     assert store.image_ids == sorted(world.images)
     for image_id, boxes in world.boxes.items():
@@ -76,7 +84,7 @@ def test_crops_are_preprocessed_as_the_architecture_states(world, tiny_clip, tmp
     document = {"model_cfg": TINY_CLIP, "preprocess_cfg": stated}
     (tmp_path / "squash.json").write_text(json.dumps(document))
     clip = tiny_clip.model_copy(update={"architecture": str(tmp_path / "squash.json")})
-    store = embed(world, clip, tmp_path / "s.h5", RegionEmbeddingsSettings(shards=1, scales=[1.0]))
+    store = embed(world, clip, tmp_path / "s.h5", RegionEmbeddingsSettings(scales=[1.0]))
     transform = image_transform_v2(PreprocessCfg(size=32, **stated), is_train=False)
     model = CLIP(**TINY_CLIP).eval()
     model.load_state_dict(load_file(clip.weights))
@@ -96,7 +104,7 @@ def test_crops_are_preprocessed_as_the_architecture_states(world, tiny_clip, tmp
 @pytest.mark.parametrize("batch_size", [1, 5, 1000])
 def test_the_batch_size_changes_no_vector(world, tiny_clip, tmp_path, batch_size):
     ours = embed(world, tiny_clip, tmp_path / "a.h5")
-    settings = RegionEmbeddingsSettings(shards=1, batch_size=batch_size)
+    settings = RegionEmbeddingsSettings(batch_size=batch_size)
     other = embed(world, tiny_clip, tmp_path / "b.h5", settings)
     for image_id in world.images:
         one, two = ours.read(image_id)["embedding"], other.read(image_id)["embedding"]
@@ -109,19 +117,28 @@ def test_the_same_run_gives_the_same_bytes(world, tiny_clip, tmp_path):
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
 
 
-def test_shards_together_hold_what_one_holds(world, tiny_clip, tmp_path):
-    whole = embed(world, tiny_clip, tmp_path / "whole.h5")
-    settings = RegionEmbeddingsSettings(shards=3, batch_size=7)
-    paths = [tmp_path / f"{n}.h5" for n in range(3)]
-    for shard, path in enumerate(paths):
-        embed(world, tiny_clip, path, settings, shard)
-    divided = RegionStore(paths, "region_embeddings")
+@pytest.mark.parametrize("batch_size", [7, 50])
+def test_any_number_of_shards_gives_the_same_bytes(world, tiny_clip, tmp_path, batch_size):
+    """Of each image, and of the index over them; on a CPU a pass of 50 crops has 32."""
+    settings = RegionEmbeddingsSettings(batch_size=batch_size)
+    whole = embed(world, tiny_clip, tmp_path / "whole.h5", settings)
+    paths = [tmp_path / f"shards/{n}.h5" for n in range(8)]
+    for number, path in enumerate(paths):
+        proposals = tmp_path / f"proposals/{number}.h5"
+        shard = Shard(number, len(paths))
+        write_proposals(proposals, world.dataset, world.boxes, world.objectness, shard)
+        embed(replace(world, proposals=proposals), tiny_clip, path, settings)
+    divided = open_shards(shards_in(tmp_path / "shards", STAGE), STAGE)
     assert divided.image_ids == whole.image_ids
     for image_id in world.images:
-        one, two = whole.read(image_id)["embedding"], divided.read(image_id)["embedding"]
-        np.testing.assert_allclose(one, two, atol=1e-3)
-    with pytest.raises(LpovodError, match=r"shard 3 is not one of 0 ... 2"):
-        embed(world, tiny_clip, paths[0], settings, 3)
+        one, two = whole.read(image_id), divided.read(image_id)
+        for name in ("box", "objectness"):
+            assert getattr(one, name).tobytes() == getattr(two, name).tobytes()
+        assert one["embedding"].tobytes() == two["embedding"].tobytes()
+    assert digest_of_shards(divided) == digest_of_shards(whole)
+    for name, shards in (("one", whole.paths), ("eight", divided.paths)):
+        build_region_index(shards, RegionIndexSettings(), tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "eight").read_bytes()
 
 
 def test_a_shard_of_images_without_proposals_is_written(tiny_clip, tmp_path):
@@ -134,24 +151,21 @@ def test_the_shard_says_what_it_was_made_from(world, tiny_clip, tmp_path):
     path = tmp_path / "s.h5"
     ident = embed(world, tiny_clip, path).identity
     check_made_from(path, ident, "dataset", world.dataset)
-    check_made_from(path, ident, "proposals", world.proposals)
+    proposed = RegionStore(world.proposals, "proposals").identity
+    check_made_from(path, ident, "proposals", fingerprint(proposed))
     check_made_from(path, ident, "clip_weights", sha256(tiny_clip.weights))
-    assert ident["settings"] == {"scales": [1.0, 1.5], "shards": 1, "precision": "float32"}
+    assert ident["settings"] == {"scales": [1.0, 1.5], "precision": "float32"}
+    assert ident["code"] == "a"
 
 
-def test_images_are_divided_by_their_regions():
-    counts = {9: 10, 1: 10, 5: 0, 3: 20, 7: 40}
-    assert divide_images(counts, 1) == [[1, 3, 5, 7, 9]]
-    assert divide_images(counts, 2) == [[1, 3, 5], [7, 9]]
-    assert divide_images(dict(sorted(counts.items())), 2) == divide_images(counts, 2)
-    random = np.random.default_rng(0)
-    counts = {int(i): int(c) for i, c in enumerate(random.integers(0, 60, 1000))}
-    divided = divide_images(counts, 7)
-    assert [i for part in divided for i in part] == sorted(counts)
-    sums = [sum(counts[i] for i in part) for part in divided]
-    assert max(sums) - min(sums) <= 120
-    assert divide_images({4: 0, 2: 0}, 3) == [[2, 4], [], []]
-    assert [len(part) for part in divide_images({1: 5}, 3)] == [0, 1, 0]
+def test_a_shard_that_lacks_an_image_is_named(world, tmp_path):
+    write_proposals(world.proposals, world.dataset, world.boxes, world.objectness, Shard(0, 2))
+    ident = identity("proposals", dataset=world.dataset)
+    with write_regions(world.proposals, ident, Shard(1, 2)) as writer:
+        for image_id in (20, 900):  # and 41 is between them
+            writer.add(image_id, world.boxes[image_id], world.objectness[image_id])
+    message = "3 images in shard 1 of 2, .* has 2; image 41 is in .*train.json but not in"
+    fails_before_clip_is_loaded(world, tmp_path, message)
 
 
 def fails_before_clip_is_loaded(world, tmp_path, message, **changed):
@@ -165,7 +179,6 @@ def fails_before_clip_is_loaded(world, tmp_path, message, **changed):
             **files,
             clip=nowhere,
             settings=SETTINGS,
-            shard=0,
             checkpoint=tmp_path / "s.checkpoint",
             code="",
             output=tmp_path / "s.h5",
@@ -224,7 +237,7 @@ def test_equal_crops_have_equal_vectors(world, tiny_clip, tmp_path):
 
 def test_half_precision_is_near(world, tiny_clip, tmp_path):
     exact = embed(world, tiny_clip, tmp_path / "a.h5")
-    settings = RegionEmbeddingsSettings(shards=1, batch_size=7, precision="bfloat16")
+    settings = RegionEmbeddingsSettings(batch_size=7, precision="bfloat16")
     near = embed(world, tiny_clip, tmp_path / "b.h5", settings)
     assert near.identity["settings"]["precision"] == "bfloat16"
     one, two = (next(s.blocks(100))["embedding"].astype(np.float64) for s in (exact, near))
@@ -234,7 +247,7 @@ def test_half_precision_is_near(world, tiny_clip, tmp_path):
 
 
 # A block is then 8 crops, so each of the images 3, 7 and 20 is one, and 41 and 900 are the last.
-SMALL_BLOCKS = RegionEmbeddingsSettings(shards=1, batch_size=1)
+SMALL_BLOCKS = RegionEmbeddingsSettings(batch_size=1)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 150])
@@ -261,7 +274,7 @@ def test_a_checkpoint_of_another_run_is_not_resumed(world, tiny_clip, tmp_path, 
     with pytest.raises(LpovodError, match="image 41"):
         embed(world, tiny_clip, tmp_path / "s.h5", SMALL_BLOCKS)
     (tmp_path / "41.png").rename(tmp_path / "images" / "train" / "000041.png")
-    other = RegionEmbeddingsSettings(shards=1, batch_size=1, scales=[1.0])
+    other = RegionEmbeddingsSettings(batch_size=1, scales=[1.0])
     fresh = embed(world, tiny_clip, tmp_path / "fresh.h5", other).paths[0].read_bytes()
     embed(world, tiny_clip, tmp_path / "s.h5", other)
     assert "s.checkpoint has other settings, inputs or code: starting from" in logged.text

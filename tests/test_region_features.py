@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from conftest import write_proposals
 from torchvision.ops import clip_boxes_to_image
 
-from lpovod.artifacts import identity, write_json, write_tensors
+from lpovod.artifacts import identity, read_json, write_json, write_tensors
 from lpovod.boxes import decode
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import read_dataset
 from lpovod.formats.image_features import ImageFeatures, paths_in
-from lpovod.formats.regions import RegionStore
+from lpovod.formats.regions import RegionStore, Shard, open_shards
 from lpovod.networks.detector import Detector
 from lpovod.stages.region_features import extract_retrieved, extract_split
 from lpovod.views import Normalisation, View, apply_view, batch
@@ -70,6 +71,28 @@ def test_a_split_is_extracted_region_by_region(world, detector, tmp_path):
         assert np.allclose(np.linalg.norm(found["embedding"].astype(float), axis=1), 1, atol=2e-3)
 
 
+def test_any_number_of_shards_gives_the_same_bytes_per_image(world, detector, tmp_path):
+    settings = RegionFeaturesSettings(batch_size=3)
+
+    def extract(count: int) -> RegionStore:
+        paths = [tmp_path / f"of{count}/{number}.h5" for number in range(count)]
+        for number, path in enumerate(paths):
+            proposals, shard = tmp_path / f"proposals/{number}.h5", Shard(number, count)
+            write_proposals(proposals, world.dataset, world.boxes, world.objectness, shard)
+            arguments = (world.dataset, proposals, detector[0], BACKBONE, HEADS, settings)
+            extract_split(*arguments, path)
+        return open_shards(paths, "region_features")
+
+    one, eight = extract(1), extract(8)
+    assert len(eight.image_ids) == len(one.image_ids) == len(world.images)
+    for image_id in world.images:
+        whole, divided = one.read(image_id), eight.read(image_id)
+        assert whole.box.tobytes() == divided.box.tobytes()
+        assert whole.objectness.tobytes() == divided.objectness.tobytes()
+        for name in ("feature", "embedding", "refined"):
+            assert whole[name].tobytes() == divided[name].tobytes()
+
+
 def write_labels(path, data, labels):
     """Pseudo-labels (class, image id, box, score) in a file."""
     names = list(dict.fromkeys(name for name, *_ in labels))
@@ -97,8 +120,8 @@ def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, d
     retrieved += [("star", 20, world.boxes[20][0], 0.6), ("fish", 41, world.boxes[41][0], 0.9)]
     write_labels(labels, data, retrieved)
     extract_retrieved(
-        *(world.dataset, world.proposals, labels, path, BACKBONE, HEADS, SETTINGS),
-        *(0, output, tmp_path / "store", "c"),
+        *(world.dataset, [world.proposals], labels, path, BACKBONE, HEADS, SETTINGS),
+        *(0, 1, output, tmp_path / "store", "c"),
     )
     assert sorted(file.name for file in output.iterdir()) == [
         f"{i}.safetensors" for i in (20, 3, 41)
@@ -123,19 +146,54 @@ def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, d
     assert first["objectness"][0] == pytest.approx(0.7)
 
 
+def described(world, detector, output, **settings) -> RegionStore:
+    settings = RegionFeaturesSettings(batch_size=2, **settings)
+    extract_split(world.dataset, world.proposals, detector, BACKBONE, HEADS, settings, output)
+    return RegionStore(output, "region_features")
+
+
+def test_features_in_bfloat16_are_near_those_in_float32(world, detector, tmp_path):
+    """Eight bits of a value are left: a hundredth of the largest feature, five of a cosine's."""
+    path, _ = detector
+    one = described(world, path, tmp_path / "float32.h5")
+    other = described(world, path, tmp_path / "bfloat16.h5", precision="bfloat16")
+    for image_id in filter(one.count, one.image_ids):
+        expected, found = one.read(image_id), other.read(image_id)
+        scale = float(np.abs(expected["feature"]).max())
+        for name, limit in (("feature", 0.02 * scale), ("embedding", 0.02), ("refined", 1.0)):
+            assert found[name].dtype == expected[name].dtype
+            np.testing.assert_allclose(found[name], expected[name], atol=limit, err_msg=name)
+        assert not np.array_equal(expected["feature"], found["feature"])
+        lengths = np.linalg.norm(found["embedding"].astype(float), axis=1)
+        assert np.allclose(lengths, 1, atol=1e-3)
+
+
+def test_features_of_an_image_depend_on_no_other_image(world, detector, tmp_path):
+    path, _ = detector
+    together = described(world, path, tmp_path / "all.h5")
+    listed = read_json(world.dataset)["images"]
+    for image in listed[1:3]:
+        write_json(world.dataset, read_json(world.dataset) | {"images": [image]})
+        image_id = image["id"]
+        boxes, objectness = world.boxes[image_id], world.objectness[image_id]
+        write_proposals(world.proposals, world.dataset, {image_id: boxes}, {image_id: objectness})
+        alone = described(world, path, tmp_path / "one.h5").read(image_id)
+        for name in ("feature", "embedding", "refined"):
+            assert np.array_equal(alone[name], together.read(image_id)[name])
+
+
 def test_shards_share_the_images(world, detector, tmp_path):
     data, labels = read_dataset(world.dataset), tmp_path / "novel.json"
     write_labels(labels, data, [("fish", i, world.boxes[i][0], 0.8) for i in (41, 3, 20)])
-    settings = RegionFeaturesSettings(batch_size=2, shards=2)
     folders = [tmp_path / "0", tmp_path / "1"]
     for shard, folder in enumerate(folders):
         extract_retrieved(
-            *(world.dataset, world.proposals, labels, detector[0], BACKBONE, HEADS, settings),
-            *(shard, folder, tmp_path / "store", "c"),
+            *(world.dataset, [world.proposals], labels, detector[0], BACKBONE, HEADS, SETTINGS),
+            *(shard, 2, folder, tmp_path / "store", "c"),
         )
     assert [sorted(ImageFeatures(paths_in([folder])).image_ids) for folder in folders] == [
-        [3, 41],
-        [20],
+        [3],
+        [20, 41],
     ]
     assert sorted(ImageFeatures(paths_in(folders)).image_ids) == [3, 20, 41]
 

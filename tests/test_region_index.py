@@ -188,11 +188,11 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path):
     ours, _, _ = random_shards(tmp_path / "a")
     other, _, _ = random_shards(tmp_path / "b", seed=1, proposals="q" * 64)
     with pytest.raises(LpovodError, match="different proposals"):
-        open_shards([ours[0], other[1]])
+        open_shards([ours[0], other[1]], "region_embeddings")
     with pytest.raises(LpovodError, match=r"1 shards were given, .* one of 2"):
-        open_shards(ours[:1])
+        open_shards(ours[:1], "region_embeddings")
     with pytest.raises(LpovodError, match="no shard"):
-        open_shards([])
+        open_shards([], "region_embeddings")
 
 
 def test_shards_without_regions_are_refused(tmp_path):

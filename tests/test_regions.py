@@ -7,7 +7,14 @@ import torch
 from lpovod.artifacts import identity
 from lpovod.exceptions import LpovodError
 from lpovod.formats import regions
-from lpovod.formats.regions import RegionStore, write_regions
+from lpovod.formats.regions import (
+    RegionStore,
+    Shard,
+    digest_of_shards,
+    open_shards,
+    shards_in,
+    write_regions,
+)
 
 IDENT = identity("region_embeddings", {"scales": [1.0]}, proposals="p")
 
@@ -212,3 +219,77 @@ def test_a_full_disk_is_named_before_hdf5_meets_it(tmp_path, monkeypatch):
     ):
         writer.add(1, np.zeros((2, 4), np.float32), np.zeros(2, np.float32))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_are_divided_in_equal_numbers():
+    image_ids = np.random.default_rng(0).permutation(1000).tolist()
+    divided = [Shard(number, 7).of(image_ids) for number in range(7)]
+    assert [i for part in divided for i in part] == sorted(image_ids)
+    assert {len(part) for part in divided} == {142, 143}
+    assert Shard().of([9, 1, 5]) == [1, 5, 9]
+    assert sorted(len(Shard(number, 3).of([4])) for number in range(3)) == [0, 0, 1]
+    for number in (-1, 3):
+        with pytest.raises(LpovodError, match=rf"shard {number} is not one of 0 ... 2"):
+            Shard(number, 3).of(image_ids)
+
+
+def write_shards(folder, counts, shards):
+    """The images of a store, divided."""
+    paths = []
+    for number in range(shards):
+        shard = Shard(number, shards)
+        path = folder / f"{number}.h5"
+        with write_regions(path, IDENT, shard) as writer:
+            for image_id in shard.of(counts):
+                writer.add(image_id, **regions_of(image_id, counts[image_id]))
+        paths.append(path)
+    return paths
+
+
+def test_shards_are_one_store_in_their_own_order(tmp_path):
+    """Ten come after nine, and not after one."""
+    counts = {image_id: image_id % 4 for image_id in range(100, 136)}
+    paths = write_shards(tmp_path, counts, 12)
+    store = open_shards(sorted(paths, key=str), "region_embeddings")
+    assert store.paths == paths
+    assert store.image_ids == list(counts)
+    for image_id, count in counts.items():
+        assert_is(store.read(image_id), image_id, count)
+
+
+def test_shards_that_a_finer_division_left_behind_are_passed_over(tmp_path):
+    write_shards(tmp_path, {1: 2, 2: 3, 3: 0}, 3)
+    paths = write_shards(tmp_path, {1: 2, 2: 3, 3: 0}, 2)
+    assert (tmp_path / "2.h5").exists()
+    assert shards_in(tmp_path, "region_embeddings") == paths
+    assert open_shards(paths, "region_embeddings").image_ids == [1, 2, 3]
+
+
+def test_shards_that_are_no_whole_division_are_refused(tmp_path):
+    paths = write_shards(tmp_path, {1: 2, 2: 3, 3: 0}, 3)
+    with pytest.raises(LpovodError, match="2 shards were given, but .*0.h5 is one of 3"):
+        open_shards(paths[:2], "region_embeddings")
+    paths[1].rename(tmp_path / "3.h5")
+    moved = [paths[0], paths[2], tmp_path / "3.h5"]
+    with pytest.raises(LpovodError, match="2.h5 is shard 2, not shard 1"):
+        open_shards(moved, "region_embeddings")
+    with pytest.raises(LpovodError, match="no such file"):
+        shards_in(tmp_path / "nowhere", "region_embeddings")
+
+
+def test_the_digest_of_shards_is_that_of_their_regions(tmp_path):
+    def digest(shards, change=None):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        counts = {1: 2, 5: 3, 9: 0, 12: 40}
+        paths = write_shards(tmp_path / "s", counts, shards)
+        if change:
+            changed = regions_of(5, 3)
+            changed[change][1] += 0.5
+            with write_regions(paths[0], IDENT) as writer:
+                for image_id, count in counts.items():
+                    of_image = changed if image_id == 5 else regions_of(image_id, count)
+                    writer.add(image_id, **of_image)
+        return digest_of_shards(open_shards(paths, "region_embeddings"))
+
+    assert digest(1) == digest(2) == digest(5)
+    assert len({digest(1), digest(1, "box"), digest(1, "objectness")}) == 3

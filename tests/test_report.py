@@ -255,8 +255,8 @@ def pseudo_labels(path: Path, name: str, regions: list, dataset: Path) -> Path:
 def write_benchmarks(folder: Path) -> None:
     for name, seconds, peak in (
         ("dataset", "1.5", "NA"),
-        ("proposals/train", "60", "512.4"),
-        ("proposals/val", "30.5", "600.6"),
+        ("proposals/train/0", "60", "512.4"),
+        ("proposals/val/0", "30.5", "600.6"),
         ("region_features/retrieved/star", "-", "-"),
     ):
         path = folder / f"{name}.tsv"

@@ -46,6 +46,16 @@ def test_amounts_grow_with_the_images_and_with_the_attempt():
         assert many.grows(1000, 0.5)(SimpleNamespace(), attempt) == attempt * 1550
 
 
+def test_a_shard_asks_for_its_share_of_the_time():
+    names = asked(shards=10, dataset={"miniature": {"train_images": 1000, "val_images": 210}})
+    for split, images in (("train", 100), ("val", 105), ("tune", 100)):
+        job = SimpleNamespace(split=split)
+        assert names.grows_in_shards(30, 0.5)(job, 2) == 2 * (30 + images / 2)
+    assert names.shard_count("val") == 2
+    # Five classes retrieve 150 images each.
+    assert names.RETRIEVED_SHARDS == 8
+
+
 @pytest.mark.parametrize(("images", "threads"), [(48, 2), (200, 4), (700, 8), (100_000, 8)])
 def test_a_longer_training_asks_for_more_threads(images, threads):
     assert threads == asked(dataset={"miniature": {"train_images": images}}).TRAINING_THREADS

@@ -4,14 +4,14 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import make_clip, make_world
+from conftest import make_clip, make_world, write_proposals
 from PIL import Image
 
 from lpovod.apps.search import search
 from lpovod.clip import load_clip
 from lpovod.config import RegionEmbeddingsSettings, RegionIndexSettings
 from lpovod.exceptions import LpovodError
-from lpovod.formats.regions import RegionStore
+from lpovod.formats.regions import RegionStore, Shard
 from lpovod.stages.region_embeddings import embed_regions
 from lpovod.stages.region_index import build_region_index
 
@@ -24,12 +24,13 @@ def run(tmp_path, tiny_clip, monkeypatch):
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "results" / "tried"
     world = make_world(results / "dataset", COUNTS, name="train.images.json")
-    settings = RegionEmbeddingsSettings(shards=2, batch_size=16)
+    settings = RegionEmbeddingsSettings(batch_size=16)
     shards = [results / "region_embeddings" / "train" / f"{n}.h5" for n in range(2)]
     for number, path in enumerate(shards):
-        checkpoint = path.with_suffix(".checkpoint")
-        inputs = (world.dataset, world.proposals, tiny_clip, settings)
-        embed_regions(*inputs, number, checkpoint, "", path)
+        proposals, checkpoint = tmp_path / f"{number}.h5", path.with_suffix(".checkpoint")
+        shard = Shard(number, 2)
+        write_proposals(proposals, world.dataset, world.boxes, world.objectness, shard)
+        embed_regions(world.dataset, proposals, tiny_clip, settings, checkpoint, "", path)
     build_region_index(shards, RegionIndexSettings(), results / "region_index" / "train.index")
     content = {
         "name": "other",

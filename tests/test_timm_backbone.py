@@ -347,7 +347,7 @@ def test_every_stage_shows_the_network_pixels_as_timm_does(files, name, tmp_path
         network = learn_proposals(files, name, tmp_path)
         detector = learn_detector(files, name, tmp_path, network)
         split = (dataset, network, settings(name), PROPOSALS)
-        propose(*split, tmp_path / "train.h5")
+        propose(*split, 0, 1, tmp_path / "train.h5")
         assert len(seen) == 2 * 6 + 5
         shown = len(seen)
         described = (dataset, tmp_path / "train.h5", detector, settings(name), DETECTOR)

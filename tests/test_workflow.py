@@ -39,13 +39,13 @@ EVERYTHING = {
     "annotations": 3,
     "text_embeddings": 1,
     "proposal_network": 1,
-    "proposals": 2,
-    "region_embeddings": 4,
+    "proposals": 3,
+    "region_embeddings": 3,
     "region_index": 1,
     "base_detector": 1,
     "pseudo_labels": 1,
     "region_features": 1,
-    "retrieved_region_features": 1,
+    "retrieved_region_features": 2,
     "linear_probe": 1,
     "evaluation": 1,
     "model": 1,
@@ -137,7 +137,7 @@ def test_recall_evaluation_report_and_score_agree(project, tmp_path, protocol):
     assert {i["id"] for i in truth["images"]} == images
     assert len(truth["annotations"]) == metrics["evaluated"]["boxes"] == len(boxes)
     # Recall by hand, from the stored proposals.
-    store = read_proposals(results / "proposals/val.h5", results / "dataset/val.images.json")
+    store = read_proposals([results / "proposals/val/0.h5"], results / "dataset/val.images.json")
     covered = {"base": [], "novel": []}
     for a in boxes:
         x, y, w, h = a["bbox"]
@@ -197,11 +197,13 @@ def test_every_job_left_a_log_and_a_benchmark(project):
         ({"region_index": {"factory": "Flat"}}, stages("region_index") | RETRIEVED),
         ({"region_embeddings": {"scales": [1.0]}}, EMBEDDED),
         ({"proposals": {"nms": 0.6}}, TRAINED),
+        ({"proposals": {"precision": "bfloat16"}}, PROPOSED),
+        ({"region_features": {"precision": "bfloat16"}}, EXTRACTED | stages("model")),
         ({"report": {"images": 3}}, stages("report")),
         (
             {"dataset": {"miniature": {**DRAWN, "val_images": 17}}},
             stages("evaluation", "report", "region_features", dataset=1, annotations=1)
-            | {"proposals": 1, "region_embeddings": 2},
+            | {"proposals": 1, "region_embeddings": 1},
         ),
         (
             {"dataset": {"miniature": {**DRAWN, "train_images": 49}}},

@@ -98,8 +98,7 @@ def _regions(folder: Path, clip: ClipSettings) -> None:
         rows = random.standard_normal((REGIONS, DIMENSION))
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         vectors[image_id] = rows.astype(np.float16)
-    (folder / "proposals").mkdir()
-    write_proposals(folder / "proposals/train.h5", dataset, boxes, objectness)
+    write_proposals(folder / "proposals/train/0.h5", dataset, boxes, objectness)
     inputs = {
         "clip_weights": sha256(clip.weights),
         "clip_architecture": sha256(Path(clip.architecture)),

@@ -61,7 +61,7 @@ STAGES = {
         "proposal_network.log",
         "proposals/network.safetensors.checkpoint",
     ),
-    "proposals": Stage(("proposals/train.h5",), "proposals/train.log"),
+    "proposals": Stage(("proposals/train/0.h5",), "proposals/train/0.log"),
     "region_embeddings": Stage(("region_embeddings/train/0.h5",), "region_embeddings/train/0.log"),
     "region_index": Stage(("region_index/train.index",), "region_index.log"),
     "base_detector": Stage(
@@ -72,7 +72,7 @@ STAGES = {
     "pseudo_labels": Stage(
         ("pseudo_labels/novel.json", "store/pseudo_labels"), "pseudo_labels.log"
     ),
-    "region_features": Stage(("region_features/val.h5",), "region_features/val.log"),
+    "region_features": Stage(("region_features/val/0.h5",), "region_features/val/0.log"),
     "retrieved_region_features": Stage(
         ("region_features/retrieved/0", "store/region_features"), "region_features/retrieved/0.log"
     ),

@@ -34,6 +34,7 @@ from lpovod.formats.regions import (
     open_shards,
     read_proposals,
     region_key,
+    shards_in,
     split_key,
 )
 from lpovod.model import device_of
@@ -186,12 +187,14 @@ class Run:
     @cached_property
     def proposals(self) -> RegionStore:
         """Their proposals."""
-        return read_proposals(self.folder / "proposals/train.h5", self.data.path)
+        shards = shards_in(self.folder / "proposals/train", "proposals")
+        return read_proposals(shards, self.data.path)
 
     @cached_property
     def regions(self) -> RegionStore:
         """CLIP's embeddings of the proposals."""
-        return open_shards((self.folder / "region_embeddings/train").glob("*.h5"))
+        stage = "region_embeddings"
+        return open_shards(shards_in(self.folder / stage / "train", stage), stage)
 
     @cached_property
     def index(self) -> RegionIndex:

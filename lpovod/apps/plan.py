@@ -62,7 +62,7 @@ class Cost(NamedTuple):
         stage: its name.
         gflop: operations of the networks.
         core: seconds of a processor core, beside these.
-        divided: whether several GPUs share it; otherwise it is one job.
+        jobs: that share it, on a GPU each; any number of GPUs shares a training.
         disk: bytes that stay.
         memory: bytes of the largest arrays in main memory; 0 where none is large.
         start: seconds until its jobs have started, all together.
@@ -73,7 +73,7 @@ class Cost(NamedTuple):
     stage: str
     gflop: float = 0.0
     core: float = 0.0
-    divided: bool = False
+    jobs: int = 1
     disk: float = 0.0
     memory: float = 0.0
     start: float = 0.0
@@ -82,7 +82,8 @@ class Cost(NamedTuple):
 
     def on_gpus(self, tflops: float, gpus: int) -> float:
         """Seconds on so many GPUs with a core each, whichever of the two takes longer."""
-        return max(self.gflop / tflops / 1e3, self.core) / (gpus if self.divided else 1)
+        shared = gpus if self.trains else min(gpus, self.jobs)
+        return max(self.gflop / tflops / 1e3, self.core) / shared
 
     def on_cores(self, gflops: float, cores: int) -> float:
         """Seconds of all its jobs, one after the other, each on as many cores as it can use."""
@@ -168,9 +169,9 @@ def _note_on_learning(added: Cost, gpu: bool, tflops: float, gflops: float, core
 
 def _notes_on_gpus(tflops: float) -> str:
     return (
-        f"Assumed: GPUs that sustain {tflops:g} TFLOP/s each (--tflops) and lose nothing together; "
-        f"a disk that reads {READING / 1e9:g} GB/s. Each split is one job of `proposals` and "
-        "`region_features`. Stages that are not listed cost next to nothing."
+        f"Assumed: GPUs that sustain {tflops:g} TFLOP/s each (--tflops), waits included, and lose "
+        f"nothing together; a disk that reads {READING / 1e9:g} GB/s. At most `shards` jobs share "
+        "a pass over the training images. Stages that are not listed cost next to nothing."
     )
 
 
@@ -239,7 +240,12 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
     novel = len(config.classes.novel)
     classes = len(config.classes.base) + novel
     # At most so many images: those that several classes retrieve are extracted once.
-    retrieved = min(train, novel * config.pseudo_labels.k) * probes
+    retrieved = config.retrieved_images(train) * probes
+    # Jobs of a pass over the images of each split.
+    of_train, of_val = config.shards_of(train, train), config.shards_of(val, train) * bool(val)
+    proposing = of_train * (trains or probes) + of_val
+    embedding = of_train * (trains or retrieves) + of_val * config.evaluation.clip_on_crops
+    extracting = of_val + config.shards_of(retrieved, train) * probes
     per_image, (decoding, shown) = proposals.per_image, loading(config, size)
     row = BOX + 2 * work.dimension  # bytes of an embedded region
     indexed = train * per_image * (row + 8)  # bytes
@@ -255,7 +261,6 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
             "proposal_network",
             proposals.training.epochs * train * TRAINING * work.proposal_network,
             proposals.training.epochs * train * shown / _loaders(config, proposals.training),
-            divided=True,
             disk=4 * work.proposal_weights,
             start=HEAVY_START,
             threads=training_threads,
@@ -265,17 +270,18 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
             "proposals",
             proposed * work.proposal_network,
             proposed * shown,
+            jobs=proposing,
             disk=proposed * per_image * BOX,
-            start=2 * HEAVY_START,
+            start=proposing * HEAVY_START,
         ),
         Cost(
             "region_embeddings",
             embedded * per_image * len(embeddings.scales) * work.crop,
             embedded * decoding,
-            divided=True,
+            jobs=embedding,
             disk=embedded * per_image * row,
             memory=3 * embeddings.batch_size * 3 * work.crop_size**2 * 4,
-            start=2 * embeddings.shards * HEAVY_START,
+            start=embedding * HEAVY_START,
         ),
         Cost(
             "region_index",
@@ -288,7 +294,6 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
             "base_detector",
             detector.training.epochs * train * TRAINING * (work.pyramid + work.rpn + learned),
             detector.training.epochs * train * shown / _loaders(config, detector.training),
-            divided=True,
             disk=4 * work.detector_weights,
             start=HEAVY_START,
             threads=training_threads,
@@ -303,8 +308,9 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
             "region_features",
             (val + retrieved) * (work.pyramid + per_image * work.extraction),
             (val + retrieved) * shown,
+            jobs=extracting,
             disk=(val + retrieved) * extracted,
-            start=(1 + config.region_features.shards) * HEAVY_START,
+            start=extracting * HEAVY_START,
         ),
         Cost(
             "linear_probe",
@@ -349,7 +355,7 @@ def another_class(config: Config, train: int, val: int, rows: list[Cost]) -> Cos
     if not {"pseudo_labels", "linear_probe", "model"} <= stages.keys():
         return None
     features, k = stages["region_features"], config.pseudo_labels.k
-    retrieved = min(train, len(config.classes.novel) * k)
+    retrieved = config.retrieved_images(train)
     share = min(train, k) / (val + retrieved)
     return Cost(
         "lpovod learn",

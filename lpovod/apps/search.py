@@ -16,7 +16,7 @@ from lpovod.config import PseudoLabelsSettings, read_config
 from lpovod.exceptions import LpovodError, UsageError
 from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.formats.index import open_index
-from lpovod.formats.regions import open_shards
+from lpovod.formats.regions import open_shards, shards_in
 from lpovod.progress import log
 from lpovod.search import check_belong, queries, top_regions
 
@@ -62,7 +62,8 @@ def search(
     )
     if not index.exists():
         raise LpovodError(f"{index}: no such file. Make it first: snakemake --cores all {index}")
-    store = open_shards((results / "region_embeddings" / "train").glob("*.h5"))
+    stage = "region_embeddings"
+    store = open_shards(shards_in(results / stage / "train", stage), stage)
     region_index = open_index(index)
     base = config.classes.base if limits.centred else []
     classes = embed_texts(

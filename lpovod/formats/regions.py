@@ -6,19 +6,24 @@ Layout of a file, where `rows` counts all regions of all its images, one image a
     box         (rows, 4)   float32    xyxy, absolute pixels of the original image, half-open
     objectness  (rows,)     float32
     <column>    (rows, d)   float16 or float32, any number of columns
-    attrs       identity: json (see `lpovod.artifacts`), format: int
+    attrs       identity: json (see `lpovod.artifacts`), format: int, shard: number and count
 
 Proposals are a store without columns; region embeddings and region features have columns. A
 region's key is its image id and box; its vectors lie beside the key and are only read with it.
+
+A store may be divided into shards, files of different images (`Shard`). Proposals decide the
+division; what is made of a shard of proposals is the same shard of its own store. An identity does
+not contain the shard, so that what is made of all shards does not depend on their number.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -26,9 +31,40 @@ import numpy as np
 from lpovod.artifacts import Identity, atomic, fingerprint, need_room, sha256
 from lpovod.exceptions import LpovodError, existing
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_ROWS = 128
+DIGESTED_ROWS = 1 << 16
 MARGIN = 1 << 25  # bytes that must stay free: HDF5 crashes on a full disk or silently loses rows
+
+
+class Shard(NamedTuple):
+    """A part of a split's images, which one job works on.
+
+    Attributes:
+        number: of the shard, from 0.
+        total: number of shards that the split has.
+    """
+
+    number: int = 0
+    total: int = 1
+
+    def of(self, image_ids: Iterable[int]) -> list[int]:
+        """The shard's images, ascending, and ascending from shard to shard; in equal numbers.
+
+        Args:
+            image_ids: of the whole split, in any order.
+
+        Raises:
+            LpovodError: if there is no such shard.
+        """
+        if not 0 <= self.number < self.total:
+            raise LpovodError(f"shard {self.number} is not one of 0 ... {self.total - 1}")
+        ordered = sorted(image_ids)
+        start, stop = (len(ordered) * n // self.total for n in (self.number, self.number + 1))
+        return ordered[start:stop]
+
+
+WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -125,11 +161,15 @@ class RegionWriter:
 
 
 @contextmanager
-def write_regions(path: Path, ident: Identity) -> Iterator[RegionWriter]:
-    """Write a store; the file appears under its name when the block ends without an error."""
+def write_regions(path: Path, ident: Identity, shard: Shard = WHOLE) -> Iterator[RegionWriter]:
+    """Write a shard of a store, or all of it.
+
+    The file appears under its name when the block ends without an error.
+    """
     with atomic(path) as partial, h5py.File(partial, "w") as file:
         file.attrs["identity"] = json.dumps(ident, sort_keys=True)
         file.attrs["format"] = FORMAT
+        file.attrs["shard"] = shard
         for name, shape, dtype in (
             ("box", (4,), "f4"),
             ("objectness", (), "f4"),
@@ -164,16 +204,13 @@ class RegionStore:
         self._files: dict[tuple[int, int], dict[str, h5py.Dataset]] = {}
         self._where: dict[int, tuple[int, int, int]] = {}
         self.identities: list[Identity] = []
+        self.shards: list[Shard] = []
         for number, path in enumerate(self.paths):
             self._read_header(number, path, stage)
 
     def _read_header(self, number: int, path: Path, stage: str) -> None:
         with _open(path) as file:
-            if "identity" not in file.attrs or file.attrs.get("format") != FORMAT:
-                raise LpovodError(
-                    f"{path} is not a region store of format {FORMAT}. Make it again: "
-                    f"snakemake --forcerun {stage}"
-                )
+            self.shards.append(_shard(path, file, stage))
             ident = json.loads(file.attrs["identity"])
             if ident["stage"] != stage:
                 raise LpovodError(f"{path} was written by stage {ident['stage']}, not {stage}")
@@ -219,14 +256,22 @@ class RegionStore:
         return self._rows(number, start, start + count, ids, np.arange(count), columns)
 
     def blocks(self, rows: int, columns: Iterable[str] | None = None) -> Iterator[Regions]:
-        """All regions in order, at most `rows` at once."""
+        """All regions in order, `rows` at once, wherever files end; the last may be smaller."""
+        parts: list[Regions] = []
         for number in range(len(self.paths)):
             images = [(i, count) for i, (n, _, count) in self._where.items() if n == number]
             ids = np.repeat([i for i, _ in images], [n for _, n in images]).astype(np.int64)
             index = np.concatenate([np.arange(n) for _, n in images] or [np.arange(0)])
-            for start in range(0, len(ids), rows):
-                part = slice(start, min(start + rows, len(ids)))
-                yield self._rows(number, start, part.stop, ids[part], index[part], columns)
+            stop = 0
+            while stop < len(ids):
+                start, stop = stop, min(stop + rows - sum(map(len, parts)), len(ids))
+                part = slice(start, stop)
+                parts.append(self._rows(number, start, stop, ids[part], index[part], columns))
+                if sum(map(len, parts)) == rows:
+                    yield _join(parts)
+                    parts = []
+        if parts:
+            yield _join(parts)
 
     def _rows(
         self,
@@ -264,6 +309,18 @@ class RegionStore:
         return {**self.__dict__, "_files": {}}
 
 
+def _join(parts: list[Regions]) -> Regions:
+    if len(parts) == 1:
+        return parts[0]
+    return Regions(
+        image_id=np.concatenate([part.image_id for part in parts]),
+        index=np.concatenate([part.index for part in parts]),
+        box=np.concatenate([part.box for part in parts]),
+        objectness=np.concatenate([part.objectness for part in parts]),
+        columns={n: np.concatenate([part[n] for part in parts]) for n in parts[0].columns},
+    )
+
+
 _FIXED = ("box", "objectness", "image_id", "start", "count")
 
 
@@ -272,6 +329,15 @@ def _open(path: Path) -> h5py.File:
         return h5py.File(existing(path), "r")
     except OSError as error:
         raise LpovodError(f"{path} is not a whole HDF5 file ({error}). Delete it.") from None
+
+
+def _shard(path: Path, file: h5py.File, stage: str) -> Shard:
+    if "identity" not in file.attrs or file.attrs.get("format") != FORMAT:
+        raise LpovodError(
+            f"{path} is not a region store of format {FORMAT}. Make it again: "
+            f"snakemake --forcerun {stage}"
+        )
+    return Shard(*file.attrs["shard"].tolist())
 
 
 INDEX_BITS = 20  # for a region's position in its image; the image id has the other 43
@@ -298,46 +364,94 @@ def split_key(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return key >> INDEX_BITS, key & ((1 << INDEX_BITS) - 1)
 
 
-def open_shards(paths: Iterable[Path]) -> RegionStore:
-    """All shards of the region embeddings as one store, sorted by path.
+def open_shards(paths: Iterable[Path], stage: str) -> RegionStore:
+    """All shards of a split as one store, in the order of the shards.
+
+    Args:
+        paths: ``0.h5``, ``1.h5`` and so on, in any order.
+        stage: the stage that must have written them.
 
     Raises:
         LpovodError: if a shard is missing or damaged, or if the shards do not all belong to one
-            division of the same proposals.
+            division and have the same inputs.
     """
-    paths = sorted(Path(p) for p in paths)
+    paths = sorted(map(Path, paths), key=lambda path: (len(path.name), path))
     if not paths:
-        raise LpovodError("no shard of region embeddings was given")
-    store = RegionStore(paths, "region_embeddings")
+        raise LpovodError(f"no shard of {stage.replace('_', ' ')} was given")
+    store = RegionStore(paths, stage)
+    again = f"Make them again: snakemake --forcerun {stage}"
     for path, ident in zip(paths, store.identities, strict=True):
         for name, digest in ident["inputs"].items():
             if digest != store.identity["inputs"][name]:
-                raise LpovodError(
-                    f"{path} and {paths[0]} were made from different {name}. Make them again: "
-                    "snakemake --forcerun region_embeddings"
-                )
-    expected = store.identity["settings"]["shards"]
-    if len(paths) != expected:
-        raise LpovodError(f"{len(paths)} shards were given, but {paths[0]} is one of {expected}")
+                raise LpovodError(f"{path} and {paths[0]} were made from different {name}. {again}")
+    for path, shard, expected in zip(paths, store.shards, range(len(paths)), strict=True):
+        if shard.total != len(paths):
+            raise LpovodError(f"{len(paths)} shards were given, but {path} is one of {shard.total}")
+        if shard.number != expected:
+            raise LpovodError(f"{path} is shard {shard.number}, not shard {expected}. {again}")
     return store
 
 
+def shards_in(folder: Path, stage: str) -> list[Path]:
+    """The shards of a split in a run's folder, without any that a finer division left behind."""
+    first = folder / "0.h5"
+    with _open(first) as file:
+        return [folder / f"{number}.h5" for number in range(_shard(first, file, stage).total)]
+
+
 def digest_of_shards(store: RegionStore) -> str:
-    """Digest of the shards' inputs and of the number of regions of each image.
+    """Digest of the shards' inputs and of their regions, whatever the number of shards.
 
     The vectors themselves are not read: at the paper's scale they take 40 GB.
     """
     counts = [[image_id, store.count(image_id)] for image_id in store.image_ids]
-    return fingerprint({"identity": store.identity, "counts": counts})
+    boxes, objectness = hashlib.sha256(), hashlib.sha256()
+    for block in store.blocks(DIGESTED_ROWS, []):
+        boxes.update(block.box.tobytes())
+        objectness.update(block.objectness.tobytes())
+    regions = {"box": boxes.hexdigest(), "objectness": objectness.hexdigest()}
+    return fingerprint({"identity": store.identity, "counts": counts} | regions)
 
 
-def read_proposals(path: Path, dataset: Path) -> RegionStore:
-    """Open the proposals of a split, computed or imported.
+def read_proposals(paths: Iterable[Path], dataset: Path) -> RegionStore:
+    """Open the proposals of a split, computed or imported: all its shards.
 
     Raises:
-        LpovodError: if they were made for another split or other images.
+        LpovodError: as `open_shards` does, and if they were made for another split or other images.
+    """
+    store = open_shards(paths, "proposals")
+    _check_dataset(store, dataset)
+    return store
+
+
+def read_shard(path: Path, dataset: Path, image_ids: Iterable[int]) -> tuple[RegionStore, Shard]:
+    """Open one shard of the proposals of a split.
+
+    Args:
+        path: the shard.
+        dataset: json of the split.
+        image_ids: all images of the split.
+
+    Raises:
+        LpovodError: if it was made for another split, or does not hold exactly the shard's images.
     """
     store = RegionStore(path, "proposals")
+    (shard,) = store.shards
+    _check_dataset(store, dataset)
+    listed, proposed = set(shard.of(image_ids)), set(store.image_ids)
+    if listed != proposed:
+        first = min(listed ^ proposed)
+        holder, other = (dataset, path) if first in listed else (path, dataset)
+        raise LpovodError(
+            f"{dataset} has {len(listed)} images in shard {shard.number} of {shard.total}, {path} "
+            f"has {len(proposed)}; image {first} is in {holder} but not in {other}. Make it "
+            f"again: snakemake --forcerun {path}"
+        )
+    return store, shard
+
+
+def _check_dataset(store: RegionStore, dataset: Path) -> None:
     if store.identity["inputs"].get("dataset") != sha256(dataset):
-        raise LpovodError(f"{path} holds proposals of other images than those of {dataset}")
-    return store
+        raise LpovodError(
+            f"{store.paths[0]} holds proposals of other images than those of {dataset}"
+        )

@@ -9,7 +9,7 @@ from lpovod.artifacts import identity, read_json
 from lpovod.config import ProposalsSettings
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, corners, read_dataset, read_results
-from lpovod.formats.regions import write_regions
+from lpovod.formats.regions import Shard, write_regions
 from lpovod.importers.pickles import read_pickled_arrays
 from lpovod.progress import log, progress
 
@@ -21,10 +21,10 @@ def import_proposals(
     dataset: Path,
     file: Path,
     settings: ProposalsSettings,
-    output: Path,
+    output: list[Path],
     id_map: Path | None = None,
 ) -> None:
-    """Write the proposals of a file as the artifact of stage `proposals`.
+    """Write the proposals of a file as the artifacts of stage `proposals`, all shards of a split.
 
     The best `per_image` are kept, best first; boxes thinner than a pixel are dropped and counted.
 
@@ -33,7 +33,7 @@ def import_proposals(
         file: ``.pkl``, a list with a float array (n, 5) for each image: x1 y1 x2 y2 objectness in
             pixels of the original image; or ``.json``, a list of image_id, bbox xywh and score.
         settings: largest number of proposals per image.
-        output: a region store without vectors.
+        output: the shards of a region store without vectors, in their order.
         id_map: json {image id: position in the pickle's list}; without it, the list has the order
             of the images in `dataset`.
 
@@ -46,12 +46,16 @@ def import_proposals(
     inputs = {"dataset": dataset, "file": file} | ({"id_map": id_map} if id_map else {})
     ident = identity("proposals", {"per_image": settings.per_image}, **inputs)
     total, thin = 0, 0
-    with write_regions(output, ident) as writer:
-        for image_id in progress(data.images, "proposals", "image"):
-            box, objectness, dropped = _checked(rows[image_id], data.images[image_id], file)
-            best = np.argsort(-objectness, kind="stable")[: settings.per_image]
-            writer.add(image_id, box[best], objectness[best])
-            total, thin = total + len(best), thin + dropped
+    with progress(None, "proposals", "image", len(data.images)) as bar:
+        for number, path in enumerate(output):
+            shard = Shard(number, len(output))
+            with write_regions(path, ident, shard) as writer:
+                for image_id in shard.of(data.images):
+                    box, objectness, dropped = _checked(rows[image_id], data.images[image_id], file)
+                    best = np.argsort(-objectness, kind="stable")[: settings.per_image]
+                    writer.add(image_id, box[best], objectness[best])
+                    total, thin = total + len(best), thin + dropped
+                    bar.update()
     log.info(
         f"{total} proposals of {len(data.images)} images from {file}; {thin} boxes thinner than a "
         "pixel dropped"

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from lpovod.artifacts import fingerprint, identity, sha256
+from lpovod.artifacts import fingerprint, identity
 from lpovod.boxes import encode, match, sample
 from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.distributed import total, training_ranks
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, check_same_images, read_dataset
-from lpovod.formats.regions import open_shards
+from lpovod.formats.regions import digest_of_shards, open_shards
 from lpovod.importers.backbone import start_from
 from lpovod.networks.backbone import freeze_statistics
 from lpovod.networks.detector import Detector
@@ -161,15 +161,18 @@ def train_base_detector(
     schedule = settings.training
     with training_ranks(device, threads, schedule.images_per_step) as device:
         data = read_dataset(dataset)
-        store = open_shards(region_embeddings)
+        store = open_shards(region_embeddings, "region_embeddings")
         check_same_images(store.paths[0], store.identity, data)
         image_ids = [i for i in data.images if len(data.boxes(i)[0])]
         if not image_ids:
             raise LpovodError(f"{dataset}: no image has an annotation to learn from")
         classes = {category: row for row, category in enumerate(sorted(data.categories))}
-        shards = {f"region_embeddings_{n}": sha256(p) for n, p in enumerate(store.paths)}
         made_from = identity(
-            "base_detector", settings, dataset=dataset, network=network, **shards
+            "base_detector",
+            settings,
+            dataset=dataset,
+            network=network,
+            region_embeddings=digest_of_shards(store),
         ) | {
             "backbone": backbone.model_dump(mode="json"),
             "seed": seed,

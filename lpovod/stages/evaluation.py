@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from lpovod.artifacts import check_made_from, sha256, write_json
+from lpovod.artifacts import check_made_from, fingerprint, sha256, write_json
 from lpovod.config import EvaluationSettings
 from lpovod.formats.coco import (
     Detected,
@@ -48,7 +48,7 @@ SCORES_AT_ONCE = 1 << 14
 
 def evaluate(
     dataset: Path,
-    region_features: Path,
+    region_features: list[Path],
     detector: Path,
     linear_probe: Path,
     text_embeddings: list[Path],
@@ -63,11 +63,12 @@ def evaluate(
 
     Args:
         dataset: json of the split, with all classes annotated.
-        region_features: region store with the features of the split's proposals.
+        region_features: all shards of the features of the split's proposals.
         detector: the base detector, for the prototypes of its base classes.
         linear_probe: weights of the novel classes.
         text_embeddings: files that together hold all base and novel classes.
-        region_embeddings: CLIP's embeddings of the same regions, for comparison; may be empty.
+        region_embeddings: all shards of CLIP's embeddings of the same regions, for comparison; may
+            be empty.
         settings: settings of this stage.
         metrics: output json, in percent.
         detections: output json, COCO results of the full method on all images of the split.
@@ -75,10 +76,10 @@ def evaluate(
         workers: number of processes that measure in parallel; 0 measures in this process.
     """
     data = read_dataset(dataset)
-    features = RegionStore(region_features, "region_features")
-    check_same_images(region_features, features.identity, data)
-    check_made_from(region_features, features.identity, "detector", detector)
-    embeddings = open_shards(region_embeddings) if region_embeddings else None
+    features = open_shards(region_features, "region_features")
+    check_same_images(features.paths[0], features.identity, data)
+    check_made_from(features.paths[0], features.identity, "detector", detector)
+    embeddings = open_shards(region_embeddings, "region_embeddings") if region_embeddings else None
     classes = read_class_weights(detector, linear_probe, text_embeddings, settings)
     everything, data = data, data.of_classes(classes.base, classes.novel)
     category_ids = data.category_ids(classes.names)
@@ -118,7 +119,7 @@ def evaluate(
     }
     made_from = {
         "dataset": sha256(dataset),
-        "region_features": sha256(region_features),
+        "region_features": fingerprint(features.identity),
         "linear_probe": sha256(linear_probe),
     }
     content["made_from"] = made_from
@@ -172,7 +173,7 @@ def _groups(features: RegionStore, classes: int) -> Iterator[list[int]]:
     """Images whose scores are made together, up to a number of scores."""
     group: list[int] = []
     scores = 0
-    for image_id in filter(features.count, features.image_ids):
+    for image_id in filter(features.count, sorted(features.image_ids)):
         scores += features.count(image_id) * classes
         if group and scores > SCORES_AT_ONCE:
             yield group

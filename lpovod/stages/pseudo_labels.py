@@ -54,7 +54,7 @@ def retrieve(
     """
     classes, base = (read_text_embeddings(p) for p in (text_embeddings, base_text_embeddings))
     vectors = _vectors(names, classes, base, settings)
-    regions, region_index = open_shards(shards), open_index(index)
+    regions, region_index = open_shards(shards, "region_embeddings"), open_index(index)
     check_belong([classes, base], regions, region_index, dataset)
     retrieved = retrieve_regions(vectors, region_index, regions, settings, store, code, threads)
     ident = identity(

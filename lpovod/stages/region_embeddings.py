@@ -1,4 +1,4 @@
-"""Stage `region_embeddings`: a CLIP vector for every proposal, in shards that never split an image.
+"""Stage `region_embeddings`: a CLIP vector for every proposal of a shard.
 
 CLIP sees a region at several scales (its box and 1.5 times its box): the raw features of the crops
 are summed and normalised, as in the original. Each image is decoded once and its equal crops are
@@ -6,7 +6,8 @@ encoded once; threads decode and crop while CLIP encodes.
 
 The work is divided into blocks of whole images; no batch crosses blocks. A block's vectors are
 appended to the shard's checkpoint, and a killed shard resumes after its last complete block. No
-vector depends on where the shard was killed, so the finished shard has the same bytes.
+vector depends on where the shard was killed, nor on the other images of its shard, so that any
+number of shards gives the same bytes per image.
 """
 
 import json
@@ -21,15 +22,16 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 import torch
 
-from lpovod.artifacts import Identity, fingerprint, identity
+from lpovod.artifacts import Identity, fingerprint, identity, sha256
 from lpovod.clip import Clip, load_clip
 from lpovod.config import ClipSettings, RegionEmbeddingsSettings
 from lpovod.crops import crop_and_resize, crop_boxes
 from lpovod.exceptions import LpovodError
 from lpovod.formats.class_embeddings import clip_architecture
 from lpovod.formats.coco import CocoDataset, read_dataset
-from lpovod.formats.regions import RegionStore, read_proposals, write_regions
+from lpovod.formats.regions import RegionStore, Shard, read_shard, write_regions
 from lpovod.progress import log, progress
+from lpovod.transfers import send
 
 STAGE = "region_embeddings"
 BATCHES_AHEAD = 2  # of crops that wait to be encoded
@@ -60,24 +62,22 @@ def embed_regions(
     proposals: Path,
     clip: ClipSettings,
     settings: RegionEmbeddingsSettings,
-    shard: int,
     checkpoint: Path,
     code: str,
     output: Path,
     device: str = "cpu",
     threads: int = 1,
 ) -> None:
-    """Embed the proposals of one shard's images and write them with their boxes and objectness.
+    """Embed one shard of the proposals and write them with their boxes and objectness.
 
-    The output is a region store with the column ``embedding``, (n, D) float16 of unit norm. It has
-    all images of the shard, including those without proposals.
+    The output is the same shard of a region store with the column ``embedding``, (n, D) float16 of
+    unit norm. It has all images of the shard, including those without proposals.
 
     Args:
-        dataset: json of the images.
-        proposals: region store of stage `proposals` for exactly these images.
+        dataset: json of the split.
+        proposals: a shard of stage `proposals` for exactly this split.
         clip: the model.
-        settings: scales, crops per batch, number of shards, precision.
-        shard: number of the shard, from 0.
+        settings: scales, crops per batch, precision.
         checkpoint: file of the unfinished shard, to resume from; removed at the end.
         code: digest of the source code; a checkpoint written by different code is not resumed.
         output: the shard.
@@ -89,35 +89,31 @@ def embed_regions(
         LpovodError: if the proposals belong to other images, a proposal has no area or lies outside
             its image (before the first image is decoded), or an image cannot be read.
     """
-    if not 0 <= shard < settings.shards:
-        raise LpovodError(f"shard {shard} is not one of 0 ... {settings.shards - 1}")
     torch.set_num_threads(threads)
     data = read_dataset(dataset)
-    store = read_proposals(proposals, dataset)
-    _check_images(data, store)
-    counts = {image_id: store.count(image_id) for image_id in data.images}
-    of_shard = {i: counts[i] for i in divide_images(counts, settings.shards)[shard]}
+    store, shard = read_shard(proposals, dataset, data.images)
+    of_shard = {image_id: store.count(image_id) for image_id in shard.of(data.images)}
     for image_id in progress(of_shard, "checking proposals", " images"):
         _crops_of(data, store, image_id, settings.scales)
     model = load_clip(clip, device, settings.precision)
     ident = identity(
         STAGE,
-        settings.model_dump(include={"scales", "shards", "precision"}),
+        settings.model_dump(include={"scales", "precision"}),
         dataset=dataset,
-        proposals=proposals,
+        proposals=fingerprint(store.identity),
         clip_weights=model.weights_digest,
         clip_architecture=clip_architecture(clip),
         clip_preprocessing=fingerprint(asdict(model.preprocessing)),
-    )
+    ) | {"code": code}
     log.info(
-        f"shard {shard} of {settings.shards}: {len(of_shard)} images, "
+        f"shard {shard.number} of {shard.total}: {len(of_shard)} images, "
         f"{sum(of_shard.values())} regions"
     )
     if empty := [i for i, count in of_shard.items() if count == 0]:
         log.info(f"{len(empty)} images have no proposals: {str(empty[:10])[1:-1]}")
     blocks = _divide_into_blocks(of_shard, BLOCK_BATCHES * settings.batch_size, settings)
-    run = {"settings": settings.model_dump(), "shard": shard, "device": device, "threads": threads}
-    run = fingerprint(ident | run | {"code": code})
+    run = {"settings": settings.model_dump(), "device": device, "threads": threads}
+    run = fingerprint(ident | run | {"proposals": sha256(proposals)})
     with (
         _open_checkpoint(checkpoint, run) as file,
         progress(None, "region embeddings", " regions", sum(of_shard.values())) as bar,
@@ -133,40 +129,8 @@ def embed_regions(
             _append(file, block)
             bar.update(sum(block.counts.values()))
         file.seek(len(run) + 1)
-        _write(output, ident, store, _read_blocks(file, model.dimension))
+        _write(output, ident, shard, store, _read_blocks(file, model.dimension))
     checkpoint.unlink()
-
-
-def divide_images(counts: dict[int, int], shards: int) -> list[list[int]]:
-    """Divide images over shards with about equal numbers of regions.
-
-    Args:
-        counts: number of regions by image id, in any order.
-        shards: number of shards.
-
-    Returns:
-        The image ids of each shard, ascending, and ascending from shard to shard.
-    """
-    divided: list[list[int]] = [[] for _ in range(shards)]
-    before, total = 0, sum(counts.values())
-    for image_id in sorted(counts):
-        middle = 2 * before + counts[image_id]
-        divided[min(shards * middle // (2 * total), shards - 1) if total else 0].append(image_id)
-        before += counts[image_id]
-    return divided
-
-
-def _check_images(data: CocoDataset, store: RegionStore) -> None:
-    listed, proposed = set(data.images), set(store.image_ids)
-    if listed != proposed:
-        first = min(listed ^ proposed)
-        dataset, proposals = data.path, store.paths[0]
-        holder, other = (dataset, proposals) if first in listed else (proposals, dataset)
-        raise LpovodError(
-            f"{data.path} has {len(listed)} images, {store.paths[0]} has {len(proposed)}; image "
-            f"{first} is in {holder} but not in {other}. Make the proposals again: snakemake "
-            "--forcerun proposals"
-        )
 
 
 def _crops_of(
@@ -205,12 +169,13 @@ def _divide_into_blocks(
 
 def _embed(model: Clip, batches: Iterator[_Batch]) -> Iterator[_Block]:
     """Fill the blocks of `_batches` with vectors."""
-    features: list[np.ndarray] = []
+    features: list[torch.Tensor] = []
     for pixels, finished in _ahead(batches):
-        features.append(model.encode_crops(pixels).cpu().numpy())
+        features.append(model.encode_crops(pixels))
         if finished is not None:
             block, rows = finished
-            block.vectors = _vectors(np.concatenate(features), rows)
+            # The host waits for the device here, once a block.
+            block.vectors = _vectors(torch.cat(features).cpu().numpy(), rows)
             features = []
             yield block
 
@@ -242,17 +207,20 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Batches of different crops, filled across the images of a block.
 
-    The last batch of a block brings the block and, for each image with regions, the rows of its
-    crops among those of the block, (scales, regions) int64.
+    The last batch of a block may end with crops of no region. It brings the block and, for each
+    image with regions, the rows of its crops among those of the block, (scales, regions) int64.
     """
-    shape = (settings.batch_size, 3, model.image_size, model.image_size)
+    # The bits of a matrix product depend on its size. So that a region's vector does not depend on
+    # the crops beside it, every pass of CLIP is full.
+    per_pass = min(model.crops_per_pass, settings.batch_size)
+    shape = (_round_up(settings.batch_size, per_pass), 3, model.image_size, model.image_size)
     to_decode = [i for b in blocks for i, n in b.counts.items() if n]
     with ThreadPoolExecutor(threads) as pool:
         images = _decode(data, to_decode, pool, threads + IMAGES_AHEAD)
         for block in blocks:
             batch, filled, rows, total = _empty(shape, device), 0, [], 0
             for image_id in [i for i, n in block.counts.items() if n]:
-                pixels = next(images).result()
+                pixels = send(next(images).result(), device)
                 crops = _crops_of(data, store, image_id, settings.scales)
                 crops, places = np.unique(crops, axis=0, return_inverse=True)
                 rows.append(total + places.reshape(len(settings.scales), -1))
@@ -272,7 +240,11 @@ def _batches(
                     if filled == len(batch):
                         yield batch, None
                         batch, filled = _empty(shape, device), 0
-            yield batch[:filled], (block, rows)
+            yield batch[: _round_up(filled, per_pass)], (block, rows)
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def _empty(shape: tuple[int, ...], device: str) -> torch.Tensor:
@@ -340,8 +312,10 @@ def _read_blocks(file: BinaryIO, dimension: int) -> Iterator[_Block]:
     file.truncate()
 
 
-def _write(output: Path, ident: Identity, store: RegionStore, blocks: Iterable[_Block]) -> None:
-    with write_regions(output, ident) as writer:
+def _write(
+    output: Path, ident: Identity, shard: Shard, store: RegionStore, blocks: Iterable[_Block]
+) -> None:
+    with write_regions(output, ident, shard) as writer:
         for block in blocks:
             assert block.vectors is not None
             start = 0

@@ -8,12 +8,12 @@ pixels of the original image).
 
 from pathlib import Path
 
-from lpovod.artifacts import identity
+from lpovod.artifacts import fingerprint, identity
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
 from lpovod.formats.coco import read_dataset
 from lpovod.formats.image_features import STAGE, link_images
 from lpovod.formats.pseudo_labels import read_pseudo_labels
-from lpovod.formats.regions import read_proposals, write_regions
+from lpovod.formats.regions import Shard, read_proposals, read_shard, write_regions
 from lpovod.retrieved_features import FrozenDetector, candidates_of, retrieved_features
 
 
@@ -26,45 +26,50 @@ def extract_split(
     settings: RegionFeaturesSettings,
     output: Path,
     device: str = "cpu",
+    threads: int = 1,
 ) -> None:
-    """Features of all proposals of a split.
+    """Features of all proposals of a shard of a split.
 
     Args:
         dataset: the split's json.
-        proposals: its proposals.
+        proposals: a shard of its proposals.
         detector: the trained base detector.
         backbone: as the detector was trained with.
         base_detector: as the detector was trained with.
         settings: of this stage.
-        output: the region store.
+        output: the same shard of the region store.
         device: where to run.
+        threads: of the job; with a GPU all but one load images.
     """
     data = read_dataset(dataset)
-    store = read_proposals(proposals, dataset)
+    store, shard = read_shard(proposals, dataset, data.images)
     regions = {}
-    for image_id in data.images:
+    for image_id in store.image_ids:
         proposed = store.read(image_id)
         regions[image_id] = (proposed.box, proposed.objectness)
-    made_from = identity(STAGE, None, dataset=dataset, proposals=proposals, detector=detector)
-    frozen = FrozenDetector(detector, backbone, base_detector, settings, device)
-    with write_regions(output, made_from) as writer:
+    origin = fingerprint(store.identity)
+    made_from = identity(STAGE, None, dataset=dataset, proposals=origin, detector=detector)
+    frozen = FrozenDetector(detector, backbone, base_detector, settings, device, threads)
+    with write_regions(output, made_from, shard) as writer:
         for image_id, arrays in frozen.extract(data, regions):
             writer.add(image_id, **arrays)
 
 
 def extract_retrieved(
     dataset: Path,
-    proposals: Path,
+    proposals: list[Path],
     pseudo_labels: Path,
     detector: Path,
     backbone: BackboneSettings,
     base_detector: BaseDetectorSettings,
     settings: RegionFeaturesSettings,
     shard: int,
+    shards: int,
     output: Path,
     store: Path,
     code: str,
     device: str = "cpu",
+    threads: int = 1,
 ) -> None:
     """Features of the regions that the novel classes are learned from.
 
@@ -74,21 +79,23 @@ def extract_retrieved(
 
     Args:
         dataset: json with the training images.
-        proposals: of the same images.
+        proposals: of the same images, all shards.
         pseudo_labels: json of all classes.
         detector: the trained base detector.
         backbone: as the detector was trained with.
         base_detector: as the detector was trained with.
         settings: of this stage.
         shard: number of the shard, from 0.
+        shards: number of shards that the retrieved images have.
         output: folder with a file for each image (`lpovod.formats.image_features`).
         store: folder of the features made so far.
         code: digest of the source code; features made by different code are made again.
         device: where to run.
+        threads: of the job; with a GPU all but one load images.
     """
     data, regions = read_dataset(dataset), read_proposals(proposals, dataset)
     labels = read_pseudo_labels(pseudo_labels)
-    image_ids = sorted({i for images in labels.values() for i in images})[shard :: settings.shards]
+    image_ids = Shard(shard, shards).of({i for images in labels.values() for i in images})
     wanted = {i: candidates_of(regions.read(i), labels, i) for i in image_ids}
-    frozen = FrozenDetector(detector, backbone, base_detector, settings, device)
+    frozen = FrozenDetector(detector, backbone, base_detector, settings, device, threads)
     link_images(retrieved_features(data, wanted, frozen, store, code), output)

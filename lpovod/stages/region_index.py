@@ -26,7 +26,7 @@ def build_region_index(shards: list[Path], settings: RegionIndexSettings, output
         LpovodError: if shards are missing, do not belong together or hold no region, or FAISS does
             not know the factory or cannot train it.
     """
-    store = open_shards(shards)
+    store = open_shards(shards, "region_embeddings")
     if len(store) == 0:
         raise LpovodError(f"{store.paths[0].parent}: the shards hold no regions")
     dimension = next(store.blocks(1, ["embedding"]))["embedding"].shape[1]
