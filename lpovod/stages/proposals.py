@@ -6,6 +6,7 @@ import torch
 
 from lpovod.artifacts import identity
 from lpovod.config import BackboneSettings, ProposalsSettings
+from lpovod.devices import explaining_memory, own_device
 from lpovod.formats.coco import read_dataset
 from lpovod.formats.regions import write_regions
 from lpovod.networks.proposal_inference import best_proposals, load_network
@@ -31,13 +32,20 @@ def propose(
         settings: as in training.
         output: a region store without vectors, best objectness first within an image.
         device: where to run.
+
+    Raises:
+        LpovodError: if there is no such device, or its memory is too small.
     """
+    device = own_device(device)
     data = read_dataset(dataset)
     model = load_network(network, backbone, settings).to(device)
     sizes = (backbone.short_side, backbone.long_side, settings.training.images_per_step)
     batches = inference_views(data, list(data.images), *sizes)
     ident = identity("proposals", settings, dataset=dataset, network=network)
     with (
+        explaining_memory(
+            "proposals.training.images_per_step (images per pass) or backbone.short_side"
+        ),
         write_regions(output, ident) as writer,
         progress(None, "proposals", "image", len(data.images)) as bar,
     ):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lpovod.artifacts import identity
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
+from lpovod.devices import own_device
 from lpovod.formats.coco import read_dataset
 from lpovod.formats.image_features import STAGE, link_images
 from lpovod.formats.pseudo_labels import read_pseudo_labels
@@ -38,7 +39,12 @@ def extract_split(
         settings: of this stage.
         output: the region store.
         device: where to run.
+
+    Raises:
+        LpovodError: if inputs do not belong together, there is no such device, or its memory is too
+            small.
     """
+    device = own_device(device)
     data = read_dataset(dataset)
     store = read_proposals(proposals, dataset)
     regions = {}
@@ -85,7 +91,12 @@ def extract_retrieved(
         store: folder of the features made so far.
         code: digest of the source code; features made by different code are made again.
         device: where to run.
+
+    Raises:
+        LpovodError: if inputs do not belong together, there is no such device, or its memory is too
+            small.
     """
+    device = own_device(device)
     data, regions = read_dataset(dataset), read_proposals(proposals, dataset)
     labels = read_pseudo_labels(pseudo_labels)
     image_ids = sorted({i for images in labels.values() for i in images})[shard :: settings.shards]
