@@ -54,7 +54,7 @@ def lack_of_memory(error: BaseException) -> str | None:
     """
     text = str(error).strip()
     if isinstance(error, MemoryError):
-        return text or "the machine has no more"
+        return text or "the machine's is used up"
     return text.splitlines()[0] if any(words in text for words in OUT_OF_MEMORY) else None
 
 
