@@ -16,11 +16,8 @@ from pydantic import ValidationError
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from lpovod.config import Settings, explain
-from lpovod.exceptions import DISK_FULL, LpovodError, UsageError
+from lpovod.exceptions import DISK_FULL, LpovodError, UsageError, lack_of_memory
 from lpovod.progress import start_logging
-
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-"""In the messages of torch, of CUDA and of the CPU's allocator."""
 
 SMALLER = (
     "Ask for less: base_detector.training.images_per_step and proposals.training.images_per_step "
@@ -110,14 +107,10 @@ def run(
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         sys.exit(f"error: {_of_file(error)}")
-    except MemoryError:
-        sys.exit(f"error: not enough memory. {SMALLER}")
-    except RuntimeError as error:
-        # torch's OutOfMemoryError is one, and torch is imported only by the stages that need it.
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if (reason := lack_of_memory(error)) is None:
             raise
-        first = str(error).strip().splitlines()[0]
-        sys.exit(f"error: not enough memory: {first}\n{SMALLER}")
+        sys.exit(f"error: not enough memory: {reason}\n{SMALLER}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

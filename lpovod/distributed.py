@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from lpovod.devices import device_of, own_device
 from lpovod.exceptions import LpovodError
 from lpovod.shared_ranks import SharedParameters, current, fork_ranks
 
@@ -38,7 +39,7 @@ def training_ranks(device: str, threads: int, images_per_step: int) -> Iterator[
         images_per_step: the most ranks a step can be divided over.
 
     Raises:
-        LpovodError: if another rank ended.
+        LpovodError: if another rank ended, or there is no such device.
     """
     if device != "cpu" or _launched():
         yield join(device)
@@ -58,12 +59,15 @@ def join(device: str) -> str:
 
     Args:
         device: cpu or cuda; of several GPUs a rank takes the one with its local number.
+
+    Raises:
+        LpovodError: if there is no such device.
     """
     if not _launched():
-        return device
+        return own_device(device)
     cuda = device == "cuda"
     if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = device_of(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")

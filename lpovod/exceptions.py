@@ -9,6 +9,9 @@ from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+"""In the messages of torch, of CUDA and of the CPU's allocator."""
+
 
 class LpovodError(Exception):
     """The user's data or settings are wrong: the message names fault, place and remedy."""
@@ -42,6 +45,17 @@ def disk_full(path: Path, number: int | None = errno.ENOSPC) -> LpovodError:
     return LpovodError(
         f"{path} cannot be written: {reason}. Free some disk space and rerun the command"
     )
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """The first line of an error that tells of too little memory; None of any other error.
+
+    torch's OutOfMemoryError is a RuntimeError, and torch is imported only by what needs it.
+    """
+    text = str(error).strip()
+    if isinstance(error, MemoryError):
+        return text or "the machine's is used up"
+    return text.splitlines()[0] if any(words in text for words in OUT_OF_MEMORY) else None
 
 
 def why_unreadable(path: Path, error: Exception) -> str:

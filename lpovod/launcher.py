@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Mapping
 
+from lpovod.devices import see_own_cards
 from lpovod.exceptions import LpovodError
 
 
@@ -59,7 +60,10 @@ def command(
 
 if __name__ == "__main__":
     try:
-        line = command(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:], os.environ)
+        nodes, gpus = int(sys.argv[1]), int(sys.argv[2])
+        line = command(nodes, gpus, sys.argv[3:], os.environ)
+        if nodes == 1 and gpus > 1:  # ranks that chose for themselves might choose one card twice
+            see_own_cards(gpus)
     except LpovodError as error:
         sys.exit(f"error: {error}")
     os.execvp(line[0], line)

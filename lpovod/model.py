@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from lpovod.devices import device_of, explaining_memory
 from lpovod.exceptions import LpovodError, existing
 from lpovod.formats.coco import coco_results, ids_of
 from lpovod.formats.images import EIGHT_BITS, read_image
@@ -213,7 +214,8 @@ class Model:
             Detections of the image, or of each image.
 
         Raises:
-            LpovodError: if an image cannot be read, or a word cannot be embedded.
+            LpovodError: if an image cannot be read, a word cannot be embedded, or memory is too
+                small.
         """
         sources = list(images) if isinstance(images, list | tuple) else [images]
         self.add_names(classes or ())
@@ -222,10 +224,11 @@ class Model:
             pixels = read_source(source)
             views.append((self.view(pixels), pixels.shape[:2]))
         results: list[Detections | None] = [None] * len(views)
-        for rows in _alike([v.size for v, _ in views], batch_size or self.batch_size):
-            regions = self.describe([views[i][0] for i in rows], [views[i][1] for i in rows])
-            for row, of_image in zip(rows, regions, strict=True):
-                results[row] = self.score(of_image, threshold, classes, refined)
+        with explaining_memory("batch_size (images per pass)"):
+            for rows in _alike([v.size for v, _ in views], batch_size or self.batch_size):
+                regions = self.describe([views[i][0] for i in rows], [views[i][1] for i in rows])
+                for row, of_image in zip(rows, regions, strict=True):
+                    results[row] = self.score(of_image, threshold, classes, refined)
         found = [result for result in results if result is not None]
         return found if isinstance(images, list | tuple) else found[0]
 
@@ -386,21 +389,6 @@ def _alike(shapes: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
     for places in by_shape.values():
         for start in range(0, len(places), batch_size):
             yield places[start : start + batch_size]
-
-
-def device_of(device: str | None) -> str:
-    """A device that torch has; None for the GPU if there is one, otherwise the CPU.
-
-    Raises:
-        LpovodError: if there is no such device.
-    """
-    gpus = torch.cuda.device_count()
-    if device is None:
-        return "cuda" if gpus else "cpu"
-    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
-    if device not in known:
-        raise LpovodError(f"device {device!r}: this machine has {', '.join(known)}")
-    return device
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lpovod.artifacts import identity, sha256
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
+from lpovod.devices import explaining_memory
 from lpovod.formats.coco import CocoDataset
 from lpovod.formats.image_features import STAGE
 from lpovod.formats.pseudo_labels import PseudoLabels
@@ -65,7 +66,10 @@ class FrozenDetector:
         """
         size = self.settings.batch_size
         sides = self.backbone.short_side, self.backbone.long_side
-        with progress(None, "region features", "image", len(regions)) as bar:
+        with (
+            explaining_memory("region_features.batch_size (images per pass)"),
+            progress(None, "region features", "image", len(regions)) as bar,
+        ):
             for shown in inference_views(
                 data, sorted(regions), *sides, size, self.device, self.threads
             ):

@@ -1,11 +1,14 @@
 """Search: the regions of an index that are most similar to a query.
 
-An exact index is read once from end to end, whatever the number of queries. Needs no torch.
+An exact index is read once from end to end, whatever the number of queries. Needs no torch. With a
+GPU, and FAISS's package for it, the card finds the rows that come near the best ones of a query,
+and the processor decides among them; so the result has the same bits.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -24,11 +27,48 @@ from lpovod.overlaps import overlaps
 LISTS_PER_PROBE = 8  # a search visits one in eight lists of an inverted file
 CANDIDATES_PER_REGION = 4  # fetched where some may be dropped or the order is only approximate
 
+FETCHED = 128  # rows of a piece that a card returns for each query
+CARD_MEMORY = 1 << 28  # bytes that FAISS may reserve on a card: others compute there, too
+ROUGH = np.float32(2.0**-9)
+"""What a card's product of two unit vectors may be off: twice what rounding one of them to float16
+(2**-11), or both to TF32 (2**-10), can do."""
+
+Rough = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+"""Of queries (q, D) and rows (n, D): the k largest products of each query, (q, k), descending, each
+at most `ROUGH` off, and their rows, (q, k)."""
+
 Hits = tuple[np.ndarray, np.ndarray]
 """Inner products (n,) float32, descending, and rows of the index (n,) int64."""
 
 
-def best_rows(vectors: np.ndarray, pieces: Iterable[Piece], k: int, threads: int = 1) -> list[Hits]:
+@cache
+def on_card() -> Rough | None:
+    """FAISS's search on a GPU; None without a card, or without FAISS's package for it.
+
+    Not tested on a GPU.
+    """
+    # Without a driver FAISS would abort when it counts the cards.
+    driver = Path("/proc/driver/nvidia/version").exists()
+    if not (hasattr(faiss, "StandardGpuResources") and driver and faiss.get_num_gpus()):
+        return None
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(CARD_MEMORY)
+
+    def search(vectors: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        # Half the bytes on their way to the card; FAISS wants one type of both.
+        vectors = vectors.astype(rows.dtype)
+        return faiss.knn_gpu(resources, vectors, rows, k, metric=faiss.METRIC_INNER_PRODUCT)
+
+    return search
+
+
+def best_rows(
+    vectors: np.ndarray,
+    pieces: Iterable[Piece],
+    k: int,
+    threads: int = 1,
+    rough: Rough | None = None,
+) -> list[Hits]:
     """The k rows with the largest inner product with each vector, and all that tie with the k-th.
 
     A float32 sum over D products of two unit vectors is at most D * 2**-24 from the true value, in
@@ -40,12 +80,16 @@ def best_rows(vectors: np.ndarray, pieces: Iterable[Piece], k: int, threads: int
         pieces: the rows in order.
         k: number of rows.
         threads: that compare; the result is the same with any number of them.
+        rough: finds the rows that may be among the best; None for a GPU, if there is one. The
+            result is the same with and without.
 
     Returns:
         For each vector, inner products, descending, and rows, int64, ascending among equals: k of
         them, and all that equal the k-th.
     """
-    best = _Best(vectors, k)
+    rough = rough or on_card()
+    best = _Best(vectors, k, rough)
+    threads = 1 if rough else threads  # a card's resources are those of one thread
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[tuple[int, list[_Near]]]] = deque()
         for piece in pieces:
@@ -65,8 +109,8 @@ _Near = tuple[int, np.ndarray, np.ndarray]
 class _Best:
     """The candidates for the best k rows of each query so far."""
 
-    def __init__(self, vectors: np.ndarray, k: int):
-        self.k, self.start = k, 0
+    def __init__(self, vectors: np.ndarray, k: int, rough: Rough | None = None):
+        self.k, self.start, self.vectors, self.rough = k, 0, vectors, rough
         self.margin = np.float32(4 * vectors.shape[1] * 2.0**-24)
         self.columns, self.exact = np.ascontiguousarray(vectors.T), vectors.astype(np.float64)
         self.scores = [np.empty(0, np.float32) for _ in vectors]
@@ -75,19 +119,37 @@ class _Best:
 
     def near(self, piece: Piece) -> tuple[int, list[_Near]]:
         """Number of rows of a piece, and its candidates; the floor rises while it is compared."""
+        if self.rough and np.isfinite(self.floor).all():
+            return len(piece), self._near_on_card(piece, self.rough)
         candidates, start = [], 0
         for block in piece.blocks():
             products = block @ self.columns
-            for query in np.flatnonzero(products.max(axis=0, initial=-np.inf) > self.floor):
+            above = products.max(axis=0, initial=-np.inf) > self.floor
+            for query in np.flatnonzero(above).tolist():
                 column = products[:, query]
                 near = np.flatnonzero(column > self.floor[query])
                 if len(near) > self.k:  # the first pieces find no floor yet
                     kth = np.partition(column[near], -self.k)[-self.k]
                     near = near[column[near] >= kth - self.margin]
-                summed = (block[near].astype(np.float64) @ self.exact[query]).astype(np.float32)
-                candidates.append((int(query), summed, start + near))
+                candidates.append((query, self._sums(block[near], query), start + near))
             start += len(block)
         return start, candidates
+
+    def _near_on_card(self, piece: Piece, rough: Rough) -> list[_Near]:
+        if not len(piece):
+            return []
+        rows, limit = piece.vectors[piece.rows], self.floor - ROUGH
+        products, places = rough(self.vectors, rows, min(FETCHED, len(rows)))
+        candidates = []
+        for query in np.flatnonzero(products[:, 0] > limit).tolist():
+            near = np.sort(places[query][products[query] > limit[query]])
+            if len(near) == FETCHED:  # perhaps not all that come near
+                near = np.arange(len(rows))
+            candidates.append((query, self._sums(rows[near], query), near))
+        return candidates
+
+    def _sums(self, rows: np.ndarray, query: int) -> np.ndarray:
+        return (rows.astype(np.float64) @ self.exact[query]).astype(np.float32)
 
     def add(self, found: tuple[int, list[_Near]]) -> None:
         """Take the candidates of the next piece, in order, and raise the floor."""

@@ -17,6 +17,7 @@ NEUTRAL = frozenset(
     {
         "lpovod.progress",  # shapes only the printed lines
         "lpovod.exceptions",  # shapes only error messages
+        "lpovod.devices",  # shapes where a job computes, which is a setting of its own
         "lpovod.catalogue",  # addresses; rules pass the digests as params
         "lpovod.config",  # rules pass the values of the settings as params
         "workflow_scripts",  # turns a command line into a call

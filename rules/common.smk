@@ -33,7 +33,8 @@ def weights_digest(path):
 RESULTS = f"results/{CONFIG.name}"
 DATASET = f"{RESULTS}/dataset"
 DEVICE = "cuda" if CONFIG.gpu else "cpu"
-ENVIRONMENT = "../envs/gpu.yaml" if CONFIG.gpu else "../envs/torch.yaml"
+ENVIRONMENT = "../envs/torch.yaml"
+SEARCH_ENVIRONMENT = "../envs/search_gpu.yaml" if CONFIG.gpu else "../envs/light.yaml"
 # What was made for single classes and images, under keys of all that shaped it (docs/architecture.md).
 STORE = f"{RESULTS}/store"
 # The model's files may be large, and Snakemake compares large files by modification time. Their

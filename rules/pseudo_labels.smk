@@ -18,7 +18,7 @@ rule pseudo_labels:
     benchmark:
         f"{RESULTS}/benchmarks/pseudo_labels.tsv"
     conda:
-        "../envs/light.yaml"
+        SEARCH_ENVIRONMENT
     threads: 2
     resources:
         mem_mb=grows(LIGHT + RETRIEVED, 2 * LISTED),

@@ -15,7 +15,7 @@ rule region_index:
     benchmark:
         f"{RESULTS}/benchmarks/region_index.tsv"
     conda:
-        "../envs/light.yaml"
+        SEARCH_ENVIRONMENT
     threads: 2
     resources:
         mem_mb=grows(LIGHT, LISTED),

@@ -20,9 +20,15 @@ LOCKED = {normal(n): v for n, _, v in (line.partition("==") for line in LINES) i
 def test_versions_are_those_of_the_lock_file(path):
     pip = yaml.safe_load(path.read_text())["dependencies"][-1]["pip"]
     pinned = dict(requirement.split("==") for requirement in pip)
-    # FAISS for GPUs is a package of its own, with its own releases.
-    assert (pinned.pop("faiss-gpu-cu12", None) is not None) == (path.stem == "gpu")
     assert pinned == {name: LOCKED[normal(name)] for name in pinned}
+
+
+@pytest.mark.parametrize("path", sorted(Path("envs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_torch_and_faiss_for_gpus_are_never_together(path):
+    """Each brings a CUDA of its own."""
+    *conda, pip = yaml.safe_load(path.read_text())["dependencies"]
+    names = {re.split("[=<>]", requirement)[0] for requirement in [*conda, *pip["pip"]]}
+    assert len(names & {"torch", "faiss-gpu", "faiss-cpu"}) == 1
 
 
 def test_every_rule_names_an_environment_that_exists():

@@ -11,7 +11,9 @@ from lpovod.apps.search import search
 from lpovod.clip import load_clip
 from lpovod.config import RegionEmbeddingsSettings, RegionIndexSettings
 from lpovod.exceptions import LpovodError
+from lpovod.formats.index import Piece
 from lpovod.formats.regions import RegionStore, Shard
+from lpovod.search import best_rows
 from lpovod.stages.region_embeddings import embed_regions
 from lpovod.stages.region_index import build_region_index
 
@@ -98,6 +100,50 @@ def test_other_clip_weights_are_refused(run, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
     with pytest.raises(LpovodError, match="other clip_weights"):
         search(("dog",), (tmp_path / "mine.yaml",))
+
+
+def half_products(vectors: np.ndarray, rows: np.ndarray, k: int) -> tuple:
+    """A card's search, rounded far more than a card would: inputs and products to float16."""
+    halves = vectors.astype(np.float16).astype(np.float32), rows.astype(np.float32)
+    products = (halves[0] @ halves[1].T).astype(np.float16).astype(np.float32)
+    order = np.argsort(-products, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(products, order, axis=1), order
+
+
+@pytest.mark.parametrize("k", [1, 20, 300])
+def test_a_card_that_rounds_changes_no_bit_and_no_tie(k):
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((9000, 32))
+    near = (
+        rows[:1] + random.standard_normal((1000, 32)) * 1e-3
+    )  # products closer than float16 tells
+    # Equal ones far apart, and more in one piece than a card returns.
+    rows = np.concatenate([near[:50], rows, near, near[:50]])
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    queries = random.standard_normal((3, 32))
+    queries = np.concatenate([near[:1], queries])
+    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    allowed = np.flatnonzero(random.random(len(rows)) < 0.8)
+    pieces = [
+        Piece(part, allowed[(allowed >= start) & (allowed < start + 700)] - start)
+        for start in range(0, len(rows), 700)
+        for part in [rows[start : start + 700]]
+    ]
+    pieces.insert(4, Piece(rows[:0], np.empty(0, np.int64)))
+    calls = []
+
+    def rough(*arguments):
+        calls.append(arguments[2])
+        return half_products(*arguments)
+
+    expected, found = best_rows(queries, pieces, k), best_rows(queries, pieces, k, rough=rough)
+    exact = rows[allowed].astype(np.float64) @ queries.astype(np.float64).T
+    for query, (one, other) in enumerate(zip(expected, found, strict=True)):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+        kth = np.sort(exact[:, query].astype(np.float32))[-k]
+        assert set(other[1]) == set(np.flatnonzero(exact[:, query].astype(np.float32) >= kth))
+    assert len(calls) > 5 and max(calls) <= 128
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from lpovod.artifacts import check_made_from, fingerprint, sha256
 from lpovod.clip import Clip
 from lpovod.config import Config, slug
 from lpovod.crops import crop_and_resize, crop_boxes
+from lpovod.devices import device_of
 from lpovod.exceptions import LpovodError, UsageError
 from lpovod.formats.class_embeddings import ClassEmbeddings, read_text_embeddings
 from lpovod.formats.coco import CocoDataset, corners, read_dataset
@@ -37,7 +38,6 @@ from lpovod.formats.regions import (
     shards_in,
     split_key,
 )
-from lpovod.model import device_of
 from lpovod.overlaps import overlapping
 from lpovod.probe import fit, gather_candidates
 from lpovod.progress import log

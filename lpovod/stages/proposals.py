@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lpovod.artifacts import identity
 from lpovod.config import BackboneSettings, ProposalsSettings
+from lpovod.devices import explaining_memory, own_device
 from lpovod.formats.coco import read_dataset
 from lpovod.formats.regions import Shard, write_regions
 from lpovod.networks.proposal_inference import find_proposals, load_network
@@ -35,7 +36,11 @@ def propose(
             one size lie together.
         device: where to run.
         threads: of the job; with a GPU all but one load images.
+
+    Raises:
+        LpovodError: if there is no such device, or its memory is too small.
     """
+    device = own_device(device)
     data = read_dataset(dataset)
     model = load_network(network, backbone, settings).to(device)
     of_shard = Shard(shard, shards)
@@ -44,6 +49,7 @@ def propose(
     batches = inference_views(data, image_ids, *sides, size, device, threads)
     ident = identity("proposals", settings, dataset=dataset, network=network)
     with (
+        explaining_memory("proposals.batch_size (images per pass) or backbone.short_side"),
         write_regions(output, ident, of_shard) as writer,
         progress(None, "proposals", "image", len(image_ids)) as bar,
     ):

@@ -26,6 +26,7 @@ from lpovod.artifacts import Identity, fingerprint, identity, sha256
 from lpovod.clip import Clip, load_clip
 from lpovod.config import ClipSettings, RegionEmbeddingsSettings
 from lpovod.crops import crop_and_resize, crop_boxes
+from lpovod.devices import explaining_memory, own_device
 from lpovod.exceptions import LpovodError
 from lpovod.formats.class_embeddings import clip_architecture
 from lpovod.formats.coco import CocoDataset, read_dataset
@@ -87,8 +88,10 @@ def embed_regions(
 
     Raises:
         LpovodError: if the proposals belong to other images, a proposal has no area or lies outside
-            its image (before the first image is decoded), or an image cannot be read.
+            its image (before the first image is decoded), an image cannot be read, there is no such
+            device, or its memory is too small.
     """
+    device = own_device(device)
     torch.set_num_threads(threads)
     data = read_dataset(dataset)
     store, shard = read_shard(proposals, dataset, data.images)
@@ -115,6 +118,7 @@ def embed_regions(
     run = {"settings": settings.model_dump(), "device": device, "threads": threads}
     run = fingerprint(ident | run | {"proposals": sha256(proposals)})
     with (
+        explaining_memory("region_embeddings.batch_size (crops per pass)"),
         _open_checkpoint(checkpoint, run) as file,
         progress(None, "region embeddings", " regions", sum(of_shard.values())) as bar,
     ):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lpovod.artifacts import fingerprint, identity
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
+from lpovod.devices import own_device
 from lpovod.formats.coco import read_dataset
 from lpovod.formats.image_features import STAGE, link_images
 from lpovod.formats.pseudo_labels import read_pseudo_labels
@@ -40,7 +41,12 @@ def extract_split(
         output: the same shard of the region store.
         device: where to run.
         threads: of the job; with a GPU all but one load images.
+
+    Raises:
+        LpovodError: if inputs do not belong together, there is no such device, or its memory is too
+            small.
     """
+    device = own_device(device)
     data = read_dataset(dataset)
     store, shard = read_shard(proposals, dataset, data.images)
     regions = {}
@@ -92,7 +98,12 @@ def extract_retrieved(
         code: digest of the source code; features made by different code are made again.
         device: where to run.
         threads: of the job; with a GPU all but one load images.
+
+    Raises:
+        LpovodError: if inputs do not belong together, there is no such device, or its memory is too
+            small.
     """
+    device = own_device(device)
     data, regions = read_dataset(dataset), read_proposals(proposals, dataset)
     labels = read_pseudo_labels(pseudo_labels)
     image_ids = Shard(shard, shards).of({i for images in labels.values() for i in images})
