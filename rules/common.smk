@@ -94,7 +94,9 @@ def needed_archives():
     """The archives of COCO with a folder or file that the run reads."""
     coco = CONFIG.dataset.coco
     read = {of(split) for split in SPLITS for of in (coco.images, coco.annotations)}
-    return [name for name, content in COCO_CONTENT.items() if read & {coco.root / c for c in content}]
+    return [
+        name for name, content in COCO_CONTENT.items() if read & {coco.root / c for c in content}
+    ]
 
 
 def shards(split):
