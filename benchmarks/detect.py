@@ -102,7 +102,7 @@ def overhead(name: str, model: Model, images: list[np.ndarray], repeats: int) ->
 
 def paper_size() -> Model:
     """A model of the paper's size with random weights and 65 classes."""
-    config = read_config([Path("config.yaml"), Path("configs/coco.yaml")], weights=False)
+    config = read_config([Path("config.yaml"), Path("configs/coco_learned.yaml")], weights=False)
     return Model(random_model(config), Path("random"), "cpu")
 
 

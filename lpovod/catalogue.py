@@ -3,7 +3,8 @@
 COCO publishes no digests. The SHA-1 digests below come from GluonCV's download script, the sizes
 from other public code; neither was checked against the server. OpenAI's address of a CLIP model
 contains the file's SHA-256, torchvision's file name its first eight digits; the other digits and
-the sizes of weights come from other public code.
+the sizes of weights come from other public code. LP-OVOD's authors publish neither sizes nor
+digests: `lpovod.published` remembers those of the first download.
 """
 
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ class Remote:
 
     Attributes:
         url: its address.
-        digest: its SHA-1 or SHA-256, hexadecimal; the length shows which.
+        digest: its SHA-1 or SHA-256, hexadecimal, if known; the length shows which.
         size: in bytes, if known.
     """
 
     url: str
-    digest: str
+    digest: str | None = None
     size: int | None = None
 
 
@@ -74,7 +75,12 @@ _UNUSED_IDS = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 COCO_IDS = dict(zip(COCO_CLASSES, (i for i in range(1, 91) if i not in _UNUSED_IDS), strict=True))
 """Their category ids in COCO's files."""
 
-WEIGHTS = {
+DRIVE = "https://drive.google.com/"
+"""Google shows a page before it sends a large file, which `gdown` knows to answer."""
+
+_LP_OVOD = "https://github.com/VinAIResearch/LP-OVOD/releases/download/v1.0"
+
+FILES = {
     "ViT-B-32.pt": Remote(
         "https://openaipublic.azureedge.net/clip/models/"
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
@@ -86,6 +92,28 @@ WEIGHTS = {
         "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
         102_530_333,
     ),
+    "current_mmdetection_Head.pth": Remote(f"{DRIVE}uc?id=1z6Tb2MPFJDv9qpEyn_J0cJcXOguKTiL0"),
+    "coco_proposals.pkl": Remote(f"{_LP_OVOD}/coco_proposals.pkl"),
+    "proposals.zip": Remote(f"{_LP_OVOD}/proposals.zip"),
+    "vild_sigmoid.pth": Remote(f"{_LP_OVOD}/vild_sigmoid.pth"),
+    "vild_sigmoid_ft.pth": Remote(f"{_LP_OVOD}/vild_sigmoid_ft.pth"),
+    "ovd_coco_text_embedding.pth": Remote(
+        "https://raw.githubusercontent.com/VinAIResearch/LP-OVOD/HEAD/ovd_coco_text_embedding.pth"
+    ),
 }
-"""Weights by file name: OpenAI's CLIP ViT-B/32, and torchvision's ResNet-50 (IMAGENET1K_V1). A file
-of `clip` or `backbone` with one of these names is downloaded if it is missing."""
+"""Files by name: OpenAI's CLIP ViT-B/32, torchvision's ResNet-50 (IMAGENET1K_V1), SoCo's ResNet-50,
+and what LP-OVOD's authors release: OLN's proposals of COCO, first in one file and now in an
+archive, the detector before and after fine-tuning, and CLIP's embeddings of the 65 names. If a
+configuration names a file with one of these names, in any folder, and it is missing, it is
+downloaded."""
+
+MEMBERS = dict.fromkeys(
+    (
+        "train_coco_proposals.pkl",
+        "train_coco_id_map.json",
+        "val_coco_proposals.pkl",
+        "val_coco_id_map.json",
+    ),
+    "proposals.zip",
+)
+"""Files that come in an archive, with the archive's name in `FILES`: downloaded in the same way."""

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from lpovod.catalogue import COCO_IMAGES, WEIGHTS
+from lpovod.catalogue import COCO, COCO_IMAGES, FILES
 from lpovod.exceptions import LpovodError, did_you_mean, existing
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -52,6 +52,25 @@ class Settings(BaseModel):
 def key(default: Any, description: str, **limits: Any) -> Any:
     """A key with its default and its meaning."""
     return Field(default=default, description=description, **limits)
+
+
+class DownloadSettings(Settings):
+    # It shapes no result: what was downloaded counts by its content.
+    digests: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?$")]] = key(
+        {},
+        "by file name, the SHA-1 or SHA-256 that a published file must have when it is downloaded; "
+        "otherwise that of lpovod/catalogue.py or resources/published.json",
+        exclude=True,
+    )
+
+    @field_validator("digests")
+    @classmethod
+    def _files_are_published(cls, digests: dict[str, str]) -> dict[str, str]:
+        for name in digests.keys() - {*COCO, *FILES}:
+            hint = did_you_mean(name, [*COCO, *FILES])
+            allowed = ", ".join([*COCO, *FILES])
+            raise ValueError(f"{name!r} is none of the published files; {hint or allowed}")
+        return digests
 
 
 class MiniatureSettings(Settings):
@@ -148,38 +167,42 @@ class DatasetSettings(Settings):
             return 0
         annotations = self.coco.annotations(split)
         if self.coco.download or not annotations.is_file():
-            return COCO_IMAGES[split]
+            # A run that trains nothing may name the validation images in place of the others.
+            return COCO_IMAGES["val" if self.coco.images(split).name == "val2017" else split]
         return math.ceil(annotations.stat().st_size / JSON_PER_IMAGE)
 
 
-ClassNames = Annotated[
-    list[str],
-    WithJsonSchema(
-        {
-            "type": "array",
-            "items": {
-                "anyOf": [
-                    {"type": "string"},
-                    {
-                        "type": "object",
-                        "properties": {"name": {"type": "string"}, "prompt": {"type": "string"}},
-                        "required": ["name"],
-                        "additionalProperties": False,
-                    },
-                ]
+_NAMES_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "anyOf": [
+            {"type": "string"},
+            {
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "prompt": {"type": "string"}},
+                "required": ["name"],
+                "additionalProperties": False,
             },
-        }
-    ),
+        ]
+    },
+}
+_FILE_SCHEMA = {"type": "string", "format": "path"}
+
+ClassNames = Annotated[list[str], WithJsonSchema(_NAMES_SCHEMA)]
+ClassNamesOrFile = Annotated[
+    list[str], WithJsonSchema({"anyOf": [_NAMES_SCHEMA | {"minItems": 1}, _FILE_SCHEMA]})
 ]
 
 
 class ClassSettings(Settings):
-    base: ClassNames = Field(
-        description="annotated: the detector trains on them; a name, or {name: ..., prompt: ...}",
+    base: ClassNamesOrFile = Field(
+        description="annotated: the detector trains on them; a list of names, or of {name: ..., "
+        "prompt: ...}, or the path of a json in COCO's format whose categories have a split",
         min_length=1,
     )
-    novel: ClassNames = Field(
-        description="known only by name; a name, or {name: ..., prompt: ...}", min_length=1
+    novel: ClassNamesOrFile = Field(
+        description="known only by name; a list, or the path of a json, as for base",
+        min_length=1,
     )
     add_base: ClassNames = key([], "appended to base, for overlays", exclude=True)
     add_novel: ClassNames = key([], "appended to novel, for overlays", exclude=True)
@@ -194,8 +217,11 @@ class ClassSettings(Settings):
         if not isinstance(content, dict):
             return content
         plain, prompts = dict(content), dict(content.get("prompts") or {})
+        for name in ("base", "novel"):
+            if isinstance(file := content.get(name), str):
+                plain[name] = _names_in(Path(file), name)
         for name in ("base", "novel", "add_base", "add_novel"):
-            if isinstance(names := content.get(name), list):
+            if isinstance(names := plain.get(name), list):
                 plain[name] = [_plain_name(item, prompts) for item in names]
         for name in ("base", "novel"):
             added = plain.get(f"add_{name}")
@@ -216,6 +242,18 @@ class ClassSettings(Settings):
         if unknown:
             raise ValueError(f"prompts: {unknown[0]!r} is no base or novel class")
         return self
+
+
+def _names_in(file: Path, split: str) -> list[str]:
+    """The classes of a split, in the order of a json with COCO's categories."""
+    try:
+        content = json.loads(existing(file, f"classes.{split}").read_text(encoding="utf-8"))
+        return [c["name"] for c in content["categories"] if c["split"] == split]
+    except (ValueError, LookupError, TypeError) as error:
+        raise LpovodError(
+            f"classes.{split}: {file} is no json with categories that have name and split "
+            f"({type(error).__name__}: {error})"
+        ) from None
 
 
 def _plain_name(item: Any, prompts: dict[str, str]) -> Any:
@@ -546,6 +584,7 @@ class Config(Settings):
         "jobs that share a pass over the training images, in proposals, region_embeddings and "
         "region_features; a smaller number of images has fewer",
     )
+    download: DownloadSettings = key(DownloadSettings(), "published files that are missing")
     dataset: DatasetSettings = key(DatasetSettings(), "images and annotations")
     classes: ClassSettings = Field(description="the split")
     clip: ClipSettings = key(ClipSettings(), "the vision-language model")
@@ -586,6 +625,20 @@ class Config(Settings):
     def retrieved_images(self, train: int) -> int:
         """Number of training images that the novel classes retrieve, at most."""
         return min(train, len(self.classes.novel) * self.pseudo_labels.k)
+
+    def files(self) -> list[Path]:
+        """The files, not the images and annotations, that a run may read; some may be missing."""
+        optional = (
+            self.backbone.weights,
+            self.text_embeddings.file,
+            self.text_embeddings.classes,
+            *self.proposals.files.values(),
+            *self.proposals.id_maps.values(),
+            self.base_detector.checkpoint,
+            self.pseudo_labels.file,
+            self.linear_probe.checkpoint,
+        )
+        return [*self.clip.files(), *(path for path in optional if path)]
 
 
 def slug(name: str) -> str:
@@ -657,11 +710,11 @@ def load_config(content: dict[str, Any], weights: bool = True) -> Config:
 
 def _check_weights(config: Config) -> None:
     for path in config.clip.files():
-        if path.name not in WEIGHTS:
+        if path.name not in FILES:
             kinds = {config.clip.weights: "weights", config.clip.vocabulary: "vocabulary"}
             existing(path, f"clip.{kinds.get(path, 'architecture')}")
     weights = config.backbone.weights
-    if weights and weights.name not in WEIGHTS:
+    if weights and weights.name not in FILES:
         existing(weights, "backbone.weights")
 
 

@@ -2,11 +2,11 @@
 
 import shlex
 
-from lpovod.artifacts import sha256
-from lpovod.catalogue import COCO, WEIGHTS
-from lpovod.config import load_config
+from lpovod.catalogue import COCO, COCO_CONTENT, FILES, MEMBERS
+from lpovod.config import load_config, slug
 from lpovod.exceptions import LpovodError
 from lpovod.measures.ablations import read_metrics, table
+from lpovod.published import RECORDS, content_of
 from lpovod.source_digest import source_digest
 from lpovod.yaml_keys import check_repeated
 
@@ -25,11 +25,6 @@ def given(path):
     return [path] if path else []
 
 
-def weights_digest(path):
-    """The digest of weights; of those that are not downloaded yet, from the catalogue."""
-    return sha256(path) if path.is_file() else WEIGHTS[path.name].digest
-
-
 RESULTS = f"results/{CONFIG.name}"
 DATASET = f"{RESULTS}/dataset"
 DEVICE = "cuda" if CONFIG.gpu else "cpu"
@@ -40,9 +35,9 @@ STORE = f"{RESULTS}/store"
 # The model's files may be large, and Snakemake compares large files by modification time. Their
 # digests, as params, make a stage stale if and only if the content changes.
 CLIP_FILES = CONFIG.clip.files()
-CLIP_DIGESTS = [weights_digest(path) for path in CLIP_FILES]
+CLIP_DIGESTS = [content_of(path) for path in CLIP_FILES]
 START_FILES = given(CONFIG.backbone.weights)
-START_DIGESTS = [weights_digest(path) for path in START_FILES]
+START_DIGESTS = [content_of(path) for path in START_FILES]
 # For all nodes together. Snakemake cuts both to the available resources, and a training starts as
 # many processes.
 TRAINING_ON = {
@@ -95,6 +90,20 @@ def shards(stage, split):
     """The files of a stage for a split, one for each shard of its images."""
     path = f"{RESULTS}/{stage}/{split}/{{shard}}.h5"
     return expand(path, shard=range(shard_count(split)))
+
+
+def known_digest(name):
+    """The digest that a download must have: of the configuration, else of the catalogue."""
+    return CONFIG.download.digests.get(name) or (COCO | FILES)[name].digest
+
+
+def needed_archives():
+    """The archives of COCO with a folder or file that the run reads."""
+    coco = CONFIG.dataset.coco
+    read = {of(split) for split in SPLITS for of in (coco.images, coco.annotations)}
+    return [
+        name for name, content in COCO_CONTENT.items() if read & {coco.root / c for c in content}
+    ]
 
 
 def evaluated(wildcards):

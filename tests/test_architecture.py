@@ -20,7 +20,7 @@ ROOMS = (
         "catalogue",
     }
     | {"epilogue"},
-    {"artifacts", "miniature"},
+    {"artifacts", "miniature", "published"},
     {"config"},
     {"formats"},
     {"boxes", "torchvision_ops", "crops", "distributed", "shared_ranks", "views", "training"}

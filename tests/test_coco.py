@@ -1,20 +1,30 @@
 """The paper's configuration: it resolves without data, and its numbers are the original's."""
 
 import resource
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
-from project import copy_project, keys_of, snakemake
+from project import announced, copy_project, keys_of, snakemake
 
+from lpovod.catalogue import COCO_IDS
 from lpovod.config import load_config, merge
 from lpovod.exceptions import LpovodError
 from lpovod.sources import check_classes
 
+SPLIT = "resources/coco/classes.json"
+ARCHIVES = {"download": 3}
+CLIP = {"download_data_clip_vit_b_32_pt": 1}
+PROPOSALS = [
+    f"{split}_coco_{part}"
+    for split in ("train", "val")
+    for part in ("id_map_json", "proposals_pkl")
+]
 
-def coco(**overlay) -> dict:
-    content = [yaml.safe_load(Path(p).read_text()) for p in ("config.yaml", "configs/coco.yaml")]
+
+def coco(name: str = "coco", **overlay) -> dict:
+    files = ("config.yaml", f"configs/{name}.yaml")
+    content = [yaml.safe_load(Path(p).read_text()) for p in files]
     return merge(merge(*content), overlay)
 
 
@@ -56,10 +66,77 @@ def test_the_settings_are_the_original_s():
     evaluation = config.evaluation
     assert (evaluation.alpha, evaluation.beta, evaluation.per_image) == (0, 0.8, 100)
     assert (evaluation.score_threshold, evaluation.nms) == (0.05, 0.5)
-    proposals = config.proposals
+    # The original's pipelines take all proposals (num_max_proposals=None); OLN keeps 1,500.
+    assert config.proposals.per_image == detector.distillation_regions == 1500
+    assert config.proposals.files.keys() == config.proposals.id_maps.keys() == {"train", "val"}
+    assert backbone.weights.name == "current_mmdetection_Head.pth"
+
+
+def test_the_learned_proposals_have_oln_s_settings_and_nothing_else_differs():
+    paper, learned = load_config(coco()), load_config(coco("coco_learned"))
+    proposals = learned.proposals
     assert (proposals.training.epochs, proposals.training.milestones) == (8, [6, 7])
+    assert (proposals.training.learning_rate, proposals.training.images_per_step) == (0.02, 16)
     assert (proposals.box_iou, proposals.samples_per_image) == (0.7, 256)
-    assert proposals.per_level == 2000
+    assert (proposals.per_level, proposals.files) == (2000, {})
+    assert learned.backbone.weights is None
+    assert {path.parts[:2] for path in learned.files()} == {
+        ("data", "clip")
+    }  # and not data/lp_ovod
+    paper, learned = (
+        config.model_dump(exclude={"name", "proposals"}) for config in (paper, learned)
+    )
+    for config in (paper, learned):
+        del config["backbone"]["weights"], config["base_detector"]["distillation_regions"]
+    assert paper == learned
+
+
+@pytest.mark.parametrize("name", ["coco", "coco_learned", "coco_released", "coco_tiny"])
+def test_the_split_is_one_file(name):
+    """Of 48 and 17 classes, in the order of COCO's ids."""
+    classes = load_config(coco(name)).classes
+    assert coco(name)["classes"]["base"] == coco(name)["classes"]["novel"] == SPLIT
+    assert (len(classes.base), len(classes.novel)) == (48, 17)
+    assert (classes.base[:3], classes.base[-1]) == (["person", "bicycle", "car"], "toothbrush")
+    assert ", ".join(classes.novel) == (
+        "airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup, knife, "
+        "cake, couch, keyboard, sink, scissors"
+    )
+    for names in (classes.base, classes.novel):
+        assert sorted(names, key=COCO_IDS.__getitem__) == names
+
+
+def test_an_overlay_changes_the_split_and_adds_to_it():
+    classes = load_config(coco(classes={"novel": ["cup"], "add_novel": ["tie"]})).classes
+    assert (len(classes.base), classes.novel) == (48, ["cup", "tie"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "classes.base: split.json: no such file"),
+        ("[", "classes.base: split.json is no json with categories that have name and split"),
+        ('{"categories": [{"name": "a"}]}', "classes.base: split.json is no json"),
+        ('{"categories": [{"name": "a", "split": "novel"}]}', "classes.base.*at least 1 item"),
+    ],
+)
+def test_a_file_that_is_no_split(tmp_path, monkeypatch, content, message):
+    config = coco(classes={"base": "split.json", "novel": ["b"]})
+    monkeypatch.chdir(tmp_path)
+    if content:
+        Path("split.json").write_text(content)
+    with pytest.raises(LpovodError, match=message):
+        load_config(config)
+
+
+def test_digests_are_of_published_files():
+    digest = "0" * 64
+    content = coco(download={"digests": {"proposals.zip": digest, "val2017.zip": digest[:40]}})
+    assert load_config(content).download.digests["proposals.zip"] == digest
+    with pytest.raises(LpovodError, match="'proposal.zip' is none of .*did you mean proposals.zip"):
+        load_config(coco(download={"digests": {"proposal.zip": digest}}))
+    with pytest.raises(LpovodError, match="download.digests"):
+        load_config(coco(download={"digests": {"proposals.zip": "0"}}))
 
 
 def test_classes_are_checked_before_the_annotations_are_there():
@@ -73,23 +150,45 @@ def test_classes_are_checked_before_the_annotations_are_there():
         load_config(coco(dataset={"coco": {"root": None}}))
 
 
-def test_the_graph_resolves_without_data(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "downloads"),
+    [
+        (
+            "coco",
+            ARCHIVES
+            | CLIP
+            | {
+                "download_data_lp_ovod_current_mmdetection_head_pth": 1,
+                "download_data_lp_ovod_proposals_zip": 1,
+            }
+            | {f"extract_data_lp_ovod_{name}": 1 for name in PROPOSALS},
+        ),
+        ("coco_learned", ARCHIVES | CLIP),
+        (
+            "coco_released",
+            {
+                "download": 2,  # the validation images and the annotations
+                "download_data_lp_ovod_vild_sigmoid_ft_pth": 1,
+                "download_data_lp_ovod_ovd_coco_text_embedding_pth": 1,
+                "download_data_lp_ovod_proposals_zip": 1,
+            }
+            | {f"extract_data_lp_ovod_{name}": 1 for name in PROPOSALS[2:]},
+        ),
+    ],
+)
+def test_the_graph_resolves_without_data_and_shows_the_downloads(tmp_path, name, downloads):
     folder = copy_project(tmp_path / "project")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    printed = snakemake(folder, "coco.yaml", {}, "-n", "--quiet", "reason")
+    jobs = announced(snakemake(folder, f"{name}.yaml", {}, "-n", "--quiet", "reason"))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    jobs = Counter(dict(line.split() for line in printed.splitlines() if _counts(line)))
-    assert jobs["download"] == "3" and jobs["download_weights"] == "1"
-    assert jobs["region_embeddings"] == str(2 * 64)
-    assert jobs["pseudo_labels"] == jobs["retrieved_region_features"] == "1"
-    assert jobs["text_embeddings"] == jobs["linear_probe"] == jobs["evaluation"] == "1"
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     assert seconds < 10  # of CPU; 4 here, and machines differ
-
-
-def _counts(line: str) -> bool:
-    words = line.split()
-    return len(words) == 2 and words[1].isdigit()
+    assert {rule: n for rule, n in jobs.items() if rule.startswith(("down", "extr"))} == downloads
+    trained = {"region_embeddings": 2 * 64, "pseudo_labels": 1, "retrieved_region_features": 1}
+    trained |= {"model": 1, "proposal_network": 1} if name == "coco_learned" else {}
+    expected = {"text_embeddings": 1, "linear_probe": 1, "evaluation": 1}
+    expected |= {} if name == "coco_released" else trained
+    assert expected.items() <= jobs.items()
 
 
 def test_nothing_of_the_default_run_reaches_the_paper_s():
@@ -97,4 +196,7 @@ def test_nothing_of_the_default_run_reaches_the_paper_s():
 
     default = keys_of("config.yaml")
     drawn = {key for key in default if key[:2] == ("dataset", "miniature")}
-    assert default - drawn <= keys_of("configs/coco.yaml")
+    assert default - drawn <= keys_of("configs/coco_learned.yaml")
+    # Proposals that are read from files have no network.
+    network = {key for key in default if key[0] == "proposals" and key[1] != "per_image"}
+    assert default - drawn - network <= keys_of("configs/coco.yaml")

@@ -1,23 +1,31 @@
 """Downloads from a real server that does everything wrong, and archives that mean harm."""
 
 import hashlib
+import json
 import stat
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import requests
+from project import announced, copy_project, snakemake
 
-from lpovod.artifacts import read_json
-from lpovod.catalogue import Remote
+from lpovod.artifacts import read_json, sha256
+from lpovod.catalogue import DRIVE, Remote
 from lpovod.exceptions import LpovodError
+from lpovod.published import content_of, remember
 from lpovod.stages import download as stage
-from lpovod.stages.download import download, download_coco, extract
+from lpovod.stages.download import download, download_coco, download_file, extract, extract_member
 
 CONTENT = bytes(range(256)) * 1000
 OTHER = CONTENT[::-1]
+PICKLE, NEWER = b"\x80\x02" + CONTENT, b"\x80\x02" + OTHER
+PAGE = "<!DOCTYPE html><html><title>Sign in</title></html>"
 DISK_FULL = r"cannot be written: No space left on device\. Free some disk space and rerun"
 
 
@@ -48,6 +56,12 @@ def server():
             if answer.isdigit():
                 self.send_error(int(answer))
                 return
+            if answer.startswith("<"):
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.end_headers()
+                self.wfile.write(answer.encode())
+                return
             start, stop = 0, len(state.content)
             wanted = self.headers.get("Range") if state.ranges else None
             if wanted and (state.careless or self.headers.get("If-Range") == state.tag):
@@ -61,6 +75,9 @@ def server():
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{stop}")
             self.send_header("Content-Length", str(stop - start))
+            # By both, gdown tells a file from a page.
+            self.send_header("Content-Type", "application/octet-stream")
+            self.send_header("Content-Disposition", 'attachment; filename="file"')
             if state.tag:
                 self.send_header("ETag", state.tag)
             self.end_headers()
@@ -169,7 +186,7 @@ def test_no_server_at_all(tmp_path):
 )
 def test_wrong_bytes_are_refused_and_removed(server, tmp_path, content, message):
     server.content = content
-    with pytest.raises(LpovodError, match=f"{message}.*It was removed"):
+    with pytest.raises(LpovodError, match=f"{message}.*It was removed.*by hand.*{tmp_path}/file"):
         download(server.remote(), tmp_path / "file", pause=0)
     assert list(tmp_path.iterdir()) == []
 
@@ -287,3 +304,235 @@ def test_a_disk_that_fills_up_is_named(server, tmp_path):
     (tmp_path / ".file.partial").symlink_to("/dev/full")
     with pytest.raises(LpovodError, match=DISK_FULL):
         download(server.remote(), tmp_path / "file", pause=0)
+
+
+# Files whose size and digest nobody publishes
+
+
+@pytest.fixture()
+def soco(server, monkeypatch) -> str:
+    """A file on the local server, in place of one of which the catalogue has an address alone."""
+    monkeypatch.setitem(stage.FILES, "soco.pth", Remote(server.url))
+    server.content = PICKLE
+    return "soco.pth"
+
+
+def test_the_first_download_is_recorded_and_later_ones_must_equal_it(server, soco, tmp_path):
+    records = tmp_path / "records/published.json"
+    download_file(tmp_path / "a" / soco, records)
+    first = records.read_text()
+    assert whole(tmp_path / "a" / soco, PICKLE)
+    recorded = json.loads(first)[server.url]
+    assert recorded["size"] == len(PICKLE)
+    assert recorded["sha256"] == hashlib.sha256(PICKLE).hexdigest()
+    assert len(recorded["date"]) == len("2026-11-26")
+    download_file(tmp_path / "b" / soco, records)
+    server.content = NEWER
+    with pytest.raises(LpovodError, match="has the sha256 .*, the published file .*by hand"):
+        download_file(tmp_path / "c" / soco, records)
+    assert list((tmp_path / "c").iterdir()) == []
+    assert records.read_text() == first
+
+
+def test_a_digest_of_the_configuration_counts_more_than_the_record(server, soco, tmp_path):
+    records = tmp_path / "published.json"
+    digest = hashlib.sha256(NEWER).hexdigest()
+    with pytest.raises(LpovodError, match=f"the published file {digest}"):
+        download_file(tmp_path / "a" / soco, records, digest)
+    assert not records.exists()
+    download_file(tmp_path / "a" / soco, records)
+    server.content = NEWER
+    download_file(tmp_path / "b" / soco, records, digest)
+    assert whole(tmp_path / "b" / soco, NEWER)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no digest", "digest"])
+def test_a_page_in_place_of_the_file_is_refused(server, soco, tmp_path, known):
+    server.answers = [PAGE]
+    digest = hashlib.sha256(PICKLE).hexdigest() if known else None
+    with pytest.raises(LpovodError, match="is a web page.*It was removed.*by hand") as error:
+        download_file(tmp_path / "a" / soco, tmp_path / "published.json", digest)
+    assert f"save it as {tmp_path / 'a' / soco}" in str(error.value)
+    assert list((tmp_path / "a").iterdir()) == []
+    assert not (tmp_path / "published.json").exists()
+
+
+def test_without_a_digest_neither_archive_nor_pickle_is_refused(server, soco, tmp_path):
+    server.content = b"version https://git-lfs.github.com/spec/v1"
+    with pytest.raises(LpovodError, match="starts with b'version '.*It was removed"):
+        download_file(tmp_path / soco, tmp_path / "published.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_downloads_that_end_together_are_all_recorded(tmp_path):
+    (tmp_path / "file").write_bytes(PICKLE)
+    records, remotes = tmp_path / "published.json", [Remote(f"http://x/{n}") for n in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda remote: remember(remote, tmp_path / "file", records), remotes))
+    assert read_json(records).keys() == {remote.url for remote in remotes}
+
+
+def test_a_download_makes_nothing_stale(server, soco, tmp_path):
+    """Before it nobody knows the digest; what was made meanwhile must count as made from it."""
+    records, file = tmp_path / "published.json", tmp_path / soco
+    before = content_of(file, records)
+    download_file(file, records)
+    assert content_of(file, records) == before
+    file.write_bytes(NEWER)
+    assert content_of(file, records) == sha256(file) != before
+    (tmp_path / "mine.pth").write_bytes(PICKLE)
+    assert content_of(tmp_path / "mine.pth", records) == hashlib.sha256(PICKLE).hexdigest()
+
+
+# Google Drive, by gdown
+
+
+@pytest.fixture()
+def drive(server, monkeypatch) -> Remote:
+    """A file on Google Drive: the requests of gdown's session arrive at the local server."""
+    ask = requests.Session.request
+
+    def redirected(session: requests.Session, method: str, url: str, **options) -> object:
+        assert url.startswith(DRIVE)
+        return ask(session, method, server.url + "?" + url.partition("?")[2], **options)
+
+    monkeypatch.setattr(requests.Session, "request", redirected)
+    return Remote(f"{DRIVE}uc?id=1", hashlib.sha256(CONTENT).hexdigest())
+
+
+def form() -> str:
+    """The page that Google shows before a large file: too large to be scanned for viruses."""
+    hidden = '<input type="hidden" name="confirm" value="t">'
+    return f'<form id="download-form" action="{DRIVE}uc?export=download">{hidden}</form>'
+
+
+def test_a_file_arrives_from_google_drive_behind_its_page(server, drive, tmp_path):
+    server.answers = [form()]
+    download(drive, tmp_path / "file")
+    assert whole(tmp_path / "file")
+    assert len(server.asked) == 2
+
+
+def test_a_connection_to_google_drive_that_breaks_is_tried_again(server, drive, tmp_path):
+    server.answers = ["cut"]
+    download(drive, tmp_path / "file", pause=0)
+    assert whole(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ('<p class="uc-error-subcaption">Too many users have viewed it</p>', "Too many users have"),
+        (PAGE, "Cannot retrieve the public link"),
+        ("404", "Cannot retrieve the public link"),
+    ],
+    ids=["quota", "login", "gone"],
+)
+def test_a_refusal_of_google_drive_names_the_remedy(server, drive, tmp_path, answer, message):
+    server.answers = [answer]
+    with pytest.raises(LpovodError, match=f"{message}.*by hand.*{tmp_path}/file"):
+        download(drive, tmp_path / "file", pause=0)
+    assert not (tmp_path / "file").exists()
+    assert len(server.asked) == 1
+
+
+def test_google_drive_out_of_reach(server, drive, tmp_path):
+    server.url = "http://127.0.0.1:9/x"
+    with pytest.raises(LpovodError, match=f"refused.*by hand.*{tmp_path}/file"):
+        download(drive, tmp_path / "file", pause=0)
+
+
+def test_a_wrong_file_of_google_drive_is_removed(server, drive, tmp_path):
+    server.content = OTHER
+    with pytest.raises(LpovodError, match="has the sha256.*It was removed"):
+        download(drive, tmp_path / "file", pause=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_google_drive_s_file_fills_up_is_named(server, drive, tmp_path):
+    (tmp_path / ".file.partial").symlink_to("/dev/full")
+    with pytest.raises(LpovodError, match=DISK_FULL):
+        download(drive, tmp_path / "file", pause=0)
+
+
+def test_no_room_for_google_drive_s_file(server, drive, tmp_path, monkeypatch):
+    server.content = 10 * CONTENT  # of which gdown reads half a megabyte at once
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(LpovodError, match="disk has no room"):
+        download(drive, tmp_path / "file", pause=0)
+
+
+# A file of an archive
+
+
+def test_one_file_of_an_archive_in_whichever_folder(tmp_path):
+    archive = make_zip(
+        tmp_path / "a.zip", **{"proposals/val.pkl": PICKLE, "proposals/train.pkl": b""}
+    )
+    extract_member(archive, tmp_path / "to" / "val.pkl")
+    assert whole(tmp_path / "to" / "val.pkl", PICKLE)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"val.json": b"{}"}, "has 0 files named val.pkl"),
+        ({"a/val.pkl": b"1", "b/val.pkl": b"2"}, "has 2 files named val.pkl"),
+        ({"../val.pkl": b"1"}, "outside its folder"),
+    ],
+)
+def test_an_archive_without_the_file(tmp_path, members, message):
+    archive = make_zip(tmp_path / "a.zip", **members)
+    with pytest.raises(LpovodError, match=message):
+        extract_member(archive, tmp_path / "to" / "val.pkl")
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_damaged_file_of_an_archive_leaves_nothing(tmp_path):
+    archive = make_zip(tmp_path / "a.zip", **{"val.pkl": PICKLE})
+    content = bytearray(archive.read_bytes())
+    content[1000] ^= 1
+    archive.write_bytes(content)
+    with pytest.raises(LpovodError, match="a.zip is damaged"):
+        extract_member(archive, tmp_path / "to" / "val.pkl")
+    assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_a_file_of_an_archive_names_a_full_disk(tmp_path):
+    archive = make_zip(tmp_path / "a.zip", **{"val.pkl": PICKLE})
+    (tmp_path / ".val.pkl.partial").symlink_to("/dev/full")
+    with pytest.raises(LpovodError, match=DISK_FULL):
+        extract_member(archive, tmp_path / "val.pkl")
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+# The rules
+
+
+@pytest.mark.slow
+def test_the_workflow_downloads_what_is_missing_and_leaves_what_is_there(server, tmp_path):
+    folder = copy_project(tmp_path / "project")
+    catalogue = folder / "lpovod/catalogue.py"
+    released = "https://github.com/VinAIResearch/LP-OVOD/releases/download/v1.0"
+    catalogue.write_text(catalogue.read_text().replace(released, server.url))
+    names = {"val_coco_proposals.pkl": PICKLE, "val_coco_id_map.json": b"{}"}
+    server.content = make_zip(tmp_path / "served.zip", **names).read_bytes()
+    checkpoint = folder / "data/lp_ovod/vild_sigmoid_ft.pth"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"mine")
+    targets = [f"data/lp_ovod/{name}" for name in names]
+    jobs = announced(snakemake(folder, "coco_released.yaml", {}, "-n", *targets))
+    assert jobs == {
+        "download_data_lp_ovod_proposals_zip": 1,
+        "extract_data_lp_ovod_val_coco_proposals_pkl": 1,
+        "extract_data_lp_ovod_val_coco_id_map_json": 1,
+    }
+    snakemake(folder, "coco_released.yaml", {}, "--cores", "1", *targets)
+    present = {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()}
+    assert present == names | {checkpoint.name: b"mine"}  # and not the archive
+    recorded = read_json(folder / "resources/published.json")
+    assert list(recorded) == [f"{server.url}/proposals.zip"]
+    printed = snakemake(
+        folder, "coco_released.yaml", {}, "-n", "results/coco_released/proposals/val.h5"
+    )
+    assert "lp_ovod" not in "".join(announced(printed))

@@ -11,7 +11,7 @@ from lpovod.config import Config, read_config
 from lpovod.exceptions import LpovodError, UsageError
 from lpovod.operations import count_operations
 
-COCO = (Path("config.yaml"), Path("configs/coco.yaml"))
+COCO = (Path("config.yaml"), Path("configs/coco_learned.yaml"))
 MINIATURE = (Path("config.yaml"),)
 ROOT = Path.cwd()
 

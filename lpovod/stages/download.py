@@ -6,7 +6,8 @@ verified. Files that already exist are used.
 
 COCO publishes no digests: `lpovod.catalogue` has the SHA-1 that GluonCV's download script records,
 and sizes from other public code; neither was checked against the server. OpenAI's address of a CLIP
-model contains the file's SHA-256.
+model contains the file's SHA-256. Where nobody publishes a digest, that of the first download
+counts (`lpovod.published`).
 """
 
 import hashlib
@@ -17,21 +18,27 @@ import stat
 import time
 import urllib.request
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from lpovod.artifacts import write_json
-from lpovod.catalogue import COCO, COCO_CONTENT, WEIGHTS, Remote
+from lpovod.catalogue import COCO, COCO_CONTENT, DRIVE, FILES, Remote
 from lpovod.exceptions import DISK_FULL, LpovodError, disk_full
 from lpovod.progress import log, progress
+from lpovod.published import expected, remember
 
 BLOCK = 1 << 20
 TRIES = 6  # in a row that bring no new byte
 LONGEST_PAUSE = 60.0  # seconds
 TEMPORARY = {408, 429, 500, 502, 503, 504}
+STARTS = (b"PK\x03\x04", b"\x80")
+"""First bytes of zip archives and of pickles. Files without a known digest are one or the other."""
 
 
-def download_coco(archive: str, root: Path, record: Path) -> None:
+def download_coco(archive: str, root: Path, record: Path, digest: str | None = None) -> None:
     """Download and extract one of COCO's archives, unless its content exists.
 
     Args:
@@ -39,6 +46,7 @@ def download_coco(archive: str, root: Path, record: Path) -> None:
         root: folder to extract to; existing content is used in place. The archive itself is removed
             after the extraction.
         record: output, json, written when the content is complete.
+        digest: SHA-1 or SHA-256 that the archive must have; None for the catalogue's.
     """
     unfinished = root / f".{archive}.unfinished"
     present = all((root / path).exists() for path in COCO_CONTENT[archive])
@@ -47,23 +55,52 @@ def download_coco(archive: str, root: Path, record: Path) -> None:
     else:
         root.mkdir(parents=True, exist_ok=True)
         unfinished.touch()
-        download(COCO[archive], root / archive)
+        download(expected(COCO[archive], digest), root / archive)
         extract(root / archive, root)
         (root / archive).unlink()
         unfinished.unlink()
     write_json(record, {"content": COCO_CONTENT[archive], "url": COCO[archive].url})
 
 
-def download_weights(output: Path) -> None:
-    """Download published weights; the output's file name selects them."""
-    download(WEIGHTS[output.name], output)
+def download_file(output: Path, records: Path, digest: str | None = None) -> None:
+    """Download a published file.
+
+    Args:
+        output: where to put it; its name selects it, a key of `FILES`.
+        records: json of first downloads, with which this one must agree, or which it extends.
+        digest: SHA-1 or SHA-256 that it must have; None for the catalogue's or the recorded one.
+    """
+    download(expected(FILES[output.name], digest, records), output)
+    remember(FILES[output.name], output, records)
+
+
+def extract_member(archive: Path, output: Path) -> None:
+    """Extract one file of a zip archive, from whichever of its folders.
+
+    Args:
+        archive: the archive.
+        output: where to put the file, which has the same name in the archive.
+
+    Raises:
+        LpovodError: if the archive is damaged, has not exactly one file of the name, or a link.
+    """
+    with _opened(archive, output) as file:
+        members = [m for m in file.infolist() if PurePosixPath(m.filename).name == output.name]
+        if len(members) != 1:
+            raise LpovodError(
+                f"{archive} has {len(members)} files named {output.name}, expected one. Is it the "
+                f"published archive? Put the file by hand at {output.resolve()}, or remove the "
+                "archive, and rerun the command"
+            )
+        _check_member(archive, members[0])
+        _write_member(file, members[0], output)
 
 
 def download(remote: Remote, path: Path, pause: float = 1.0) -> None:
     """Download a file, or only verify it if it exists.
 
     Args:
-        remote: address, size and digest.
+        remote: address, size and digest; without a digest any archive or pickle is accepted.
         path: where to put the file; an unfinished download lies beside it.
         pause: seconds before the second attempt; every further pause is twice as long.
 
@@ -80,7 +117,10 @@ def download(remote: Remote, path: Path, pause: float = 1.0) -> None:
     while True:
         before = _size(partial)
         try:
-            _receive(remote, path, partial, version)
+            if remote.url.startswith(DRIVE):
+                _receive_from_drive(remote, path, partial)
+            else:
+                _receive(remote, path, partial, version)
             break
         except urllib.error.HTTPError as error:
             reason = f"the server answers {error.code} {error.reason}"
@@ -136,11 +176,7 @@ def _receive(remote: Remote, path: Path, partial: Path, version: Path) -> None:
             partial.unlink()
             raise ConnectionError("the server sent a different range than requested")
         rest = int(response.headers.get("Content-Length", 0))
-        if shutil.disk_usage(path.parent).free < rest:
-            raise LpovodError(
-                f"{path}: {rest / 1e9:.1f} GB are left to download, and the disk has no room for "
-                "them. Free some disk space and rerun the command"
-            )
+        _check_room(path, rest)
         # Without a version, nothing shows whether the remaining bytes belong to the same file.
         version.unlink(missing_ok=True)
         with open(partial, "ab" if received else "wb") as file:
@@ -161,6 +197,37 @@ def _copy(
             bar.update(len(block))
 
 
+def _receive_from_drive(remote: Remote, path: Path, partial: Path) -> None:
+    """Write `partial` with gdown, from its start."""
+    import gdown
+    from gdown.exceptions import DownloadError, FileURLRetrievalError
+
+    with open(partial, "wb") as file, progress(None, path.name, "B", unit_scale=True) as bar:
+
+        def received(so_far: int, total: int | None) -> None:
+            if not bar.n:
+                _check_room(path, (total or so_far) - so_far)
+            bar.update(so_far - bar.n)
+
+        try:
+            gdown.download(
+                remote.url, file, quiet=True, use_cookies=False, timeout=60, progress=received
+            )
+        except FileURLRetrievalError as error:  # a page without a link: a login, a quota
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise _unreachable(remote, path, reason) from None
+        except DownloadError as error:
+            raise ConnectionError(str(error)) from None
+
+
+def _check_room(path: Path, rest: int) -> None:
+    if shutil.disk_usage(path.parent).free < rest:
+        raise LpovodError(
+            f"{path}: {rest / 1e9:.1f} GB are left to download, and the disk has no room for "
+            "them. Free some disk space and rerun the command"
+        )
+
+
 def _version(response: http.client.HTTPResponse) -> str | None:
     """The value for If-Range: a strong ETag, or else the date."""
     tag = response.headers.get("ETag")
@@ -168,23 +235,41 @@ def _version(response: http.client.HTTPResponse) -> str | None:
 
 
 def _check(remote: Remote, downloaded: Path, path: Path) -> None:
-    if remote.size is not None and downloaded.stat().st_size != remote.size:
-        mismatch = f"has {downloaded.stat().st_size} bytes, the published file {remote.size}"
-    else:
+    fault = _fault(remote, downloaded)
+    if fault:
+        remedy = f"Remove {path} and rerun" if downloaded == path else "It was removed; rerun"
+        raise LpovodError(
+            f"{path} from {remote.url} {fault}. {remedy} to download it again, or {_by_hand(path)}"
+        )
+
+
+def _fault(remote: Remote, downloaded: Path) -> str:
+    """What shows that a file is not the published one; empty if nothing does."""
+    with open(downloaded, "rb") as file:
+        start = file.read(64).lstrip()
+        if start.startswith(b"<"):
+            return "is a web page, of a login or a quota perhaps, in place of the file"
+        size = downloaded.stat().st_size
+        if remote.size is not None and size != remote.size:
+            return f"has {size} bytes, the published file {remote.size}"
+        if remote.digest is None:
+            known = start.startswith(STARTS)
+            return "" if known else f"starts with {start[:8]!r}, as no archive or pickle does"
+        file.seek(0)
         kind = {40: "sha1", 64: "sha256"}[len(remote.digest)]
-        with open(downloaded, "rb") as file:
-            digest = hashlib.file_digest(file, kind).hexdigest()
-        if digest == remote.digest:
-            return
-        mismatch = f"has the {kind} {digest}, the published file {remote.digest}"
-    remedy = f"Remove {path} and rerun" if downloaded == path else "It was removed; rerun"
-    raise LpovodError(f"{path} from {remote.url} {mismatch}. {remedy} to download it again")
+        digest = hashlib.file_digest(file, kind).hexdigest()
+    same = digest == remote.digest
+    return "" if same else f"has the {kind} {digest}, the published file {remote.digest}"
 
 
 def _unreachable(remote: Remote, path: Path, reason: str) -> LpovodError:
-    return LpovodError(
-        f"{remote.url} cannot be downloaded: {reason}. Download it by hand, on another machine if "
-        f"necessary, save it as {path.resolve()} and rerun the command"
+    return LpovodError(f"{remote.url} cannot be downloaded: {reason}. To go on, {_by_hand(path)}")
+
+
+def _by_hand(path: Path) -> str:
+    return (
+        "download it by hand, on another machine if necessary, save it as "
+        f"{path.resolve()} and rerun the command"
     )
 
 
@@ -201,28 +286,41 @@ def extract(archive: Path, folder: Path) -> None:
         LpovodError: if the archive is damaged; or, before anything is extracted, if a member would
             lie outside the folder or is a link.
     """
+    with _opened(archive, folder) as file:
+        members = [member for member in file.infolist() if not member.is_dir()]
+        for member in members:
+            _check_member(archive, member)
+        for member in progress(members, f"extracting {archive.name}", "file"):
+            target = folder / member.filename
+            if not target.exists() or target.stat().st_size != member.file_size:
+                _write_member(file, member, target)
+
+
+def _write_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with file.open(member) as source, open(partial, "wb") as output:
+            shutil.copyfileobj(source, output, BLOCK)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(archive: Path, target: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive to extract from; `target` is the file or folder to name if the disk is full."""
     try:
         with zipfile.ZipFile(archive) as file:
-            members = [member for member in file.infolist() if not member.is_dir()]
-            for member in members:
-                _check_member(archive, member)
-            for member in progress(members, f"extracting {archive.name}", "file"):
-                target = folder / member.filename
-                if target.exists() and target.stat().st_size == member.file_size:
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(f".{target.name}.partial")
-                with file.open(member) as source, open(partial, "wb") as output:
-                    shutil.copyfileobj(source, output, BLOCK)
-                partial.replace(target)
-    except (zipfile.BadZipFile, EOFError) as error:
+            yield file
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise LpovodError(
             f"{archive} is damaged ({error}). Remove it and rerun the command"
         ) from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise disk_full(folder, error.errno) from None
+        raise disk_full(target, error.errno) from None
 
 
 def _check_member(archive: Path, member: zipfile.ZipInfo) -> None:

@@ -23,7 +23,7 @@ import yaml
 from lpovod.apps.adopt.look import Content, Found, counted, look
 from lpovod.apps.adopt.overlay import SHARED, Adopted, overlay, run_name
 from lpovod.artifacts import atomic, write_json
-from lpovod.catalogue import WEIGHTS
+from lpovod.catalogue import FILES
 from lpovod.config import Config, load_config, merge
 from lpovod.exceptions import LpovodError, UsageError, did_you_mean, existing
 
@@ -378,9 +378,9 @@ def _next(adopted: Adopted, found: Found, config: Config, output: Path) -> str:
         machine = "1 core" if cores == 1 else f"{cores} cores"
         times = {machine: [row.on_cores(GFLOPS, cores) for row in rows]}
     downloads = [
-        f"{path.name}, {(WEIGHTS[path.name].size or 0) / 1e6:,.0f} MB"
+        f"{path.name}, {(FILES[path.name].size or 0) / 1e6:,.0f} MB"
         for path in (config.clip.weights, config.backbone.weights)
-        if path and not path.is_file() and path.name in WEIGHTS
+        if path and not path.is_file() and path.name in FILES
     ]
     files = f"{SHARED} {shlex.quote(str(output))}"
     exact = f"--images {train} {val} --size {usual[0]} {usual[1]}"
