@@ -1,6 +1,7 @@
 """Boxes: xyxy in pixels, half-open. Matching, sampling, and the deltas of box regression."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +12,30 @@ DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
 
 
+def numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor of another's dtype and device.
+
+    `new_tensor` would send them there, and the host would wait until the device has done all else.
+    """
+    return torch.stack([like.new_full((), value) for value in values])
+
+
+def send(tensors: list[Tensor], device: torch.device | str) -> tuple[Tensor, ...]:
+    """Tensors of the host on a device, in one copy that the host does not wait for."""
+    return torch.cat(tensors).to(device, non_blocking=True).split([len(t) for t in tensors])
+
+
 def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...] = DELTA_STDS) -> Tensor:
     """Deltas (dx, dy, dw, dh) from `boxes` to `targets`, both (n, 4), divided by `stds`."""
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     centre, target_centre = boxes[:, :2] + size / 2, targets[:, :2] + target_size / 2
     deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)
-    return deltas / deltas.new_tensor(stds)
+    return deltas / numbers(stds, deltas)
 
 
 def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...] = DELTA_STDS) -> Tensor:
     """The inverse of `encode`; the logarithm of the size ratio is clamped on both sides."""
-    deltas = deltas * deltas.new_tensor(stds)
+    deltas = deltas * numbers(stds, deltas)
     size = boxes[:, 2:] - boxes[:, :2]
     centre = boxes[:, :2] + size / 2 + deltas[:, :2] * size
     size = size * deltas[:, 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -43,6 +57,11 @@ def match(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
     return box_iou(boxes, objects).max(dim=1)
 
 
+def rows_of(marks: Tensor) -> tuple[Tensor, ...]:
+    """For each row of (n, m) bool the marked places, ascending; a GPU's host waits twice in all."""
+    return marks.nonzero()[:, 1].split(marks.sum(dim=1).tolist())
+
+
 def take(candidates: Tensor, count: int) -> Tensor:
     """At most `count` random candidates, in ascending order."""
     if len(candidates) <= count:
@@ -62,7 +81,8 @@ def sample(
         positive_fraction: largest fraction of `count` that is positive.
         negatives_per_positive: limits the negatives; at least one positive is counted.
     """
-    return sample_rows(iou >= 0.5, iou < 0.5, count, positive_fraction, negatives_per_positive)
+    positive, negative = rows_of(torch.stack([iou >= 0.5, iou < 0.5]))
+    return sample_rows(positive, negative, count, positive_fraction, negatives_per_positive)
 
 
 def sample_rows(
@@ -72,9 +92,9 @@ def sample_rows(
     positive_fraction: float,
     negatives_per_positive: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows sampled from those marked positive and negative, (n,) bool; see `sample`."""
-    positives = take(positive.nonzero().flatten(), int(count * positive_fraction))
+    """Rows sampled from those that are positive, (p,), and negative, (q,); see `sample`."""
+    positives = take(positive, int(count * positive_fraction))
     limit = count - len(positives)
     if negatives_per_positive is not None:
         limit = min(limit, negatives_per_positive * max(1, len(positives)))
-    return positives, take(negative.nonzero().flatten(), limit)
+    return positives, take(negative, limit)

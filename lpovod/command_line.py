@@ -23,8 +23,9 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 """In the messages of torch, of CUDA and of the CPU's allocator."""
 
 SMALLER = (
-    "Ask for less: base_detector.training.images_per_step and proposals.training.images_per_step "
-    "(trainings), region_embeddings.batch_size (CLIP), region_features.batch_size, "
+    "Ask for less: images_at_once, which leaves a step its images, images_per_step or short_sides "
+    "of base_detector.training and proposals.training (trainings), region_embeddings.batch_size "
+    "(CLIP), region_features.batch_size, "
     "backbone.short_side and backbone.long_side (all networks), proposals.per_image (all regions)"
 )
 

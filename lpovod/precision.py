@@ -1,6 +1,7 @@
 """The precision that networks compute in: one place for autocast and for both TF32 flags."""
 
 import torch
+from torch import Tensor
 
 
 def computing_in(precision: str, device: str) -> torch.autocast:
@@ -19,3 +20,8 @@ def computing_in(precision: str, device: str) -> torch.autocast:
     return torch.autocast(
         torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"
     )
+
+
+def precise(x: Tensor) -> Tensor:
+    """The values in float32 at least: what networks computed in bfloat16, for losses and boxes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

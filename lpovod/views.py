@@ -5,16 +5,17 @@ same views for any number of loading processes and of ranks.
 """
 
 import signal
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lpovod.boxes import numbers
 from lpovod.config import TrainingSettings
 from lpovod.distributed import largest, rank, ranks
 from lpovod.formats.coco import CocoDataset
@@ -64,6 +65,10 @@ class LoadedView:
     pixels: Tensor
     scale: Tensor
     extra: Any = None
+
+    def pin_memory(self) -> Self:
+        """The same, from where a GPU copies the pixels by itself; torch's loader calls this."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
     def to_view(self, boxes: np.ndarray | Tensor) -> Tensor:
         """Boxes of the original image, (n, 4), as boxes of the view, cut to it."""
@@ -144,16 +149,15 @@ def batch(
     """
     # Of several ranks' batches all get the size of the largest: norms see the padding, too.
     height, width = largest([max(v.pixels.shape[side] for v in views) for side in (1, 2)])
-    mean, std = (
-        torch.tensor(v, device=device).view(3, 1, 1)
-        for v in (normalisation.mean, normalisation.std)
-    )
     images = torch.zeros(len(views), 3, padded(height), padded(width), device=device)
+    mean, std = (
+        numbers(values, images).view(3, 1, 1) for values in (normalisation.mean, normalisation.std)
+    )
     if pad_with_black:
         images += -mean / std
     for image, view in zip(images, views, strict=True):
         shown = image[:, : view.pixels.shape[1], : view.pixels.shape[2]]
-        shown.copy_((view.pixels.to(device).float() - mean) / std)
+        shown.copy_((view.pixels.to(device, non_blocking=True).float() - mean) / std)
     return images
 
 
@@ -173,9 +177,9 @@ def training_views(
 ) -> list[View]:
     """The views of one epoch from a step on: every image once, in random order, size, direction.
 
-    The images of a step are all upright or all not, as on each GPU of the original, which saves
-    padding; the rest of both come last, filled up with views of the first step, so that every step
-    has its full number.
+    The images of a step are all upright or all not, as on each GPU of the original: padded to one
+    size, others would take a third more memory. The rest of both come last, each filled up with the
+    first views of its orientation, so that every step has its full number.
     """
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(image_ids))
@@ -183,28 +187,37 @@ def training_views(
     flips = draw.random(len(image_ids)) < settings.flip
     seeds = draw.integers(2**62, size=len(image_ids))
     views: list[View] = []
-    waiting: dict[bool, list[View]] = {True: [], False: []}
+    groups: dict[bool, list[View]] = {True: [], False: []}
+    full = settings.images_per_step
     for i, side, flip, own in zip(order, sides, flips, seeds, strict=True):
-        image = data.images[image_ids[i]]
-        together = waiting[image["height"] > image["width"]]
-        together.append(View(image_ids[i], int(side), long_side, bool(flip), int(own)))
-        if len(together) == settings.images_per_step:
-            views += together
-            together.clear()
-    views += waiting[True] + waiting[False]
-    views += list(islice(cycle(views), -len(views) % settings.images_per_step))
-    return views[step * settings.images_per_step :]
+        group = groups[_upright(data, image_ids[i])]
+        group.append(View(image_ids[i], int(side), long_side, bool(flip), int(own)))
+        if len(group) % full == 0:
+            views += group[-full:]
+    for group in groups.values():
+        if rest := len(group) % full:
+            views += [*group[-rest:], *islice(cycle(group), full - rest)]
+    return views[step * full :]
+
+
+def steps_per_epoch(data: CocoDataset, image_ids: list[int], images_per_step: int) -> int:
+    """How many steps `training_views` makes of these images."""
+    upright = sum(_upright(data, image_id) for image_id in image_ids)
+    return sum(-(-count // images_per_step) for count in (upright, len(image_ids) - upright))
+
+
+def _upright(data: CocoDataset, image_id: int) -> bool:
+    image = data.images[image_id]
+    return image["height"] > image["width"]
 
 
 class _Loading(torch.utils.data.Dataset):
-    def __init__(self, dataset: CocoDataset, views: list[View], extra: Any):
-        self.dataset, self.views, self.extra = dataset, views, extra
+    """Loads what it is asked for; a view is the index."""
 
-    def __len__(self) -> int:
-        return len(self.views)
+    def __init__(self, dataset: CocoDataset, extra: Any):
+        self.dataset, self.extra = dataset, extra
 
-    def __getitem__(self, number: int) -> LoadedView:
-        view = self.views[number]
+    def __getitem__(self, view: View) -> LoadedView:
         shown = apply_view(self.dataset.load(view.image_id), view)
         loaded = self.extra(shown) if self.extra else None
         return LoadedView(shown.view, shown.pixels, shown.scale, loaded)
@@ -226,14 +239,59 @@ def load_views(
         workers: loading processes; 0 loads in this one.
         extra: called with each loaded view (in the worker); its result is attached.
     """
-    numbers = list(range(len(views)))
-    lists = [numbers[start : start + per_batch] for start in numbers[::per_batch]]
+    return _loader(_Loading(dataset, extra), _lists_of_rank(views, per_batch), workers)
+
+
+def training_batches(
+    dataset: CocoDataset,
+    image_ids: list[int],
+    settings: TrainingSettings,
+    long_side: int,
+    seed: int,
+    device: str,
+    extra: Any = None,
+) -> Callable[[int, int], Iterable[list[LoadedView]]]:
+    """A function of epoch and step: this rank's parts of the batches of `training_views`.
+
+    Loading processes outlive an epoch. For a GPU pixels are loaded to pinned memory.
+
+    Args:
+        dataset: where the images are.
+        image_ids: of the training.
+        settings: the schedule.
+        long_side: of the views, at most.
+        seed: of all that is drawn.
+        device: that the batches are going to.
+        extra: as in `load_views`; a loading process gets a copy, by pickle where it is not forked.
+    """
+    lists: list[list[View]] = []
+    pinned = torch.device(device).type == "cuda"
+    loader = _loader(_Loading(dataset, extra), lists, settings.workers, pinned)
+
+    def batches(epoch: int, step: int) -> Iterable[list[LoadedView]]:
+        views = training_views(dataset, image_ids, settings, long_side, seed, epoch, step)
+        lists[:] = _lists_of_rank(views, settings.images_per_step)
+        return loader
+
+    return batches
+
+
+def _lists_of_rank(views: list[View], per_batch: int) -> list[list[View]]:
+    starts = range(0, len(views), per_batch)
+    return [views[start : start + per_batch][rank() :: ranks()] for start in starts]
+
+
+def _loader(
+    loading: _Loading, lists: list[list[View]], workers: int, pinned: bool = False
+) -> DataLoader:
     return DataLoader(
-        _Loading(dataset, views, extra),
-        batch_sampler=[part[rank() :: ranks()] for part in lists],
+        loading,
+        batch_sampler=lists,
         num_workers=workers,
         worker_init_fn=_leave_signals,
         collate_fn=list,
+        persistent_workers=workers > 0,
+        pin_memory=pinned,
     )
 
 

@@ -63,7 +63,8 @@ def test_an_anchor_that_is_the_best_of_two_objects_learns_the_last():
 
 def test_a_smaller_image_of_a_batch_is_not_sampled_beyond_its_own_padding():
     anchors = torch.cat(make_anchors(pyramid()))
-    positive, negative, _ = sample_anchors(anchors, torch.tensor([[5.0, 5, 37, 37]]), 33, 40)
+    objects = torch.tensor([[5.0, 5, 37, 37]])
+    ((positive, negative, _),) = sample_anchors(anchors, [objects], [(33, 40)], [0])
     sampled = torch.cat([positive, negative])
     centre = (anchors[sampled, :2] + anchors[sampled, 2:]) / 2
     assert len(sampled) == 256

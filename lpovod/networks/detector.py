@@ -15,6 +15,7 @@ from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.networks.backbone import Backbone, ConvNorm, build_backbone
 from lpovod.networks.pooling import POOLED, pool_regions
 from lpovod.networks.rpn import RegionProposalNetwork
+from lpovod.precision import precise
 
 
 class Head(nn.Module):
@@ -102,9 +103,10 @@ class Detector(nn.Module):
 
     def embed(self, pooled: Tensor) -> Tensor:
         """The CLIP head's imitation of CLIP: unit rows."""
-        return functional.normalize(self.clip_projection(self.clip_head(pooled)), dim=1)
+        return functional.normalize(precise(self.clip_projection(self.clip_head(pooled))), dim=1)
 
     def extract(self, pooled: Tensor) -> RegionOutputs:
         """Both heads on pooled regions."""
         feature = self.region_head(pooled)
-        return RegionOutputs(feature, self.embed(pooled), self.box_refinement(feature))
+        deltas = precise(self.box_refinement(feature))
+        return RegionOutputs(precise(feature), self.embed(pooled), deltas)

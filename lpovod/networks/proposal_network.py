@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lpovod.config import BackboneSettings
 from lpovod.networks.backbone import STRIDES, Backbone, build_backbone
+from lpovod.precision import precise
 
 
 class ProposalNetwork(nn.Module):
@@ -38,13 +39,14 @@ class ProposalNetwork(nn.Module):
         ]
 
     def _level(self, features: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-        x = functional.normalize(functional.relu(self.conv(features)), dim=1)
-        rows, columns = features.shape[-2:]
+        x = functional.normalize(functional.relu(precise(self.conv(features))), dim=1)
+        rows, columns = (torch.arange(n, device=x.device) for n in features.shape[-2:])
         side = self.anchor_scale * stride
-        y, x_ = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        y, x_ = torch.meshgrid(rows, columns, indexing="ij")
         centre = (torch.stack([x_, y], dim=-1).reshape(-1, 2) * stride).to(x)
         # OLN decodes linearly; the exponential cannot leave the range where IoU has a gradient.
-        distances = self.distances(x).flatten(2).transpose(1, 2).clamp(max=4).exp() * side / 2
+        logarithms = precise(self.distances(x)).flatten(2).transpose(1, 2)
+        distances = logarithms.clamp(max=4).exp() * side / 2
         boxes = torch.cat([centre - distances[..., :2], centre + distances[..., 2:]], dim=-1)
         anchors = torch.cat([centre - side / 2, centre + side / 2], dim=-1)
-        return anchors, boxes, self.objectness(x).flatten(1)
+        return anchors, boxes, precise(self.objectness(x)).flatten(1)
