@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lpovod.torchvision_ops import box_iou
+from lpovod.transfers import numbers
 
 DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
@@ -16,12 +17,12 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...] = DELTA_STDS)
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     centre, target_centre = boxes[:, :2] + size / 2, targets[:, :2] + target_size / 2
     deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)
-    return deltas / deltas.new_tensor(stds)
+    return deltas / numbers(stds, deltas)
 
 
 def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...] = DELTA_STDS) -> Tensor:
     """The inverse of `encode`; the logarithm of the size ratio is clamped on both sides."""
-    deltas = deltas * deltas.new_tensor(stds)
+    deltas = deltas * numbers(stds, deltas)
     size = boxes[:, 2:] - boxes[:, :2]
     centre = boxes[:, :2] + size / 2 + deltas[:, :2] * size
     size = size * deltas[:, 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -43,6 +44,11 @@ def match(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
     return box_iou(boxes, objects).max(dim=1)
 
 
+def rows_of(marks: Tensor) -> tuple[Tensor, ...]:
+    """For each row of (n, m) bool the marked places, ascending; a GPU's host waits twice in all."""
+    return marks.nonzero()[:, 1].split(marks.sum(dim=1).tolist())
+
+
 def take(candidates: Tensor, count: int) -> Tensor:
     """At most `count` random candidates, in ascending order."""
     if len(candidates) <= count:
@@ -62,7 +68,8 @@ def sample(
         positive_fraction: largest fraction of `count` that is positive.
         negatives_per_positive: limits the negatives; at least one positive is counted.
     """
-    return sample_rows(iou >= 0.5, iou < 0.5, count, positive_fraction, negatives_per_positive)
+    positive, negative = rows_of(torch.stack([iou >= 0.5, iou < 0.5]))
+    return sample_rows(positive, negative, count, positive_fraction, negatives_per_positive)
 
 
 def sample_rows(
@@ -72,9 +79,9 @@ def sample_rows(
     positive_fraction: float,
     negatives_per_positive: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows sampled from those marked positive and negative, (n,) bool; see `sample`."""
-    positives = take(positive.nonzero().flatten(), int(count * positive_fraction))
+    """Rows sampled from those that are positive, (p,), and negative, (q,); see `sample`."""
+    positives = take(positive, int(count * positive_fraction))
     limit = count - len(positives)
     if negatives_per_positive is not None:
         limit = min(limit, negatives_per_positive * max(1, len(positives)))
-    return positives, take(negative.nonzero().flatten(), limit)
+    return positives, take(negative, limit)

@@ -39,7 +39,7 @@ from lpovod.importers.torchscript import is_torchscript, read_torchscript
 from lpovod.networks.meta import on_meta
 from lpovod.precision import computing_in
 from lpovod.progress import progress
-from lpovod.transfers import constant
+from lpovod.transfers import numbers
 
 # Crops per forward pass, however many a caller passes. A CPU is fastest if the activations of a
 # pass fit its caches; an accelerator needs many crops.
@@ -143,9 +143,9 @@ class Clip:
             )
         device = self.model.logit_scale.device
         precision = next(self.model.visual.parameters()).dtype
-        mean = constant(self.preprocessing.mean, device).view(3, 1, 1)
-        std = constant(self.preprocessing.std, device).view(3, 1, 1)
         features = [torch.empty(0, self.dimension, device=device)]
+        mean = numbers(self.preprocessing.mean, features[0]).view(3, 1, 1)
+        std = numbers(self.preprocessing.std, features[0]).view(3, 1, 1)
         # The weights are of the precision that the tower computes in; nothing else lowers it.
         with computing_in("float32", device.type):
             for part in pixels.split(self.crops_per_pass) if len(pixels) else ():

@@ -20,8 +20,9 @@ from lpovod.exceptions import DISK_FULL, LpovodError, UsageError, lack_of_memory
 from lpovod.progress import start_logging
 
 SMALLER = (
-    "Ask for less: base_detector.training.images_per_step and proposals.training.images_per_step "
-    "(trainings), region_embeddings.batch_size (CLIP), region_features.batch_size, "
+    "Ask for less: images_at_once, which leaves a step its images, images_per_step or short_sides "
+    "of base_detector.training and proposals.training (trainings), region_embeddings.batch_size "
+    "(CLIP), region_features.batch_size, "
     "backbone.short_side and backbone.long_side (all networks), proposals.per_image (all regions)"
 )
 

@@ -354,7 +354,17 @@ class TrainingSettings(Settings):
         "sgd", "adamw suits a short run from random initial weights"
     )
     epochs: PositiveInt = key(8, "passes over the training images")
-    images_per_step: PositiveInt = key(8, "images per optimisation step")
+    images_per_step: PositiveInt = key(8, "images per optimisation step, on all GPUs together")
+    images_at_once: PositiveInt | None = key(
+        None,
+        "images that a GPU computes at once: it takes a step's images in parts and adds up their "
+        "gradients, in less memory; null: all of them",
+    )
+    precision: Literal["float32", "bfloat16"] = key(
+        "float32",
+        "of the networks' convolutions and products; weights, norms, losses and boxes are float32; "
+        "bfloat16 pays on GPUs and CPUs with bfloat16 units",
+    )
     learning_rate: Positive = key(0.02, "learning rate after the warm-up")
     momentum: Fraction = key(0.9, "momentum (sgd)")
     weight_decay: float = key(1e-4, "weight decay, on all parameters", ge=0)

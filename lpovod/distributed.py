@@ -2,27 +2,31 @@
 
 Every rank works on its part of each batch. A loss is a sum over the rank's own items divided by a
 number counted over all ranks (`total`), so the losses of the ranks add up to the loss of the whole
-batch, and so do the gradients (`add_up_gradients`); batch norms share their statistics
-(`BatchNorm2d`). With one rank all of this does nothing.
+batch, and so do the gradients; batch norms share their statistics (`BatchNorm2d`). With one rank
+all of this does nothing.
 
 On GPUs and on several nodes a launcher (`lpovod.launcher`, or torchrun itself) starts the ranks; it
-sets WORLD_SIZE, RANK and LOCAL_RANK. On the CPU of one node a training forks its ranks itself
-(`training_ranks`). Those meet within microseconds, not milliseconds, and each updates its share of
-the parameters, where the launcher's ranks each update all.
+sets WORLD_SIZE, RANK and LOCAL_RANK. Torch's DistributedDataParallel adds up their gradients while
+the backward pass still computes (`LossesOfRanks`), and on GPUs its SyncBatchNorm shares statistics.
+On the CPU of one node a training forks its ranks itself (`training_ranks`). Those meet within
+microseconds, not milliseconds, and each updates its share of the parameters, where the launcher's
+ranks each update all.
 """
 
 import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from lpovod.devices import device_of, own_device
 from lpovod.exceptions import LpovodError
+from lpovod.precision import precise
 from lpovod.shared_ranks import SharedParameters, current, fork_ranks
 
 
@@ -124,9 +128,10 @@ def largest(values: list[int]) -> list[int]:
 
 
 def start_alike(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Give every rank the parameters and buffers of rank 0.
+    """Give every forked rank the parameters and buffers of rank 0.
 
-    Forked ranks share the parameters from now on: each keeps the optimizer's state of its own.
+    They share the parameters from now on: each keeps the optimizer's state of its own. A launcher's
+    ranks get them from `LossesOfRanks`.
 
     Raises:
         LpovodError: if a rank does not start with the same step: they see different files.
@@ -144,21 +149,79 @@ def start_alike(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -
         forked.parameters.forget_others(optimizer)
         for buffer in model.buffers():
             buffer.copy_(forked.gather(buffer)[0])
-        return
-    for tensor in model.state_dict().values():
-        distributed.broadcast(tensor, 0)
+
+
+class _Losses(nn.Module):
+    """The losses of a model as a module of its own."""
+
+    def __init__(self, model: nn.Module, losses: Callable[[Any], dict[str, Tensor]]):
+        super().__init__()
+        self.model, self.losses = model, losses
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return self.losses(batch)
+
+
+class LossesOfRanks:
+    """The losses of a model; of a launcher's ranks, their backward pass adds up the gradients.
+
+    Args:
+        model: every rank's gets rank 0's parameters and buffers; on GPUs it gets torch's norms.
+        losses: of this rank's part of a batch.
+    """
+
+    def __init__(self, model: nn.Module, losses: Callable[[Any], dict[str, Tensor]]):
+        self.losses = losses
+        self.parallel: DistributedDataParallel | None = None
+        if distributed.is_initialized() and ranks() > 1 and not current():
+            if next(model.parameters()).is_cuda:
+                synchronise_norms(model)
+            self.parallel = DistributedDataParallel(
+                _Losses(model, losses),
+                broadcast_buffers=False,  # norms share their statistics
+                find_unused_parameters=True,  # of the CLIP head, if no image has a proposal
+                gradient_as_bucket_view=True,
+            )
+
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        return self.parallel(batch) if self.parallel else self.losses(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this rank's gradients of a loss, or those of all ranks, to what there is."""
+        # DistributedDataParallel takes the mean over the ranks.
+        (loss * ranks() if self.parallel else loss).backward()
+
+    def adding_up(self, wanted: bool) -> AbstractContextManager[Any]:
+        """A context for losses and their backward pass that adds up all ranks' gradients, or not.
+
+        What was not added up then, is at the next time.
+        """
+        return nullcontext() if wanted or not self.parallel else self.parallel.no_sync()
+
+
+def synchronise_norms(module: nn.Module) -> None:
+    """Turn batch norms, in place, into torch's, which GPUs share by NCCL."""
+    for name, child in module.named_children():
+        if type(child) is BatchNorm2d:
+            setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+        else:
+            synchronise_norms(child)
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, gradient_norm: float) -> None:
     """One step of the optimizer down the sum of all ranks' gradients, clipped to a norm.
 
-    Of forked ranks each updates its share of the parameters.
+    A missing gradient is zero. Of forked ranks each updates its share of the parameters; those of a
+    launcher have added up their gradients before.
     """
+    for parameter in _trained(model):
+        # Fused, torch's SGD cannot do without on its first step.
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     forked = current()
     if forked and forked.parameters:
         forked.parameters.step(optimizer, gradient_norm)
         return
-    add_up_gradients(model)
     nn.utils.clip_grad_norm_(model.parameters(), gradient_norm)
     optimizer.step()
 
@@ -171,24 +234,6 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-def add_up_gradients(model: nn.Module) -> None:
-    """Replace every gradient by its sum over all ranks; one that a rank lacks counts as zero."""
-    if ranks() == 1:
-        return
-    trained = _trained(model)
-    for parameter in trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in trained if p.grad is not None]
-    if current():
-        for gradient in gradients:
-            gradient.copy_(total(gradient))
-        return
-    for work in [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
-        assert work is not None
-        work.wait()
-
-
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -196,7 +241,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose statistics in training are those of the batches of all ranks together.
 
-    torch's own SyncBatchNorm works on GPUs alone.
+    torch's own SyncBatchNorm takes its place on GPUs (`synchronise_norms`), and works there alone.
     """
 
     running_mean: Tensor
@@ -219,7 +264,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, norm):
-        values = _precise(x)
+        values = precise(x)
         mean, variance, count = _statistics(values)
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
@@ -231,7 +276,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight, mean, variance, count = ctx.saved_tensors
-        values, of_y = _precise(x), _precise(gradient)
+        values, of_y = precise(x), precise(gradient)
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
         if x.numel():  # torch divides by it
             _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
@@ -275,10 +320,6 @@ def _statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = (part * means).sum(0)
     distance = means - mean
     return mean, (part * torch.addcmul(variances, distance, distance)).sum(0), count
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _wide(channels: Tensor) -> Tensor:

@@ -183,23 +183,20 @@ class SharedParameters:
     def _add_up_gradients(self) -> None:
         """Sum the gradients of this rank's own parameters over all ranks; the others' become None.
 
-        A gradient that some ranks lack counts as zero there; one that all lack stays None.
+        No rank lacks one.
         """
         rank = self.ranks.rank
         for number, (owner, parameter) in enumerate(zip(self.owners, self.parameters, strict=True)):
             if owner != rank and parameter.grad is not None:
                 self.gradients[rank][number].copy_(parameter.grad)
-        present = self.ranks.exchange(bytes([p.grad is not None for p in self.parameters]))
+        self.ranks.wait()
         for number, (owner, parameter) in enumerate(zip(self.owners, self.parameters, strict=True)):
             if owner != rank:
                 parameter.grad = None
                 continue
             for other in self.ranks.links:
-                if present[other][number]:
-                    gradient = self.gradients[other][number]
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(gradient)
-                    parameter.grad += gradient
+                assert parameter.grad is not None
+                parameter.grad += self.gradients[other][number]
 
     def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """On rank 0 the optimizer's `state_dict`, as if it had updated all parameters."""

@@ -13,10 +13,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lpovod.artifacts import Identity, atomic, write_tensors
+from lpovod.artifacts import Identity, atomic, fingerprint, write_tensors
 from lpovod.config import TrainingSettings
-from lpovod.distributed import largest, rank, ranks, start_alike, state_of, total, update
+from lpovod.distributed import (
+    LossesOfRanks,
+    largest,
+    rank,
+    ranks,
+    start_alike,
+    state_of,
+    total,
+    update,
+)
 from lpovod.exceptions import LpovodError
+from lpovod.precision import computing_in
 from lpovod.progress import log, progress
 from lpovod.schedule import rate_at
 
@@ -38,7 +48,14 @@ def train(
     writes the final artifact and then removes the checkpoint.
 
     On several ranks each step is divided over them; the result is that of one rank, but for
-    rounding, and any number of ranks can resume a checkpoint.
+    rounding, and any number of ranks, on any device, can resume a checkpoint.
+
+    With `images_at_once` a rank takes its images of a step in parts. The step goes down the mean
+    over the parts, weighted by images, of losses that are each normalised within one part: that of
+    all images at once, if whatever a loss is divided by is proportional to the images and if norms
+    do not use a batch's statistics. (It is, but for the number of positives in the classification
+    loss. The original divides and, but for its shared norms, computes by two images too: those of
+    one of its GPUs.)
 
     Args:
         model: in training mode as the caller wants it.
@@ -49,7 +66,7 @@ def train(
         steps_per_epoch: how many they are from step 0 on.
         settings: the schedule.
         checkpoint: file of the unfinished training.
-        fingerprint: what the training is made from.
+        fingerprint: what the training is made from (`resumable`).
 
     Raises:
         LpovodError: at the first loss that is not finite, or if the checkpoint is in use.
@@ -61,6 +78,7 @@ def train(
     with _alone_with(checkpoint), _noting_signals() as signals:
         history, first, sums = _resume(model, optimizer, checkpoint, fingerprint)
         start_alike(model, optimizer, len(history) * steps_per_epoch + first)
+        shared = LossesOfRanks(model, losses)
         for epoch in range(len(history), settings.epochs):
             started, name = time.perf_counter(), f"epoch {epoch + 1}/{settings.epochs}"
             bar = progress(batches(epoch, first), name, "step", steps_per_epoch, initial=first)
@@ -68,7 +86,7 @@ def train(
                 step = epoch * steps_per_epoch + number
                 for group in optimizer.param_groups:
                     group["lr"] = rate_at(step, steps_per_epoch, settings)
-                values = _step(model, losses(batch), optimizer, settings, step)
+                values = _step(model, shared, batch, optimizer, settings, step)
                 sums = {key: sums.get(key, 0.0) + value for key, value in values.items()}
                 (received,) = largest([max(signals, default=0)])
                 if received:
@@ -87,21 +105,49 @@ def train(
 
 def _step(
     model: nn.Module,
-    named: dict[str, Tensor],
+    losses: LossesOfRanks,
+    batch: Any,
     optimizer: torch.optim.Optimizer,
     settings: TrainingSettings,
     step: int,
 ) -> dict[str, float]:
     """Go down the sum of the losses; returns their values over all ranks."""
-    values = total(torch.stack([value.detach() for value in named.values()])).tolist()
-    by_name = dict(zip(named, values, strict=True))
+    device = str(next(model.parameters()).device)
+    optimizer.zero_grad()
+    means: dict[str, Tensor] = {}
+    parts = _parts(settings)
+    for number, (part, weight) in enumerate(parts, start=1):
+        with losses.adding_up(number == len(parts)):
+            with computing_in(settings.precision, device):
+                named = losses(batch[part])
+            weighted = torch.stack(list(named.values())) * weight
+            losses.backward(weighted.sum())
+        for name, value in zip(named, weighted.detach(), strict=True):
+            means[name] = means[name] + value if name in means else value
+    # After all that was sent to a GPU: the host waits for it here.
+    values = total(torch.stack(list(means.values()))).tolist()
+    by_name = dict(zip(means, values, strict=True))
     if not all(map(math.isfinite, values)):
         raise LpovodError(f"step {step}: a loss is not finite: {by_name}. Lower the learning rate.")
-    optimizer.zero_grad()
-    first, *others = named.values()
-    sum(others, first).backward()
     update(model, optimizer, settings.gradient_norm)
     return by_name
+
+
+def _parts(settings: TrainingSettings) -> list[tuple[slice, float]]:
+    """The parts that this rank takes its images of a step in, and each one's share of all images.
+
+    Every rank has as many parts as the others, and an image in each: if a step's images cannot be
+    divided evenly, a part may have one image more than `images_at_once`.
+    """
+    images, count = settings.images_per_step, ranks()
+    of_ranks = [len(range(number, images, count)) for number in range(count)]
+    at_once = settings.images_at_once or images
+    parts = min(-(-of_ranks[0] // at_once), of_ranks[-1])
+    if parts <= 1:
+        return [(slice(None), 1.0)]
+    starts = [[own * part // parts for part in range(parts + 1)] for own in of_ranks]
+    shares = [sum(s[part + 1] - s[part] for s in starts) / images for part in range(parts)]
+    return [(slice(*starts[rank()][part : part + 2]), share) for part, share in enumerate(shares)]
 
 
 @contextmanager
@@ -144,12 +190,29 @@ def _noting_signals() -> Iterator[list[int]]:
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def ready(model: Network, device: str) -> Network:
+def ready(model: Network, device: str, precision: str = "float32") -> Network:
     """The model on a device, in training mode, in the layout of memory that is fastest there."""
     # A step on a CPU takes a tenth less time; the gradient of the proposal network is off by 2e-6
-    # of its norm then, instead of 2e-7.
-    layout = torch.channels_last if device == "cpu" else torch.preserve_format
+    # of its norm then, instead of 2e-7. A GPU's units for bfloat16 read this layout alone.
+    last = device == "cpu" or precision == "bfloat16"
+    layout = torch.channels_last if last else torch.preserve_format
     return model.to(device).to(memory_format=layout).train()
+
+
+MAY_CHANGE = {"images_at_once", "precision", "workers"}
+"""Settings of a training that may change when it is resumed: how it is computed, not what."""
+
+
+def resumable(made_from: Identity, code: str) -> str:
+    """The fingerprint of a training's checkpoint, the same on every device.
+
+    Args:
+        made_from: the identity of what is trained; its settings have a block ``training``.
+        code: digest of the source code.
+    """
+    settings = made_from["settings"]
+    training = {k: v for k, v in settings["training"].items() if k not in MAY_CHANGE}
+    return fingerprint(made_from | {"settings": settings | {"training": training}, "code": code})
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -1,17 +1,18 @@
 """Numbers on their way to a device, for which the host does not wait."""
 
-from functools import lru_cache
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=64)
-def constant(values: tuple[float, ...], device: torch.device | str) -> Tensor:
-    """Numbers as a float32 tensor on a device, sent there once; not to be written to."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device)
+def numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor of another's dtype and device.
+
+    `new_tensor` would send them there, and the host would wait until the device has done all else.
+    """
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 def send(tensor: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
@@ -20,3 +21,8 @@ def send(tensor: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def send_all(tensors: list[Tensor], device: torch.device | str) -> tuple[Tensor, ...]:
+    """Tensors of the host, alike but for their first dimension, on a device, in one copy."""
+    return send(torch.cat(tensors), device).split([len(tensor) for tensor in tensors])

@@ -5,10 +5,10 @@ same views for any number of loading processes and of ranks.
 """
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from lpovod.config import TrainingSettings
 from lpovod.distributed import largest, rank, ranks
 from lpovod.formats.coco import CocoDataset
 from lpovod.torchvision_ops import clip_boxes_to_image
-from lpovod.transfers import constant
+from lpovod.transfers import numbers
 
 MEAN = (122.770935, 116.74601, 104.093735)
 STD = (68.500534, 66.63216, 70.323166)
@@ -79,7 +79,7 @@ class LoadedView:
         pixels = self.pixels.to(device, non_blocking=True)
         return _show(pixels, self.view, self.resize_to) if self.resize_to else pixels
 
-    def pin_memory(self) -> "LoadedView":
+    def pin_memory(self) -> Self:
         """The same in pinned memory, as the loader asks of what it loads for a GPU."""
         return replace(self, pixels=self.pixels.pin_memory(), scale=self.scale.pin_memory())
 
@@ -185,11 +185,11 @@ def batch(
     """
     # Of several ranks' batches all get the size of the largest: norms see the padding, too.
     height, width = largest([max(view.size[side] for view in views) for side in (0, 1)])
-    mean, std = (
-        constant(values, device).view(3, 1, 1) for values in (normalisation.mean, normalisation.std)
-    )
     count = max(len(views), at_least)
     images = torch.zeros(count, 3, padded(height), padded(width), device=device)
+    mean, std = (
+        numbers(values, images).view(3, 1, 1) for values in (normalisation.mean, normalisation.std)
+    )
     if pad_with_black:
         images += -mean / std
     for image, view in zip(images, views, strict=False):
@@ -214,9 +214,9 @@ def training_views(
 ) -> list[View]:
     """The views of one epoch from a step on: every image once, in random order, size, direction.
 
-    The images of a step are all upright or all not, as on each GPU of the original, which saves
-    padding; the rest of both come last, filled up with views of the first step, so that every step
-    has its full number.
+    The images of a step are all upright or all not, as on each GPU of the original: padded to one
+    size, others would take a third more memory. The rest of both come last, each filled up with the
+    first views of its orientation, so that every step has its full number.
     """
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(image_ids))
@@ -224,28 +224,37 @@ def training_views(
     flips = draw.random(len(image_ids)) < settings.flip
     seeds = draw.integers(2**62, size=len(image_ids))
     views: list[View] = []
-    waiting: dict[bool, list[View]] = {True: [], False: []}
+    groups: dict[bool, list[View]] = {True: [], False: []}
+    full = settings.images_per_step
     for i, side, flip, own in zip(order, sides, flips, seeds, strict=True):
-        image = data.images[image_ids[i]]
-        together = waiting[image["height"] > image["width"]]
-        together.append(View(image_ids[i], int(side), long_side, bool(flip), int(own)))
-        if len(together) == settings.images_per_step:
-            views += together
-            together.clear()
-    views += waiting[True] + waiting[False]
-    views += list(islice(cycle(views), -len(views) % settings.images_per_step))
-    return views[step * settings.images_per_step :]
+        group = groups[_upright(data, image_ids[i])]
+        group.append(View(image_ids[i], int(side), long_side, bool(flip), int(own)))
+        if len(group) % full == 0:
+            views += group[-full:]
+    for group in groups.values():
+        if rest := len(group) % full:
+            views += [*group[-rest:], *islice(cycle(group), full - rest)]
+    return views[step * full :]
+
+
+def steps_per_epoch(data: CocoDataset, image_ids: list[int], images_per_step: int) -> int:
+    """How many steps `training_views` makes of these images."""
+    upright = sum(_upright(data, image_id) for image_id in image_ids)
+    return sum(-(-count // images_per_step) for count in (upright, len(image_ids) - upright))
+
+
+def _upright(data: CocoDataset, image_id: int) -> bool:
+    image = data.images[image_id]
+    return image["height"] > image["width"]
 
 
 class _Loading(torch.utils.data.Dataset):
-    def __init__(self, dataset: CocoDataset, views: list[View], extra: Any, on_device: bool):
-        self.dataset, self.views, self.extra, self.on_device = dataset, views, extra, on_device
+    """Loads what it is asked for; a view is the index."""
 
-    def __len__(self) -> int:
-        return len(self.views)
+    def __init__(self, dataset: CocoDataset, extra: Any, on_device: bool):
+        self.dataset, self.extra, self.on_device = dataset, extra, on_device
 
-    def __getitem__(self, number: int) -> LoadedView:
-        view = self.views[number]
+    def __getitem__(self, view: View) -> LoadedView:
         shown = apply_view(self.dataset.load(view.image_id), view, self.on_device)
         return replace(shown, extra=self.extra(shown)) if self.extra else shown
 
@@ -268,28 +277,58 @@ def load_views(
         extra: called with each loaded view (in the worker); its result is attached.
         device: where the views go; other than a CPU, it resizes them itself (`batch`).
     """
-    numbers = list(range(len(views)))
-    lists = [numbers[start : start + per_batch] for start in numbers[::per_batch]]
-    lists = [part[rank() :: ranks()] for part in lists]
-    return _load_lists(dataset, views, lists, workers, extra, device)
+    return _loader(dataset, _lists_of_rank(views, per_batch), workers, extra, device)
 
 
-def _load_lists(
+def training_batches(
     dataset: CocoDataset,
-    views: list[View],
-    lists: list[list[int]],
-    workers: int,
-    extra: Any,
+    image_ids: list[int],
+    settings: TrainingSettings,
+    long_side: int,
+    seed: int,
     device: str,
-) -> Iterable[list[LoadedView]]:
-    """Load the views with the numbers of each list."""
+    extra: Any = None,
+) -> Callable[[int, int], Iterable[list[LoadedView]]]:
+    """A function of epoch and step: this rank's parts of the batches of `training_views`.
+
+    Loading processes outlive an epoch.
+
+    Args:
+        dataset: where the images are.
+        image_ids: of the training.
+        settings: the schedule.
+        long_side: of the views, at most.
+        seed: of all that is drawn.
+        device: that the batches are going to.
+        extra: as in `load_views`; a loading process gets a copy, by pickle where it is not forked.
+    """
+    lists: list[list[View]] = []
+    loader = _loader(dataset, lists, settings.workers, extra, device)
+
+    def batches(epoch: int, step: int) -> Iterable[list[LoadedView]]:
+        views = training_views(dataset, image_ids, settings, long_side, seed, epoch, step)
+        lists[:] = _lists_of_rank(views, settings.images_per_step)
+        return loader
+
+    return batches
+
+
+def _lists_of_rank(views: list[View], per_batch: int) -> list[list[View]]:
+    starts = range(0, len(views), per_batch)
+    return [views[start : start + per_batch][rank() :: ranks()] for start in starts]
+
+
+def _loader(
+    dataset: CocoDataset, lists: list[list[View]], workers: int, extra: Any, device: str
+) -> DataLoader:
     kind = torch.device(device).type
     return DataLoader(
-        _Loading(dataset, views, extra, on_device=kind != "cpu"),
+        _Loading(dataset, extra, on_device=kind != "cpu"),
         batch_sampler=lists,
         num_workers=workers,
         worker_init_fn=_leave_signals,
         collate_fn=list,
+        persistent_workers=workers > 0,
         pin_memory=kind == "cuda",
     )
 
@@ -324,15 +363,15 @@ def inference_views(
         device: where the views go.
         threads: of the job; beside a GPU all but one load images, on a CPU the network needs them.
     """
-    views = [View(image_id, short_side, long_side) for image_id in image_ids]
-    of_size: dict[tuple[int, int], list[int]] = {}
-    for number, view in enumerate(views):
-        height, width = shown_size(dataset.size(view.image_id), view)
-        of_size.setdefault((padded(height), padded(width)), []).append(number)
+    of_size: dict[tuple[int, int], list[View]] = {}
+    for image_id in image_ids:
+        view = View(image_id, short_side, long_side)
+        height, width = shown_size(dataset.size(image_id), view)
+        of_size.setdefault((padded(height), padded(width)), []).append(view)
     lists = [
-        numbers[start : start + per_batch]
-        for numbers in of_size.values()
-        for start in range(0, len(numbers), per_batch)
+        views[start : start + per_batch]
+        for views in of_size.values()
+        for start in range(0, len(views), per_batch)
     ]
     workers = 0 if device == "cpu" else threads - 1
-    return _load_lists(dataset, views, lists, workers, None, device)
+    return _loader(dataset, lists, workers, None, device)

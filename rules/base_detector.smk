@@ -19,10 +19,10 @@ rule base_detector:
         f"{RESULTS}/benchmarks/base_detector.tsv"
     conda:
         ENVIRONMENT
-    threads: TRAINING_THREADS
+    threads: training_threads(CONFIG.base_detector.training)
     resources:
         **TRAINING_ON,
-        mem_mb=grows(NETWORK + RANKS, 2 * LISTED),
+        mem_mb=training_memory(CONFIG.base_detector.training, 2 * LISTED),
         runtime=grows(60, CONFIG.base_detector.training.epochs * EPOCH),
     params:
         code=source("base_detector"),

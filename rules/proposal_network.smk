@@ -17,10 +17,10 @@ rule proposal_network:
         f"{RESULTS}/benchmarks/proposal_network.tsv"
     conda:
         ENVIRONMENT
-    threads: TRAINING_THREADS
+    threads: training_threads(CONFIG.proposals.training)
     resources:
         **TRAINING_ON,
-        mem_mb=grows(NETWORK + RANKS, LISTED),
+        mem_mb=training_memory(CONFIG.proposals.training, LISTED),
         runtime=grows(60, CONFIG.proposals.training.epochs * EPOCH),
     params:
         code=source("proposal_network"),

@@ -38,8 +38,21 @@ def grows_in_shards(fixed, per_image):
     return amount
 
 
-# A training of a few images ends before more processors would have been free.
-TRAINING_THREADS = min(8, max(2, image_count("train") // 50))
+def training_threads(settings):
+    """Per node. On GPUs, one for each and for each process that loads images for it."""
+    if CONFIG.gpu:
+        return CONFIG.training_gpus * (1 + settings.workers)
+    # A training of a few images ends before more processors would have been free.
+    return min(8, max(2, image_count("train") // 50))
+
+
+def training_memory(settings, per_image):
+    """MB per node: every GPU has a process with the whole list of images."""
+    if CONFIG.gpu:
+        return grows(CONFIG.training_gpus * NETWORK, CONFIG.training_gpus * per_image)
+    return grows(NETWORK + RANK * training_threads(settings), per_image)
+
+
 # Threads of a job that feeds a GPU with images: all but one decode, 200 photographs a second each.
 FEEDING = 4 if CONFIG.gpu else 1
 # Minutes per image of one epoch: 15 images per second, an assumption for one GPU and the paper's
@@ -50,8 +63,8 @@ PASS = 1 / (5 * 60)
 REGIONS = CONFIG.proposals.per_image
 # MB of the imported modules (torch, or h5py and FAISS only), CUDA in one process, and Snakemake.
 NETWORK, LIGHT = 3000, 1000
-# MB of a training's ranks on a CPU, one per thread, beyond their shared memory.
-RANKS = 0 if CONFIG.gpu else 300 * TRAINING_THREADS
+# MB of each of a training's ranks on a CPU, one per thread, beyond their shared memory.
+RANK = 300
 # MB per image: its annotations (7 KB), and the positions of its regions in the store.
 LISTED = 0.01 + 4e-5 * REGIONS
 CLASSES = len(CONFIG.classes.base + CONFIG.classes.novel)

@@ -17,7 +17,7 @@ from lpovod.config import (
     ProposalsSettings,
     TrainingSettings,
 )
-from lpovod.distributed import BatchNorm2d, add_up_gradients, join, rank, ranks, total
+from lpovod.distributed import BatchNorm2d, join, rank, ranks, total
 from lpovod.networks.timm_backbone import share_statistics
 from lpovod.stages.base_detector import train_base_detector
 from lpovod.stages.proposal_network import train_proposal_network
@@ -80,10 +80,16 @@ def learn_detector(
     train_base_detector(data, *inputs, *outputs[1:], threads=threads)
 
 
-def fit(checkpoint: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
-    """Four epochs of a small regression with a norm; optionally ends abruptly in one of them."""
+def fit(
+    checkpoint: Path, stop_at: int | None = None, at_once: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Four epochs of a small regression with a norm; optionally ends abruptly in one of them.
+
+    Whole steps share the statistics of the norm; in parts it keeps those that it has.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 1), BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 1))
+    model[1].train(at_once is None)
 
     def batches(epoch, step):
         if epoch == stop_at:
@@ -96,7 +102,12 @@ def fit(checkpoint: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]
         return {"square": error / total(torch.tensor(float(len(images))))}
 
     schedule = TrainingSettings(
-        epochs=4, images_per_step=7, learning_rate=0.02, milestones=[3], warmup_steps=3
+        epochs=4,
+        images_per_step=7,
+        images_at_once=at_once,
+        learning_rate=0.02,
+        milestones=[3],
+        warmup_steps=3,
     )
     train(model, losses, batches, 3, schedule, checkpoint, "a")
     return model.state_dict()
@@ -107,7 +118,8 @@ def normalise(images: torch.Tensor, weights: torch.Tensor, norm: nn.Module) -> d
     images.requires_grad_()
     y = norm(images)
     (y * weights).sum().backward()
-    add_up_gradients(norm)
+    for parameter in norm.parameters():
+        parameter.grad = total(parameter.grad)
     found = {"y": y.detach(), "of_images": images.grad, "of_weight": norm.weight.grad}
     return found | {"of_bias": norm.bias.grad} | norm.state_dict()
 
@@ -133,6 +145,7 @@ def two_ranks(folder: Path) -> None:
     learn_with_timm(folder, folder / "two")
     learn_detector(folder, folder / "two")
     torch.save(fit(folder / "one_then_two.checkpoint"), folder / f"one_then_two.{rank()}.pt")
+    torch.save(fit(folder / "parts.checkpoint", at_once=2), folder / f"parts.{rank()}.pt")
     try:
         fit(folder / "two_then_one.checkpoint", stop_at=2)
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The detector's losses, by hand and against recorded values (the others: `test_fidelity.py`)."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.formats.coco import CocoDataset
 from lpovod.formats.regions import Regions
 from lpovod.networks.detector import Detector
+from lpovod.precision import computing_in
 from lpovod.stages.base_detector import (
     classification_loss,
     detector_losses,
     sample_regions,
     training_losses,
 )
-from lpovod.views import Normalisation, View, apply_view, batch
+from lpovod.views import LoadedView, Normalisation, View, apply_view, batch
 
 GOLDENS = Path("../shared/data/goldens")
 SMALL = BackboneSettings(channels=16)
@@ -97,24 +99,64 @@ def test_losses_are_those_of_the_regions_they_name():
 
 
 @pytest.mark.parametrize("regions", ["rpn", "proposals"])
+@pytest.mark.parametrize("sampling_ratio", [0, 1])
+def test_bfloat16_is_of_the_networks_alone(regions, sampling_ratio):
+    """Losses, boxes and statistics of norms are float32, and near those of a float32 network."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        settings = HEADS.model_copy(update={"regions": regions, "sampling_ratio": sampling_ratio})
+        model = Detector(SMALL, settings, 1, 8).train()
+        computed = []
+        keep = partial(lambda kept, *io: kept.append(io[-1].dtype), computed)
+        model.neck.fpn_convs[0].register_forward_hook(keep)
+        with computing_in(precision, "cpu"):
+            losses = training_losses(model, one_image(), [one_view()], {7: 0}, settings, "cpu")
+        assert computed == [getattr(torch, precision)]
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
+        sum(losses.values()).backward()
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+        norm = model.neck.fpn_convs[0].bn
+        assert norm.running_var.dtype == torch.float32
+        found[precision] = {name: loss.item() for name, loss in losses.items()}
+        with torch.no_grad(), computing_in(precision, "cpu"):
+            outputs = model.eval().extract(
+                model.pool(
+                    model.pyramid(torch.randn(1, 3, 64, 96)), [torch.tensor([[5.0, 5, 40, 45]])]
+                )
+            )
+        for tensor in (outputs.feature, outputs.embedding, outputs.deltas):
+            assert tensor.dtype == torch.float32
+    assert found["bfloat16"] != found["float32"]
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.05)
+
+
+def one_image() -> CocoDataset:
+    annotation = {"bbox": [10, 10, 30, 40], "category_id": 7}
+    images = {1: {"file_name": "", "width": 96, "height": 64}}
+    return CocoDataset(Path("x.json"), images, {1: [annotation]}, {7: {"name": "a"}})
+
+
+def one_view() -> LoadedView:
+    boxes = np.array([[12, 8, 44, 50], [60, 4, 90, 60]], np.float32)
+    embedding = np.eye(8, dtype=np.float16)[:2]
+    extra = Regions(np.ones(2), np.arange(2), boxes, np.ones(2), {"embedding": embedding})
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    return replace(apply_view(pixels, View(1, 64, 96)), extra=extra)
+
+
+@pytest.mark.parametrize("regions", ["rpn", "proposals"])
 def test_regions_come_from_the_rpn_or_from_the_proposals(regions):
     """With an RPN its two losses are added; distillation is of the given proposals all the same."""
     torch.manual_seed(0)
     settings = HEADS.model_copy(update={"regions": regions})
     model = Detector(SMALL, settings, 1, 8).eval()
     assert any(k.startswith("rpn_head.") for k in model.state_dict()) == (regions == "rpn")
-    annotation = {"bbox": [10, 10, 30, 40], "category_id": 7}
-    images = {1: {"file_name": "", "width": 96, "height": 64}}
-    data = CocoDataset(Path("x.json"), images, {1: [annotation]}, {7: {"name": "a"}})
-    boxes = np.array([[12, 8, 44, 50], [60, 4, 90, 60]], np.float32)
-    embedding = np.eye(8, dtype=np.float16)[:2]
-    extra = Regions(np.ones(2), np.arange(2), boxes, np.ones(2), {"embedding": embedding})
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    view = replace(apply_view(pixels, View(1, 64, 96)), extra=extra)
-    found = training_losses(model, data, [view], {7: 0}, settings, "cpu")
+    view = one_view()
+    found = training_losses(model, one_image(), [view], {7: 0}, settings, "cpu")
     own = {"rpn_classification", "rpn_box"} if regions == "rpn" else set()
     assert set(found) == {"classification", "box", "distillation"} | own
     pyramid = model.pyramid(batch([view], "cpu", Normalisation()))
-    imitated = model.embed(model.pool(pyramid, [torch.tensor(boxes)]))
-    distance = (imitated - torch.tensor(embedding)).abs().mean()
+    imitated = model.embed(model.pool(pyramid, [torch.tensor(view.extra.box)]))
+    distance = (imitated - torch.tensor(view.extra["embedding"])).abs().mean()
     assert float(found["distillation"].detach()) == pytest.approx(256 * float(distance), rel=1e-4)

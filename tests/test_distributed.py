@@ -15,10 +15,13 @@ import torch
 from conftest import make_world, write_shards
 from ranks import STEP, fit, learn_detector, learn_proposals, learn_with_timm, normalise
 from timm.layers import BatchNormAct2d
+from torch import nn
 
 from lpovod.artifacts import read_tensors
+from lpovod.distributed import BatchNorm2d, synchronise_norms
 from lpovod.exceptions import LpovodError
 from lpovod.launcher import command
+from lpovod.networks.timm_backbone import share_statistics
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +128,31 @@ def test_a_killed_training_resumes_with_another_number_of_ranks(folder, tmp_path
     for weights in found:
         for name, value in expected.items():
             close(weights[name].float(), value.float())
+
+
+@pytest.mark.slow
+def test_gradients_of_several_parts_are_added_up_once(folder, tmp_path):
+    expected = fit(tmp_path / "checkpoint", at_once=7)
+    for number in (0, 1):
+        found = torch.load(folder / f"parts.{number}.pt")
+        for name, value in expected.items():
+            close(found[name].float(), value.float())
+
+
+def test_norms_of_gpus_are_torch_s_with_the_same_names_and_modes():
+    """They cannot compute here: torch refuses its norm on a CPU."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(BatchNorm2d(4), BatchNorm2d(4)))
+    timm_s = BatchNormAct2d(4)
+    share_statistics(nn.Sequential(timm_s))
+    model.append(timm_s)
+    model[1][0].eval()
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    synchronise_norms(model)
+    assert [type(norm) for norm in model[1]] == [nn.SyncBatchNorm] * 2
+    assert [norm.training for norm in model[1]] == [False, True]
+    assert model[2] is timm_s  # which has an activation, too
+    assert list(model.state_dict()) == names
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
 
 def test_a_launcher_is_needed_for_several_processes_alone():

@@ -196,8 +196,10 @@ def test_samples_are_the_original_s(original, number):
     batch, own = anchors_on(640, 960), anchors_on(640, [864, 960][number])
     proposals = torch.from_numpy(recorded[f"train_proposals_{number}"][:, :4])
     with sampled_evenly():
-        positive, negative, learned = sample_anchors(batch, objects, *view.pixels.shape[1:])
+        height, width = view.pixels.shape[1:]
+        samples = sample_anchors(batch, [objects], [(height, width)], [0])
         regions = sample_regions(objects, labels, proposals, 48, BaseDetectorSettings())
+    ((positive, negative, learned),) = samples
     assert torch.equal(batch[positive], own[recorded[f"rpn_pos_inds_{number}"]])
     assert torch.equal(batch[negative], own[recorded[f"rpn_neg_inds_{number}"]])
     assert torch.equal(learned, objects[recorded[f"rpn_pos_gt_{number}"]])

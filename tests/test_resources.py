@@ -58,7 +58,20 @@ def test_a_shard_asks_for_its_share_of_the_time():
 
 @pytest.mark.parametrize(("images", "threads"), [(48, 2), (200, 4), (700, 8), (100_000, 8)])
 def test_a_longer_training_asks_for_more_threads(images, threads):
-    assert threads == asked(dataset={"miniature": {"train_images": images}}).TRAINING_THREADS
+    few = asked(dataset={"miniature": {"train_images": images}})
+    assert threads == few.training_threads(few.CONFIG.base_detector.training)
+
+
+def test_a_training_on_gpus_asks_for_threads_and_memory_of_every_process():
+    """Of each node; `training_nodes` is SLURM's to multiply."""
+    amounts = []
+    for gpus, nodes in ((1, 1), (8, 1), (8, 3)):
+        on = asked(gpu=True, training_gpus=gpus, training_nodes=nodes)
+        training = on.CONFIG.base_detector.training.model_copy(update={"workers": 4})
+        memory = on.training_memory(training, 0.5)(SimpleNamespace(), 1)
+        amounts.append((on.training_threads(training), memory))
+    of_one = 3000 + 0.5 * 1400
+    assert amounts == [(5, of_one), (40, 8 * of_one), (40, 8 * of_one)]
 
 
 def test_the_number_of_photographs_follows_from_the_size_of_their_json(tmp_path):

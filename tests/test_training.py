@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from lpovod.config import LinearProbeSettings, TrainingSettings
+from lpovod.artifacts import identity
+from lpovod.config import LinearProbeSettings, ProposalsSettings, TrainingSettings
 from lpovod.exceptions import LpovodError
 from lpovod.schedule import rate_at
-from lpovod.training import train
+from lpovod.training import resumable, train
 
 RECORDED = Path("../shared/data/goldens/golden_lr.npz")
 
@@ -47,6 +48,7 @@ def fit(
     fingerprint: str = "a",
     optimizer: str = "sgd",
     signal_at: tuple[int, int, int] | None = None,
+    precision: str = "float32",
 ):
     """Fit a small random regression; optionally end abruptly in an epoch.
 
@@ -72,7 +74,7 @@ def fit(
 
     schedule = TrainingSettings(
         epochs=4, learning_rate=0.05, milestones=[3], warmup_steps=3, optimizer=optimizer
-    )
+    ).model_copy(update={"precision": precision})
     history = train(model, losses, batches, 5, schedule, checkpoint, fingerprint)
     return model.state_dict(), history, started
 
@@ -96,6 +98,94 @@ def test_a_foreign_or_damaged_checkpoint_is_not_resumed(tmp_path, spoil):
         checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     _, _, started = fit(checkpoint, fingerprint="b" if spoil == "fingerprint" else "a")
     assert started == [(0, 0), (1, 0), (2, 0), (3, 0)]
+
+
+def build_network() -> nn.Module:
+    """With a norm that uses its running statistics; double, to see more than rounding."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 1))
+    model = nn.Sequential(*layers).double()
+    model[1].eval()
+    return model
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 6])
+def test_a_step_in_parts_is_the_step_of_all_images_at_once(tmp_path, at_once):
+    images = torch.randn(3, 7, 2, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    largest = []
+
+    def learn(images_at_once: int | None):
+        model = build_network()
+
+        def losses(part):
+            largest.append(len(part))
+            error = model(part)[:, 0] - part.sum((1, 2, 3))
+            return {"square": error.square().mean(), "size": error.abs().mean()}
+
+        schedule = TrainingSettings(
+            epochs=2,
+            images_per_step=7,
+            images_at_once=images_at_once,
+            learning_rate=0.02,
+            milestones=[2],
+            warmup_steps=0,
+            gradient_norm=0.5,  # less than most of this model's
+        )
+        path = tmp_path / str(images_at_once)
+        history = train(model, losses, lambda epoch, step: images[step:], 3, schedule, path, "a")
+        return model.state_dict(), history
+
+    expected, expected_history = learn(None)
+    largest.clear()
+    found, history = learn(at_once)
+    assert max(largest) <= at_once
+    assert sum(largest) == 2 * 3 * 7
+    assert history == [pytest.approx(line, rel=1e-12) for line in expected_history]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_layer_that_the_first_step_does_not_use_is_learned_later(tmp_path, optimizer):
+    """As the CLIP head, if no image of the first step has a proposal."""
+    model = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
+    for layer in model:
+        nn.init.ones_(layer.weight)
+    schedule = TrainingSettings(
+        epochs=1, learning_rate=0.1, milestones=[], warmup_steps=0, weight_decay=0.5
+    ).model_copy(update={"optimizer": optimizer})
+
+    def losses(batch):
+        used = list(model)[: batch[0]]
+        return {"sum": sum(layer.weight.sum() for layer in used)}
+
+    train(model, losses, lambda epoch, step: [[1], [2]], 2, schedule, tmp_path / "c", "a")
+    if optimizer == "sgd":  # by hand: the weight decay; then it with a gradient and the momentum
+        second = 1 - 0.05 - 0.1 * (0.9 * 0.5 + 1 + 0.5 * 0.95)
+        assert model[1].weight.item() == pytest.approx(second)
+    assert model[1].weight.item() < 0.95
+
+
+def test_a_training_is_resumed_in_another_precision_and_with_other_parts(tmp_path):
+    settings = ProposalsSettings(training=TrainingSettings())
+    made_from = identity("proposals", settings)
+
+    def changed(**values) -> str:
+        training = settings.training.model_copy(update=values)
+        return resumable(
+            identity("proposals", settings.model_copy(update={"training": training})), "code"
+        )
+
+    same = resumable(made_from, "code")
+    assert changed(precision="bfloat16", images_at_once=2, workers=4) == same
+    assert len({same, changed(learning_rate=0.1), changed(images_per_step=4)}) == 3
+    assert resumable(made_from, "other code") != same
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "killed", stop_at=2)
+    weights, history, started = fit(tmp_path / "killed", precision="bfloat16")
+    assert started == [(2, 0), (3, 0)]
+    assert all(weight.dtype in (torch.float32, torch.int64) for weight in weights.values())
+    assert len(history) == 4
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):

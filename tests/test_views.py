@@ -1,5 +1,6 @@
 """Images on their way into a network."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from lpovod.formats.coco import CocoDataset
 from lpovod.views import (
     MEAN,
     STD,
+    LoadedView,
     Normalisation,
     View,
     apply_view,
@@ -20,6 +22,8 @@ from lpovod.views import (
     inference_views,
     load_views,
     resize,
+    steps_per_epoch,
+    training_batches,
     training_views,
 )
 
@@ -128,20 +132,22 @@ def sized(sizes: dict[int, tuple[int, int]]) -> CocoDataset:
     return CocoDataset(Path("train.json"), images, {i: [] for i in images}, {})
 
 
-def test_every_step_is_full_and_all_but_the_last_of_one_orientation():
-    data = sized({i: (60, 90) if i % 3 else (90, 60) for i in range(50)})
+def test_every_step_is_full_and_of_one_orientation():
+    data = sized({i: (60, 90) if i % 3 else (90, 60) for i in range(50)})  # 33 upright, 17 wide
     views = training_views(data, list(data.images), TrainingSettings(images_per_step=4), 320, 0, 0)
     ids = [view.image_id for view in views]
-    assert len(ids) == 52
-    assert sorted(ids[:50]) == list(range(50))
-    assert ids[50:] == ids[:2]
-    steps = [{i % 3 > 0 for i in ids[first : first + 4]} for first in range(0, 52, 4)]
-    assert all(len(orientations) == 1 for orientations in steps[:-1])
-    assert {True} in steps and {False} in steps
+    assert len(ids) == 4 * steps_per_epoch(data, list(data.images), 4) == 36 + 20
+    assert set(ids) == set(range(50))
+    steps = [{i % 3 > 0 for i in ids[first : first + 4]} for first in range(0, 56, 4)]
+    assert steps[-2:] == [{True}, {False}]
+    assert all(len(orientations) == 1 for orientations in steps)
+    for upright, last in ((True, ids[48:52]), (False, ids[52:])):
+        first = [i for i in ids if (i % 3 > 0) == upright][:3]
+        assert last[1:] == first  # an image of its own, filled up with the first ones
 
 
 def test_a_step_may_have_more_images_than_there_are():
-    data = sized({5: (60, 90), 7: (90, 60)})
+    data = sized({5: (60, 90), 7: (60, 90)})
     views = training_views(data, [5, 7], TrainingSettings(images_per_step=5), 320, 0, 0)
     ids = [view.image_id for view in views]
     assert ids in ([5, 7, 5, 7, 5], [7, 5, 7, 5, 7])
@@ -194,3 +200,29 @@ def test_loading_is_the_same_for_any_number_of_workers(tmp_path):
     assert [len(part) for part in runs[0]] == [2, 2, 1]
     for one, other in zip(*runs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_loading_processes_load_several_epochs(tmp_path):
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    images = {}
+    for number in range(5):
+        images[number] = {"file_name": f"{number}.png", "width": 30, "height": 20}
+        Image.fromarray(noise(20, 30)).save(tmp_path / "images/train" / f"{number}.png")
+    data = CocoDataset(tmp_path / "train.json", images, {i: [] for i in images}, {})
+    runs, processes = [], []
+    for workers in (0, 2):
+        settings = TrainingSettings(images_per_step=2, short_sides=[20], workers=workers)
+        inputs = (data, list(images), settings, 30, 0, "cpu", process_of)
+        batches = training_batches(*inputs)
+        # A whole epoch, and another one from its second step on.
+        loaded = [views for start in ((0, 0), (1, 1)) for views in batches(*start)]
+        runs.append([[view.view for view in views] for views in loaded])
+        processes.append({view.extra for views in loaded for view in views})
+    assert runs[0] == runs[1]
+    assert [len(views) for views in runs[0]] == [2, 2, 2, 2, 2]
+    assert processes[0] == {os.getpid()}
+    assert len(processes[1]) == 2  # not two for each epoch
+
+
+def process_of(loaded: LoadedView) -> int:
+    return os.getpid()

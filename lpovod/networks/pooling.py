@@ -5,7 +5,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lpovod.networks.backbone import STRIDES, level_of
+from lpovod.precision import precise
 from lpovod.torchvision_ops import roi_align
+from lpovod.transfers import numbers
 
 POOLED = 7
 """Bins per side of a pooled region."""
@@ -21,7 +23,8 @@ def pool_regions(
 
     Args:
         pyramid: maps of n images, finest first.
-        boxes: for each image (m, 4), in pixels of the network's input.
+        boxes: for each image (m, 4), in pixels of the network's input. If they are the host's, a
+            GPU's host does not wait.
         finest_scale: see `level_of`.
         sampling_ratio: samples per bin and axis; 0 is adaptive, as in the original.
 
@@ -29,19 +32,21 @@ def pool_regions(
         (sum of m, channels, 7, 7), image after image.
     """
     image = torch.cat([box.new_full((len(box),), i) for i, box in enumerate(boxes)])
-    box = torch.cat(boxes)
-    level = level_of(box, finest_scale, POOLED_LEVELS)
+    rois = torch.cat([image[:, None], torch.cat(boxes)], dim=1)
+    level = level_of(rois[:, 1:], finest_scale, POOLED_LEVELS)
+    device = pyramid[0].device
     if sampling_ratio == 1:
-        return _pool_centres(pyramid, image.long(), box, level)
-    pooled = pyramid[0].new_zeros(len(box), pyramid[0].shape[1], POOLED, POOLED)
-    rois = torch.cat([image[:, None], box], dim=1)
-    for number, stride in enumerate(STRIDES[:POOLED_LEVELS]):
-        rows = (level == number).nonzero().flatten()
-        # Without a region, too: the backward pass must meet the same norms on every rank.
-        features, scale = pyramid[number], 1 / stride
-        here = roi_align(features, rois[rows], POOLED, scale, sampling_ratio)
-        pooled = pooled.index_copy(0, rows, here)
-    return pooled
+        rois, level = (t.to(device, non_blocking=True) for t in (rois, level))
+        return _pool_centres(pyramid, rois[:, 0].long(), rois[:, 1:], level)
+    order = level.argsort(stable=True)
+    counts = torch.stack([(level == number).sum() for number in range(POOLED_LEVELS)]).tolist()
+    by_level = rois[order].to(device, non_blocking=True).split(counts)
+    # Of a level without a region, too: the backward pass must meet the same norms on every rank.
+    pooled = [
+        roi_align(precise(features), some, POOLED, 1 / stride, sampling_ratio)
+        for features, some, stride in zip(pyramid, by_level, STRIDES, strict=False)
+    ]
+    return torch.cat(pooled)[order.argsort().to(device, non_blocking=True)]
 
 
 def _pool_centres(pyramid: list[Tensor], image: Tensor, box: Tensor, level: Tensor) -> Tensor:
@@ -50,11 +55,11 @@ def _pool_centres(pyramid: list[Tensor], image: Tensor, box: Tensor, level: Tens
     The same values as torchvision's operator, whose backward pass on a CPU takes four times as
     long (`benchmarks/pooling.py`).
     """
-    maps = pyramid[:POOLED_LEVELS]
+    maps = [precise(features) for features in pyramid[:POOLED_LEVELS]]
     cells = torch.cat([m.permute(0, 2, 3, 1).reshape(-1, m.shape[1]) for m in maps])
-    height, width = (box.new_tensor([m.shape[side] for m in maps])[level] for side in (2, 3))
-    first = torch.tensor([0, *(m[:, 0].numel() for m in maps[:-1])]).cumsum(0).to(level)[level]
-    stride = box.new_tensor(STRIDES[:POOLED_LEVELS])[level]
+    height, width = (numbers([m.shape[side] for m in maps], box)[level] for side in (2, 3))
+    first = numbers([0, *(m[:, 0].numel() for m in maps[:-1])], level).cumsum(0)[level]
+    stride = numbers(STRIDES[:POOLED_LEVELS], box)[level]
     x, left = _bins(box[:, 0], box[:, 2], stride, width)
     y, top = _bins(box[:, 1], box[:, 3], stride, height)
     row = first[:, None] + (image * height.long())[:, None] * width.long()[:, None]

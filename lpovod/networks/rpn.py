@@ -5,14 +5,18 @@ alone: at test time the regions are the given proposals. Parameter names are tho
 checkpoints. Anchors are ordered by level, row, column and ratio everywhere.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lpovod.boxes import decode, encode, sample_rows
+from lpovod.boxes import decode, encode, rows_of, sample_rows
 from lpovod.distributed import total
 from lpovod.networks.backbone import STRIDES
-from lpovod.torchvision_ops import box_iou, clip_boxes_to_image
+from lpovod.precision import precise
+from lpovod.torchvision_ops import box_iou, clip_boxes_to_image, nms
+from lpovod.transfers import numbers
 from lpovod.views import padded
 
 ANCHOR_SCALE = 8.0
@@ -62,7 +66,7 @@ def make_anchors(pyramid: list[Tensor]) -> list[Tensor]:
     """
     found = []
     for features, stride in zip(pyramid, STRIDES, strict=True):
-        ratio = features.new_tensor(RATIOS, dtype=torch.float32).sqrt()
+        ratio = numbers(RATIOS, precise(features)).sqrt()
         half = torch.stack([1 / ratio, ratio], dim=1) * (stride * ANCHOR_SCALE / 2)
         rows, columns = (torch.arange(n, device=half.device) for n in features.shape[-2:])
         y, x = torch.meshgrid(rows, columns, indexing="ij")
@@ -85,41 +89,53 @@ def match_anchors(anchors: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Ten
     pairwise = box_iou(objects, anchors)
     iou, assigned = pairwise.max(dim=0)
     best = pairwise.amax(dim=1, keepdim=True)
-    closest = ((pairwise == best) & (best >= NEGATIVE_IOU)).nonzero()
+    closest = (pairwise == best) & (best >= NEGATIVE_IOU)
     # An anchor that is the best of several objects learns the last of them, as in the original.
-    last = torch.full_like(assigned, -1).scatter_reduce(0, closest[:, 1], closest[:, 0], "amax")
+    row = torch.arange(len(objects), dtype=torch.int32, device=objects.device)[:, None]
+    last = torch.where(closest, row, -1).amax(dim=0)
     assigned = torch.where(last >= 0, last, assigned)
     positive = (iou >= POSITIVE_IOU) | (last >= 0)
     return positive, (iou < NEGATIVE_IOU) & ~positive, assigned
 
 
 def sample_anchors(
-    anchors: Tensor, objects: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of sampled positive and negative anchors of one image, and the positives' objects.
+    anchors: Tensor, objects: Sequence[Tensor], sizes: list[tuple[int, int]], seeds: list[int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of sampled positive and negative anchors of each image, and the positives' objects.
 
     Args:
         anchors: (n, 4).
-        objects: (m, 4), one at least.
-        height: of the image, in pixels; an anchor centred outside of the image and of its own
-            padding (which a larger neighbour's may follow) is not sampled.
-        width: of the image.
+        objects: for each image (m, 4), one at least.
+        sizes: height and width of each image, in pixels; an anchor centred outside of the image and
+            of its own padding (which a larger neighbour's may follow) is not sampled.
+        seeds: of the samples of each image.
 
     Returns:
-        (p,) rows, (q,) rows, (p, 4) boxes.
+        for each image (p,) rows, (q,) rows, (p, 4) boxes.
     """
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-    limit = centre.new_tensor([padded(width), padded(height)])
-    inside = (centre < limit).all(dim=1).nonzero().flatten()
-    positive, negative, assigned = match_anchors(anchors[inside], objects)
-    learned, others = sample_rows(positive, negative, SAMPLES, POSITIVES)
-    return inside[learned], inside[others], objects[assigned[learned]]
+    marks, matched = [], []
+    for of_image, (height, width) in zip(objects, sizes, strict=True):
+        inside = (centre[:, 0] < padded(width)) & (centre[:, 1] < padded(height))
+        # As a point an anchor meets no object.
+        positive, negative, assigned = match_anchors(anchors * inside[:, None], of_image)
+        marks += [positive, negative & inside]
+        matched.append(of_image[assigned])
+    rows = rows_of(torch.stack(marks))
+    samples = []
+    for seed, positive, negative, of_image in zip(
+        seeds, rows[::2], rows[1::2], matched, strict=True
+    ):
+        torch.manual_seed(seed)
+        learned, others = sample_rows(positive, negative, SAMPLES, POSITIVES)
+        samples.append((learned, others, of_image[learned]))
+    return samples
 
 
 def rpn_losses(
     outputs: Outputs,
     anchors: list[Tensor],
-    objects: list[Tensor],
+    objects: Sequence[Tensor],
     sizes: list[tuple[int, int]],
     seeds: list[int],
 ) -> dict[str, Tensor]:
@@ -135,11 +151,10 @@ def rpn_losses(
         seeds: of the samples of each image.
     """
     of_all_levels = torch.cat(anchors)
-    logits, deltas = (torch.cat(level, dim=1) for level in zip(*outputs, strict=True))
+    logits, deltas = (precise(torch.cat(level, dim=1)) for level in zip(*outputs, strict=True))
+    samples = sample_anchors(of_all_levels, objects, sizes, seeds)
     classification, box, count = [], [], 0
-    for number, (boxes, size) in enumerate(zip(objects, sizes, strict=True)):
-        torch.manual_seed(seeds[number])
-        positive, negative, learned = sample_anchors(of_all_levels, boxes, *size)
+    for number, (positive, negative, learned) in enumerate(samples):
         sampled = logits[number, torch.cat([positive, negative])]
         target = (torch.arange(len(sampled), device=sampled.device) < len(positive)).to(sampled)
         classification.append(
@@ -148,7 +163,7 @@ def rpn_losses(
         wanted = encode(of_all_levels[positive], learned, STDS)
         box.append((deltas[number, positive] - wanted).abs().sum())
         count += len(sampled)
-    count = total(logits.new_tensor(float(count)))
+    count = total(logits.new_full((), float(count)))
     return {
         "rpn_classification": torch.stack(classification).sum() / count,
         "rpn_box": torch.stack(box).sum() / count,
@@ -170,8 +185,6 @@ def rpn_proposals(
         sizes: height and width of each image, without padding.
         per_level: best anchors of each level that enter the NMS, which acts within a level.
     """
-    from torchvision.ops import batched_nms  # slow to import, and detection does not need it
-
     found = []
     for number, (height, width) in enumerate(sizes):
         boxes, scores, levels = [], [], []
@@ -182,8 +195,10 @@ def rpn_proposals(
             box = decode(of_level[best], deltas[number, best].float(), STDS)
             boxes.append(clip_boxes_to_image(box, (height, width)))
             scores.append(score)
-            levels.append(torch.full_like(best, level))
+            levels.append(torch.full_like(score, level, dtype=torch.float64))
         box, score = torch.cat(boxes), torch.cat(scores)
-        kept = batched_nms(box, score, torch.cat(levels), NMS)[:PER_IMAGE]
+        # One NMS of levels that lie apart: in float64 the distance does not change an overlap.
+        apart = box + torch.cat(levels)[:, None] * (height + width)
+        kept = nms(apart, score.double(), NMS)[:PER_IMAGE]
         found.append((box[kept], score[kept]))
     return found

@@ -15,19 +15,21 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from lpovod.artifacts import fingerprint, identity
+from lpovod.artifacts import identity
 from lpovod.boxes import encode, match, sample
 from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.distributed import total, training_ranks
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, check_same_images, read_dataset
-from lpovod.formats.regions import digest_of_shards, open_shards
+from lpovod.formats.regions import Regions, RegionStore, digest_of_shards, open_shards
 from lpovod.importers.backbone import start_from
 from lpovod.networks.backbone import freeze_statistics
 from lpovod.networks.detector import Detector
 from lpovod.networks.rpn import RegionProposalNetwork, make_anchors, rpn_losses, rpn_proposals
-from lpovod.training import ready, train, write_training
-from lpovod.views import LoadedView, batch, load_views, training_views
+from lpovod.precision import precise
+from lpovod.training import ready, resumable, train, write_training
+from lpovod.transfers import send_all
+from lpovod.views import LoadedView, batch, steps_per_epoch, training_batches
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ class Sampled:
     labels: Tensor
     targets: Tensor
     positives: int
+
+
+@dataclass(frozen=True)
+class RegionsOf:
+    """Reads the regions of a view's image; loading processes get a copy."""
+
+    store: RegionStore
+
+    def __call__(self, loaded: LoadedView) -> Regions:
+        return self.store.read(loaded.view.image_id)
 
 
 def sample_regions(
@@ -89,6 +101,8 @@ def detector_losses(
 ) -> dict[str, Tensor]:
     """The three losses of a batch; of several ranks' parts they add up to those of the whole.
 
+    Boxes, labels and embeddings are the host's, also if the model is not.
+
     Args:
         model: the detector.
         pyramid: P2 ... P6 of the images.
@@ -98,7 +112,7 @@ def detector_losses(
         distillation_weight: factor of the third loss.
     """
     device = pyramid[0].device
-    both = [torch.cat([s.boxes, p]).to(device) for s, p in zip(sampled, proposals, strict=True)]
+    both = [torch.cat([s.boxes, p]) for s, p in zip(sampled, proposals, strict=True)]
     pooled = model.pool(pyramid, both)
     to_classify = torch.cat(
         [
@@ -106,19 +120,27 @@ def detector_losses(
             for s, p in zip(sampled, proposals, strict=True)
         ]
     )
-    feature = model.region_head(pooled[to_classify])
-    labels = torch.cat([s.labels for s in sampled]).to(feature.device)
-    losses = {"classification": classification_loss(feature @ model.prototypes.T, labels)}
-    positive = labels < len(model.prototypes)
-    boxes, targets = (
-        torch.cat([getattr(s, name) for s in sampled]).to(feature.device)[positive]
-        for name in ("boxes", "targets")
+    to_imitate = (~to_classify).nonzero().flatten()
+    labels, boxes, targets = (
+        torch.cat([getattr(s, name) for s in sampled]) for name in ("labels", "boxes", "targets")
     )
-    deltas = model.box_refinement(feature[positive])
-    regions, values = total(feature.new_tensor([len(labels), embeddings.numel()]))
-    losses["box"] = (deltas - encode(boxes, targets)).abs().sum() / regions
+    positive = (labels < len(model.prototypes)).nonzero().flatten()
+    rows, positives, imitating = send_all(
+        [to_classify.nonzero().flatten(), positive, to_imitate], device
+    )
+    labels, wanted, embeddings = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (labels, encode(boxes[positive], targets[positive]), embeddings)
+    )
+    feature = model.region_head(pooled[rows])
+    logits = precise(feature @ model.prototypes.T)
+    losses = {"classification": classification_loss(logits, labels)}
+    deltas = precise(model.box_refinement(feature[positives]))
+    # The host adds these up: a device's sum would make it wait.
+    regions, values = total(torch.tensor([len(labels), embeddings.numel()])).tolist()
+    losses["box"] = (deltas - wanted).abs().sum() / regions
     if distillation_weight and values > 0:
-        imitated = model.embed(pooled[~to_classify])
+        imitated = model.embed(pooled[imitating])
         distance = (imitated - embeddings).abs().sum() / values
         losses["distillation"] = distillation_weight * distance
     return losses
@@ -167,12 +189,9 @@ def train_base_detector(
         if not image_ids:
             raise LpovodError(f"{dataset}: no image has an annotation to learn from")
         classes = {category: row for row, category in enumerate(sorted(data.categories))}
+        regions = digest_of_shards(store)
         made_from = identity(
-            "base_detector",
-            settings,
-            dataset=dataset,
-            network=network,
-            region_embeddings=digest_of_shards(store),
+            "base_detector", settings, dataset=dataset, network=network, region_embeddings=regions
         ) | {
             "backbone": backbone.model_dump(mode="json"),
             "seed": seed,
@@ -182,22 +201,18 @@ def train_base_detector(
         embedding = store.read(next(i for i in store.image_ids if store.count(i)))["embedding"]
         model = Detector(backbone, settings, len(classes), embedding.shape[1])
         start_from(model, network, backbone.architecture)
-        model = ready(model, device)
+        model = ready(model, device, schedule.precision)
         freeze_statistics(model.backbone)
         lines = train(
             model,
             lambda views: training_losses(model, data, views, classes, settings, device),
-            lambda epoch, step: load_views(
-                data,
-                training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
-                schedule.images_per_step,
-                schedule.workers,
-                extra=lambda view: store.read(view.view.image_id),
+            training_batches(
+                data, image_ids, schedule, backbone.long_side, seed, device, RegionsOf(store)
             ),
-            -(-len(image_ids) // schedule.images_per_step),
+            steps_per_epoch(data, image_ids, schedule.images_per_step),
             schedule,
             checkpoint,
-            fingerprint(made_from | {"code": code}),
+            resumable(made_from, code),
         )
         write_training(model, lines, made_from, detector, history, checkpoint)
 
@@ -244,7 +259,7 @@ def training_losses(
         pyramid,
         sampled,
         proposals,
-        torch.cat(embeddings).to(device),
+        torch.cat(embeddings),
         settings.distillation_weight,
     )
 
@@ -256,8 +271,9 @@ def _own_regions(
     views: list[LoadedView],
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The region proposal network's two losses, and its boxes of each image."""
-    sizes = [(view.pixels.shape[1], view.pixels.shape[2]) for view in views]
+    sizes = [view.size for view in views]
     seeds = [view.view.seed for view in views]
     outputs, anchors = rpn_head(pyramid), make_anchors(pyramid)
-    losses = rpn_losses(outputs, anchors, [o.to(pyramid[0].device) for o in objects], sizes, seeds)
-    return losses, [boxes.cpu() for boxes, _ in rpn_proposals(outputs, anchors, sizes)]
+    losses = rpn_losses(outputs, anchors, send_all(objects, pyramid[0].device), sizes, seeds)
+    boxes = [boxes for boxes, _ in rpn_proposals(outputs, anchors, sizes)]
+    return losses, list(torch.cat(boxes).cpu().split([len(of_image) for of_image in boxes]))

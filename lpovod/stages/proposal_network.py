@@ -1,12 +1,13 @@
 """Stage `proposals`, its training: the proposal network learns from base annotations alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lpovod.artifacts import fingerprint, identity
-from lpovod.boxes import take
+from lpovod.artifacts import identity
+from lpovod.boxes import rows_of, take
 from lpovod.config import BackboneSettings, ProposalsSettings
 from lpovod.distributed import total, training_ranks
 from lpovod.exceptions import LpovodError
@@ -14,8 +15,9 @@ from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.importers.backbone import start_from
 from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.torchvision_ops import box_iou
-from lpovod.training import ready, train, write_training
-from lpovod.views import LoadedView, batch, load_views, training_views
+from lpovod.training import ready, resumable, train, write_training
+from lpovod.transfers import send_all
+from lpovod.views import LoadedView, batch, steps_per_epoch, training_batches
 
 
 def centerness(points: Tensor, boxes: Tensor) -> Tensor:
@@ -26,35 +28,51 @@ def centerness(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 def proposal_losses(
-    anchors: Tensor, boxes: Tensor, logits: Tensor, objects: Tensor, settings: ProposalsSettings
+    anchors: Tensor,
+    boxes: Tensor,
+    logits: Tensor,
+    objects: Sequence[Tensor],
+    seeds: list[int],
+    settings: ProposalsSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Box loss, (1 - IoU) x 10, and objectness loss, L1 of centerness, of one image.
+    """Box loss, (1 - IoU) x 10, and objectness loss, L1 of centerness, of each of k images, (k,).
 
     Args:
         anchors: (n, 4).
-        boxes: (n, 4), predicted.
-        logits: (n,), predicted.
-        objects: (m, 4), the base annotations.
+        boxes: (k, n, 4), predicted.
+        logits: (k, n), predicted.
+        objects: for each image (m, 4), the base annotations.
+        seeds: of the samples of each image.
         settings: thresholds and number of samples.
     """
+    matches = [_match(anchors, of_image, settings.box_iou) for of_image in objects]
+    rows = rows_of(torch.cat([marks for marks, _ in matches]))
+    losses = []
+    for number, (_, matched) in enumerate(matches):
+        torch.manual_seed(seeds[number])
+        localised, centred, outside = rows[3 * number : 3 * number + 3]
+        localised = take(localised, settings.samples_per_image)
+        centred = take(centred, settings.samples_per_image)
+        outside = take(outside, settings.samples_per_image - len(centred))
+        fit = _iou_of_pairs(boxes[number, localised], matched[localised])
+        # An object far from every anchor's size may leave an image without an anchor to learn from.
+        box_loss = 10 * (1 - fit).sum() / max(1, len(localised))
+        points = (anchors[centred, :2] + anchors[centred, 2:]) / 2
+        target = torch.cat([centerness(points, matched[centred]), logits.new_zeros(len(outside))])
+        predicted = logits[number, torch.cat([centred, outside])].sigmoid()
+        losses.append(torch.stack([box_loss, (predicted - target).abs().mean()]))
+    box_losses, objectness_losses = torch.stack(losses).unbind(dim=1)
+    return box_losses, objectness_losses
+
+
+def _match(anchors: Tensor, objects: Tensor, box_iou_threshold: float) -> tuple[Tensor, Tensor]:
+    """Anchors that learn a box, a centerness, that they are outside, (3, n) bool; their objects."""
     pairwise = box_iou(objects, anchors)
     iou, assigned = pairwise.max(dim=0)
     # An object that no anchor fits well is learned from the anchor that fits it best.
     closest = (pairwise == pairwise.amax(dim=1, keepdim=True)).any(dim=0) & (iou >= 0.3)
-    localised = take(
-        ((iou >= settings.box_iou) | closest).nonzero().flatten(), settings.samples_per_image
-    )
-    centred = take((iou >= 0.3).nonzero().flatten(), settings.samples_per_image)
-    outside = take((iou < 0.1).nonzero().flatten(), settings.samples_per_image - len(centred))
-    fit = _iou_of_pairs(boxes[localised], objects[assigned[localised]])
-    # An object far from every anchor's size may leave an image without an anchor to learn from.
-    box_loss = 10 * (1 - fit).sum() / max(1, len(localised))
-    points = (anchors[centred, :2] + anchors[centred, 2:]) / 2
-    target = torch.cat(
-        [centerness(points, objects[assigned[centred]]), logits.new_zeros(len(outside))]
-    )
-    predicted = logits[torch.cat([centred, outside])].sigmoid()
-    return box_loss, (predicted - target).abs().mean()
+    marks = [(iou >= box_iou_threshold) | closest, iou >= 0.3, iou < 0.1]
+    return torch.stack(marks), objects[assigned]
 
 
 def _iou_of_pairs(a: Tensor, b: Tensor) -> Tensor:
@@ -109,20 +127,15 @@ def train_proposal_network(
         model = ProposalNetwork(backbone, settings.anchor_scale)
         if backbone.weights:
             start_from(model, backbone.weights, backbone.architecture)
-        model = ready(model, device)
+        model = ready(model, device, schedule.precision)
         lines = train(
             model,
             lambda views: _losses(model, data, views, settings, device),
-            lambda epoch, step: load_views(
-                data,
-                training_views(data, image_ids, schedule, backbone.long_side, seed, epoch, step),
-                schedule.images_per_step,
-                schedule.workers,
-            ),
-            -(-len(image_ids) // schedule.images_per_step),
+            training_batches(data, image_ids, schedule, backbone.long_side, seed, device),
+            steps_per_epoch(data, image_ids, schedule.images_per_step),
             schedule,
             checkpoint,
-            fingerprint(made_from | {"code": code}),
+            resumable(made_from, code),
         )
         write_training(model, lines, made_from, network, history, checkpoint)
 
@@ -138,13 +151,8 @@ def _losses(
     anchors = torch.cat([level[0] for level in levels])
     boxes = torch.cat([level[1] for level in levels], dim=1)
     logits = torch.cat([level[2] for level in levels], dim=1)
-    pairs = []
-    for view, box, logit in zip(views, boxes, logits, strict=True):
-        objects = view.to_view(data.boxes(view.view.image_id)[0]).to(device)
-        torch.manual_seed(view.view.seed)
-        pairs.append(proposal_losses(anchors, box, logit, objects, settings))
-    images = total(torch.tensor(float(len(views)), device=device))
-    return {
-        "box": torch.stack([p[0] for p in pairs]).sum() / images,
-        "objectness": torch.stack([p[1] for p in pairs]).sum() / images,
-    }
+    objects = send_all([view.to_view(data.boxes(view.view.image_id)[0]) for view in views], device)
+    seeds = [view.view.seed for view in views]
+    box, objectness = proposal_losses(anchors, boxes, logits, objects, seeds, settings)
+    images = total(box.new_full((), float(len(views))))
+    return {"box": box.sum() / images, "objectness": objectness.sum() / images}
