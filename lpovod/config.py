@@ -218,7 +218,8 @@ class ClassSettings(Settings):
             return content
         plain, prompts = dict(content), dict(content.get("prompts") or {})
         for name in ("base", "novel"):
-            if isinstance(file := content.get(name), str):
+            # Any other text is a name that lacks its list.
+            if isinstance(file := content.get(name), str) and file.endswith(".json"):
                 plain[name] = _names_in(Path(file), name)
         for name in ("base", "novel", "add_base", "add_novel"):
             if isinstance(names := plain.get(name), list):
