@@ -361,7 +361,7 @@ class TrainingSettings(Settings):
         "images that a GPU computes at once: it takes a step's images in parts and adds up their "
         "gradients, in less memory; null: all of them",
     )
-    precision: Literal["float32", "bfloat16"] = key(
+    precision: Precision = key(
         "float32",
         "of the networks' convolutions and products; weights, norms, losses and boxes are float32; "
         "bfloat16 pays on GPUs and CPUs with bfloat16 units",
