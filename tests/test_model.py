@@ -50,6 +50,20 @@ def test_the_file_holds_what_was_written(tmp_path):
     assert sha256(path) == before
 
 
+@pytest.mark.parametrize("stage", ["proposals", "region_features"])
+def test_a_model_computes_in_the_precision_of_its_run(model, stage):
+    config, pixels = model.content.config, picture()
+    half = getattr(config, stage).model_copy(update={"precision": "bfloat16"})
+    config = config.model_copy(update={stage: half})
+    other = model.with_content(replace(model.content, config=config))
+    (expected,), (found,) = (
+        m.describe([m.view(pixels)], [pixels.shape[:2]]) for m in (model, other)
+    )
+    one, two = (r.objectness if stage == "proposals" else r["feature"] for r in (expected, found))
+    assert not np.array_equal(one, two)
+    np.testing.assert_allclose(one, two, atol=0.02 * float(np.abs(one).max()))
+
+
 def rows(vectors: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
     return np.stack([vectors[name] for name in names])
 
