@@ -134,7 +134,7 @@ def detector_losses(
     feature = model.region_head(pooled[rows])
     logits = precise(feature @ model.prototypes.T)
     losses = {"classification": classification_loss(logits, labels)}
-    deltas = precise(model.box_refinement(feature[positives]))
+    deltas = model.box_refinement(feature[positives])
     # The host adds these up: a device's sum would make it wait.
     regions, values = total(torch.tensor([len(labels), embeddings.numel()])).tolist()
     losses["box"] = (deltas - wanted).abs().sum() / regions
