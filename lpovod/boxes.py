@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lpovod.torchvision_ops import box_iou
+from lpovod.transfers import send
 
 DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
@@ -20,9 +21,9 @@ def numbers(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([like.new_full((), value) for value in values])
 
 
-def send(tensors: list[Tensor], device: torch.device | str) -> tuple[Tensor, ...]:
+def send_all(tensors: list[Tensor], device: torch.device | str) -> tuple[Tensor, ...]:
     """Tensors of the host on a device, in one copy that the host does not wait for."""
-    return torch.cat(tensors).to(device, non_blocking=True).split([len(t) for t in tensors])
+    return send(torch.cat(tensors), device).split([len(t) for t in tensors])
 
 
 def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...] = DELTA_STDS) -> Tensor:

@@ -37,7 +37,9 @@ from lpovod.exceptions import LpovodError, existing, some, why_unreadable
 from lpovod.formats.class_embeddings import ClassEmbeddings, clip_architecture
 from lpovod.importers.torchscript import is_torchscript, read_torchscript
 from lpovod.networks.meta import on_meta
+from lpovod.precision import computing_in
 from lpovod.progress import progress
+from lpovod.transfers import constant
 
 # Crops per forward pass, however many a caller passes. A CPU is fastest if the activations of a
 # pass fit its caches; an accelerator needs many crops.
@@ -136,13 +138,15 @@ class Clip:
             )
         device = self.model.logit_scale.device
         precision = next(self.model.visual.parameters()).dtype
-        mean = torch.tensor(self.preprocessing.mean, device=device).view(3, 1, 1)
-        std = torch.tensor(self.preprocessing.std, device=device).view(3, 1, 1)
+        mean = constant(self.preprocessing.mean, device).view(3, 1, 1)
+        std = constant(self.preprocessing.std, device).view(3, 1, 1)
         features = [torch.empty(0, self.dimension, device=device)]
-        for batch in pixels.split(CROPS_PER_PASS.get(device.type, BATCH)) if len(pixels) else ():
-            batch = batch.to(device).contiguous(memory_format=torch.channels_last).float()
-            batch = batch.div_(255).sub_(mean).div_(std).to(precision)
-            features.append(self.model.encode_image(batch).float())
+        # The weights are of the precision that the tower computes in; nothing else lowers it.
+        with computing_in("float32", device.type):
+            for part in pixels.split(CROPS_PER_PASS.get(device.type, BATCH)) if len(pixels) else ():
+                part = part.to(device).contiguous(memory_format=torch.channels_last).float()
+                part = part.div_(255).sub_(mean).div_(std).to(precision)
+                features.append(self.model.encode_image(part).float())
         return torch.cat(features)
 
     @torch.inference_mode()

@@ -31,6 +31,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["train", "val", "tune"]
+Precision = Literal["float32", "bfloat16"]
 BACKBONES = ("small", "resnet50", "resnet50_torchvision")
 TIMM = "timm:"
 """In front of the name of a model of timm's."""
@@ -365,6 +366,8 @@ class ProposalsSettings(Settings):
     per_level: PositiveInt = key(2000, "best boxes of each pyramid level that enter the NMS")
     nms: Fraction = key(0.7, "IoU threshold of the class-agnostic NMS")
     per_image: PositiveInt = key(60, "proposals kept per image")
+    batch_size: PositiveInt = key(4, "images per pass of the network, once it is trained")
+    precision: Precision = key("float32", "of the trained network; its boxes are float32")
     files: dict[Split, Path] = key(
         {},
         "imported proposals by split: an OpenMMLab pickle, or json in COCO's results format",
@@ -384,7 +387,7 @@ class RegionEmbeddingsSettings(Settings):
     )
     batch_size: PositiveInt = key(256, "crops encoded at once, across images")
     shards: PositiveInt = key(2, "number of files that share the images, one job each")
-    precision: Literal["float32", "bfloat16"] = key(
+    precision: Precision = key(
         "float32", "of CLIP's image tower; bfloat16 pays on GPUs and CPUs with bfloat16 units"
     )
 
@@ -452,6 +455,9 @@ class PseudoLabelsSettings(Settings):
 
 class RegionFeaturesSettings(Settings):
     batch_size: PositiveInt = key(4, "images per pass of the backbone")
+    precision: Precision = key(
+        "float32", "of the detector's backbone and heads; its boxes are float32"
+    )
     shards: PositiveInt = key(1, "jobs that share the retrieved images")
 
 

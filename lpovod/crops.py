@@ -14,8 +14,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lpovod.exceptions import LpovodError
+from lpovod.precision import computing_in
+from lpovod.transfers import send
 
 SUPPORT = {"bicubic": 2, "bilinear": 1}  # radius of PIL's filter, in pixels of the smaller image
 # Bilinear sums often lie exactly between two grey levels; PIL's last bits decide the rounding.
@@ -23,8 +26,9 @@ PRECISION = {"bicubic": torch.float32, "bilinear": torch.float64}
 
 FRACTION_BITS = 22  # fraction bits in PIL's fixed-point weights for 8-bit images
 CROPS_AT_ONCE = 64  # crops whose weights are computed together; bounds memory at the paper's scale
+PIXELS_AT_ONCE = 1 << 24  # of all crops in one batched product, 15 bytes each; bounds memory, too
 
-Distances = TypeVar("Distances", np.ndarray, torch.Tensor)
+Distances = TypeVar("Distances", np.ndarray, Tensor)
 
 
 def crop_boxes(box: np.ndarray, scale: float, width: int, height: int) -> np.ndarray:
@@ -63,17 +67,19 @@ def crop_boxes(box: np.ndarray, scale: float, width: int, height: int) -> np.nda
 
 @torch.inference_mode()
 def crop_and_resize(
-    image: np.ndarray,
+    image: np.ndarray | Tensor,
     boxes: np.ndarray,
     size: int,
     device: str | torch.device = "cpu",
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
-) -> torch.Tensor:
+) -> Tensor:
     """Crop boxes and resize them to a square, as CLIP's preprocessing does.
 
+    Always in full precision, whatever networks compute in around it.
+
     Args:
-        image: (height, width, 3) uint8.
+        image: (height, width, 3) uint8; sent to the device unless it is there.
         boxes: (n, 4) int64 xyxy, half-open, inside the image and not empty (see `crop_boxes`).
         size: side of the result in pixels.
         device: computes and holds the result.
@@ -85,13 +91,19 @@ def crop_and_resize(
         (n, 3, size, size) uint8, equal to PIL's; bicubic, computed in float32, differs by one grey
         level on a few of 100,000 pixels.
     """
-    if torch.device(device).type != "cpu":
-        pixels = torch.from_numpy(image).to(device)
-        return crop_and_resize_batched(pixels, boxes, size, interpolation, resize_mode)
+    image = send(image, device)
+    work = _crop_by_crop if image.device.type == "cpu" else crop_and_resize_batched
+    with computing_in("float32", str(device)):
+        return work(image, boxes, size, interpolation, resize_mode)
+
+
+def _crop_by_crop(
+    image: Tensor, boxes: np.ndarray, size: int, interpolation: str, resize_mode: str
+) -> Tensor:
+    """`crop_and_resize` as two products for each crop, which is fastest on a CPU."""
     extent, resized, offset = _extents(boxes, size, resize_mode)
     # Channels inside each row: the pixels of a crop are then one matrix, without a copy.
-    rows = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 2, 1)))
-    rows = rows.to(PRECISION[interpolation])
+    rows = image.permute(0, 2, 1).contiguous().to(PRECISION[interpolation])
     result = torch.empty((len(boxes), 3, size, size), dtype=torch.uint8)
     # Crops with similar numbers of weights share a batch.
     order = np.argsort((extent / resized).max(axis=1), kind="stable")
@@ -118,30 +130,87 @@ def crop_and_resize(
 
 @torch.inference_mode()
 def crop_and_resize_batched(
-    image: torch.Tensor,
+    image: Tensor,
     boxes: np.ndarray,
     size: int,
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
-) -> torch.Tensor:
+) -> Tensor:
     """`crop_and_resize` as two products over many crops at once, on the image's device.
 
-    The weights span the whole image and are zero outside the crop: more arithmetic, but no kernel
-    launch per crop, which pays on an accelerator.
+    Crops of about one size share a product: each is the window of its pixels that are seen, with
+    zero weights beyond its end. Without a kernel launch per crop, which pays on an accelerator.
     """
-    height, width = image.shape[:2]
-    pixels = image.permute(2, 0, 1).to(PRECISION[interpolation]).reshape(3 * height, width)
-    placed = np.concatenate([boxes[:, :2], *_extents(boxes, size, resize_mode)], axis=1)
-    result = [torch.empty((0, 3, size, size), dtype=torch.uint8, device=image.device)]
-    for part in torch.from_numpy(placed).to(image.device).split(CROPS_AT_ONCE):
-        x, y = part.unflatten(1, (4, 2)).unbind(dim=2)
-        weights = _dense_weights(x, size, width, interpolation)
-        across = torch.matmul(pixels, weights.transpose(1, 2))
-        across = across.add_(0.5).floor_().clamp_(0, 255).view(len(part), 3, height, size)
-        weights = _dense_weights(y, size, height, interpolation)
-        crops = torch.matmul(weights[:, None], across)
-        result.append(crops.add_(0.5).clamp_(0, 255).to(torch.uint8))
-    return torch.cat(result)
+    extent, resized, offset = _extents(boxes, size, resize_mode)
+    begin, end = _seen(extent, resized, offset, size, interpolation)
+    window, taps = end - begin, _taps(extent, resized, interpolation)
+    order = np.argsort(window.max(axis=1), kind="stable")
+    # Sent at once, because every sending may make the host wait.
+    placed = np.stack([boxes[:, :2] + begin, begin, extent, resized, offset], axis=1)[order]
+    placed, places = send(placed, image.device), send(order, image.device)
+    result = torch.empty((len(boxes), 3, size, size), dtype=torch.uint8, device=image.device)
+    start = 0
+    while start < len(order):
+        part = order[start : start + CROPS_AT_ONCE]
+        part = part[: max(1, PIXELS_AT_ONCE // int(window[part].max(axis=0).prod()))]
+        rows = slice(start, start + len(part))
+        x, y = (
+            _Windows(
+                placed[rows, :, axis],
+                int(window[part, axis].max()),
+                int(taps[part, axis].max()),
+                size,
+                image.shape[1 - axis],
+                interpolation,
+            )
+            for axis in (0, 1)
+        )
+        result[places[rows]] = _resize_together(image, x, y)
+        start += len(part)
+    return result
+
+
+class _Windows:
+    """The pixels of n crops along one axis, and their weights.
+
+    Args:
+        placed: (n, 5) int64: first pixel seen, in the image and in the crop; length of the crop,
+            length of the resized crop, and offset of the centre in it.
+        width: of all windows in pixels.
+        taps: weights of a pixel.
+        size: length of the centre.
+        pixels: of the image.
+        interpolation: a key of `SUPPORT`.
+
+    Attributes:
+        pixel: (n, width) int64, of the image; those beyond its end are the last one.
+        weight: (n, size, width), zero outside of the crop.
+    """
+
+    def __init__(
+        self, placed: Tensor, width: int, taps: int, size: int, pixels: int, interpolation: str
+    ) -> None:
+        start, begin, length, resized, offset = placed.unbind(dim=1)
+        step = torch.arange(width, device=placed.device)
+        self.pixel = (start[:, None] + step).clamp(max=pixels - 1)
+        first, weight = _tap_weights(length, resized, offset, size, taps, interpolation)
+        place = (first - begin[:, None])[:, :, None] + torch.arange(taps, device=placed.device)
+        # Wider by the zero weights that lie beyond the last pixel.
+        self.weight = torch.zeros(
+            (len(placed), size, width + taps), dtype=weight.dtype, device=placed.device
+        ).scatter_(2, place, weight)[:, :, :width]
+
+
+def _resize_together(image: Tensor, x: _Windows, y: _Windows) -> Tensor:
+    """Crops of one chunk, (n, 3, size, size) uint8."""
+    count, size, height = len(x.pixel), x.weight.shape[1], y.pixel.shape[1]
+    channel = torch.arange(3, device=image.device)[:, None]
+    # (n, height, 3, width): channels inside each row, so that both passes are one product.
+    pixels = image[y.pixel[:, :, None, None], x.pixel[:, None, None, :], channel]
+    across = torch.bmm(pixels.to(x.weight.dtype).flatten(1, 2), x.weight.transpose(1, 2))
+    across = across.add_(0.5).floor_().clamp_(0, 255).view(count, height, 3 * size)
+    crops = torch.bmm(y.weight, across).add_(0.5).clamp_(0, 255).to(torch.uint8)
+    return crops.view(count, size, 3, size).transpose(1, 2)
 
 
 def _extents(
@@ -157,32 +226,51 @@ def _extents(
     return extent, resized, offset
 
 
-def _dense_weights(
-    placed: torch.Tensor, size: int, pixels: int, interpolation: str
-) -> torch.Tensor:
-    """The weights of `_sparse_weights` over a whole axis, (n, size, pixels).
+def _seen(
+    length: np.ndarray, resized: np.ndarray, offset: np.ndarray, size: int, interpolation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first pixel of a crop that reaches the centre of the result, and the one past the last.
 
-    Args:
-        placed: (n, 4) int64: first pixel, length, resized length and offset of each crop.
+    Arguments as for `_sparse_weights`, of any one shape, which is also that of the result; int64.
     """
-    start, length, resized, offset = placed.double()[:, :, None].unbind(dim=1)
-    step = torch.arange(size, device=placed.device)
     scale = length / resized
+    radius = SUPPORT[interpolation] * np.maximum(scale, 1)
+    begin = np.floor((offset + 0.5) * scale - radius + 0.5).clip(0)
+    end = np.floor((offset + size - 0.5) * scale + radius + 0.5)
+    return begin.astype(np.int64), np.minimum(end.astype(np.int64), length)
+
+
+def _taps(length: np.ndarray, resized: np.ndarray, interpolation: str) -> np.ndarray:
+    """The most pixels of a crop that a pixel of the result is made of."""
+    return np.ceil(2 * SUPPORT[interpolation] * np.maximum(length / resized, 1)).astype(np.int64)
+
+
+def _tap_weights(
+    length: Tensor, resized: Tensor, offset: Tensor, size: int, taps: int, interpolation: str
+) -> tuple[Tensor, Tensor]:
+    """`_sparse_weights` on a device, where numpy's arrays are not; lengths and offset (n,) int64.
+
+    Returns:
+        The first source pixel of each output pixel, (n, size) int64, and weights of it and of those
+        after it, (n, size, taps), zero past the last.
+    """
+    length, offset = length.double()[:, None], offset.double()[:, None]
+    scale = length / resized[:, None]
     stretch = scale.clamp(min=1)
     radius = SUPPORT[interpolation] * stretch
+    step, pixel = (torch.arange(n, dtype=length.dtype, device=length.device) for n in (size, taps))
     centre = (offset + step + 0.5) * scale
-    first = (centre - radius + 0.5).floor().clamp(min=0)[:, :, None]
-    last = torch.minimum((centre + radius + 0.5).floor(), length)[:, :, None]
-    pixel = (torch.arange(pixels, device=placed.device) - start)[:, None, :]
-    x = (pixel + 0.5 - centre[:, :, None]).abs() / stretch[:, :, None]
+    first = (centre - radius + 0.5).floor_().clamp_(min=0)
+    count = torch.minimum((centre + radius + 0.5).floor_(), length) - first
+    x = (pixel + (first - centre + 0.5)[:, :, None]).abs_().div_(stretch[:, :, None])
     weight = _kernel(x, interpolation)
-    weight = weight * ((x < SUPPORT[interpolation]) & (pixel >= first) & (pixel < last))
+    weight.masked_fill_((x >= SUPPORT[interpolation]) | (pixel >= count[:, :, None]), 0)
     weight /= weight.sum(dim=2, keepdim=True)
     weight = weight.mul_(2**FRACTION_BITS).round_().div_(2**FRACTION_BITS)
-    return weight.to(PRECISION[interpolation])
+    return first.long(), weight.to(PRECISION[interpolation])
 
 
-def _resize(rows: torch.Tensor, x: "_Weights", y: "_Weights", k: int, out: torch.Tensor) -> None:
+def _resize(rows: Tensor, x: "_Weights", y: "_Weights", k: int, out: Tensor) -> None:
     line = rows.shape[2]
     height, width = y.width[k], x.width[k]
     # Strided views, because slicing costs more than a small product.
@@ -226,7 +314,7 @@ class _Weights:
         self._flat = flat
         self._begin, self._pitch = begin.tolist(), pitch.tolist()
 
-    def matrix(self, k: int) -> torch.Tensor:
+    def matrix(self, k: int) -> Tensor:
         return self._flat.as_strided(
             (self._size, self.width[k]), (self._pitch[k], 1), self._begin[k]
         )
@@ -259,5 +347,5 @@ def _kernel(x: Distances, interpolation: str) -> Distances:
     """PIL's filter at a distance of x >= 0 pixels; valid within its support."""
     if interpolation == "bilinear":
         return 1 - x
-    where = torch.where if isinstance(x, torch.Tensor) else np.where
+    where = torch.where if isinstance(x, Tensor) else np.where
     return where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)

@@ -22,10 +22,10 @@ from lpovod.formats.regions import Regions
 from lpovod.measures.ablations import Variant
 from lpovod.networks.detector import Detector
 from lpovod.networks.detector_inference import build_detector, describe_regions
-from lpovod.networks.proposal_inference import best_proposals, build_network
+from lpovod.networks.proposal_inference import build_network, find_proposals
 from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.scoring import ClassWeights, detect, score_regions
-from lpovod.views import LoadedView, View, apply_view, batch
+from lpovod.views import LoadedView, View, apply_view
 
 Source: TypeAlias = Path | str | Image.Image | np.ndarray
 """An image: a path, a PIL image, or (height, width, 3) uint8 RGB."""
@@ -222,7 +222,7 @@ class Model:
             pixels = read_source(source)
             views.append((self.view(pixels), pixels.shape[:2]))
         results: list[Detections | None] = [None] * len(views)
-        for rows in _alike([v.pixels.shape for v, _ in views], batch_size or self.batch_size):
+        for rows in _alike([v.size for v, _ in views], batch_size or self.batch_size):
             regions = self.describe([views[i][0] for i in rows], [views[i][1] for i in rows])
             for row, of_image in zip(rows, regions, strict=True):
                 results[row] = self.score(of_image, threshold, classes, refined)
@@ -237,9 +237,9 @@ class Model:
     def view(self, pixels: np.ndarray) -> LoadedView:
         """An image as the networks see it."""
         backbone = self.content.config.backbone
-        return apply_view(pixels, View(0, backbone.short_side, backbone.long_side))
+        view = View(0, backbone.short_side, backbone.long_side)
+        return apply_view(pixels, view, on_device=self.device != "cpu")
 
-    @torch.inference_mode()
     def describe(self, views: list[LoadedView], sizes: list[tuple[int, int]]) -> list[Regions]:
         """The regions of images that are shown at one size, with what the detector says of them.
 
@@ -250,13 +250,17 @@ class Model:
         Returns:
             For each image, its proposals with the columns of stage `region_features`.
         """
-        settings = self.content.config.proposals
-        levels = self.network(batch(views, self.device, self.network.backbone.normalisation))
-        proposed = [
-            best_proposals(levels, number, view, size, settings)
-            for number, (view, size) in enumerate(zip(views, sizes, strict=True))
-        ]
-        described = describe_regions(self.detector, views, proposed, sizes, len(views), self.device)
+        config, count = self.content.config, len(views)
+        proposed = find_proposals(self.network, views, sizes, config.proposals, count, self.device)
+        described = describe_regions(
+            self.detector,
+            views,
+            proposed,
+            sizes,
+            count,
+            self.device,
+            config.region_features.precision,
+        )
         return [_as_regions(arrays) for arrays in described]
 
     def score(

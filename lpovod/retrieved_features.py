@@ -32,8 +32,9 @@ class FrozenDetector:
         path: of its weights.
         backbone: as it was trained with.
         base_detector: as it was trained with.
-        settings: images per pass.
+        settings: images per pass, precision.
         device: where it runs.
+        threads: of the job; with a GPU all but one load images.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class FrozenDetector:
     base_detector: BaseDetectorSettings
     settings: RegionFeaturesSettings
     device: str
+    threads: int = 1
 
     @cached_property
     def model(self) -> Detector:
@@ -55,7 +57,7 @@ class FrozenDetector:
     def extract(
         self, data: CocoDataset, regions: dict[int, tuple[np.ndarray, np.ndarray]]
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """The arrays of each image (`lpovod.formats.image_features`), in the order of the ids.
+        """The arrays of each image (`lpovod.formats.image_features`), sizes in turn.
 
         Args:
             data: the images.
@@ -64,7 +66,9 @@ class FrozenDetector:
         size = self.settings.batch_size
         sides = self.backbone.short_side, self.backbone.long_side
         with progress(None, "region features", "image", len(regions)) as bar:
-            for shown in inference_views(data, sorted(regions), *sides, size):
+            for shown in inference_views(
+                data, sorted(regions), *sides, size, self.device, self.threads
+            ):
                 image_ids = [view.view.image_id for view in shown]
                 described = describe_regions(
                     self.model,
@@ -73,6 +77,7 @@ class FrozenDetector:
                     [data.size(i) for i in image_ids],
                     size,
                     self.device,
+                    self.settings.precision,
                 )
                 yield from zip(image_ids, described, strict=True)
                 bar.update(len(shown))
@@ -102,6 +107,7 @@ def retrieved_features(
         {
             "backbone": detector.backbone.model_dump(mode="json"),
             "batch_size": detector.settings.batch_size,
+            "precision": detector.settings.precision,
             "base_detector": detector.base_detector.model_dump(mode="json"),
             "device": detector.device,
             "code": code,

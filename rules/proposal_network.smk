@@ -28,7 +28,8 @@ rule proposal_network:
         device=DEVICE,
         backbone=block("backbone"),
         weights=START_DIGESTS,
-        settings=block("proposals"),
+        # What shapes its proposals alone leaves the trained network as it is.
+        settings=CONFIG.proposals.model_dump_json(exclude={"batch_size", "precision"}),
         checkpoint=subpath(output.network, with_suffix=".checkpoint"),
     message:
         "Training the proposal network on base annotations"

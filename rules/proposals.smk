@@ -16,7 +16,7 @@ rule proposals:
         f"{RESULTS}/benchmarks/proposals/{{split}}.tsv"
     conda:
         ENVIRONMENT
-    threads: 1
+    threads: FEEDING
     resources:
         mem_mb=grows(NETWORK, 2 * LISTED),
         runtime=grows(30, PASS),
@@ -31,4 +31,4 @@ rule proposals:
     shell:
         "python -m workflow_scripts.proposals --dataset {input.dataset}"
         " --network {input.network} --backbone {params.backbone:q} --settings {params.settings:q}"
-        " --output {output} --device {params.device} 2>&1 | tee {log}"
+        " --output {output} --device {params.device} --threads {threads} 2>&1 | tee {log}"

@@ -18,7 +18,7 @@ rule region_embeddings:
         f"{RESULTS}/benchmarks/region_embeddings/{{split}}/{{shard}}.tsv"
     conda:
         ENVIRONMENT
-    threads: 1
+    threads: FEEDING
     resources:
         mem_mb=grows(NETWORK, LISTED),
         runtime=grows(30, EMBEDDING),

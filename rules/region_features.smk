@@ -20,7 +20,7 @@ rule region_features:
         f"{RESULTS}/benchmarks/region_features/{{split}}.tsv"
     conda:
         ENVIRONMENT
-    threads: 2
+    threads: max(2, FEEDING)
     resources:
         mem_mb=grows(NETWORK, 2 * LISTED),
         runtime=grows(30, PASS),
@@ -38,7 +38,8 @@ rule region_features:
         "python -m workflow_scripts.region_features extract_split --dataset {input.dataset}"
         " --proposals {input.proposals} --detector {input.detector}"
         " --backbone {params.backbone:q} --base-detector {params.base_detector:q}"
-        " --settings {params.settings:q} --output {output} --device {params.device} 2>&1 | tee {log}"
+        " --settings {params.settings:q} --output {output} --device {params.device}"
+        " --threads {threads} 2>&1 | tee {log}"
 
 
 rule retrieved_region_features:
@@ -55,7 +56,7 @@ rule retrieved_region_features:
         f"{RESULTS}/benchmarks/region_features/retrieved/{{shard}}.tsv"
     conda:
         ENVIRONMENT
-    threads: 2
+    threads: max(2, FEEDING)
     resources:
         mem_mb=grows(NETWORK, LISTED),
         runtime=grows(60, PASS / CONFIG.region_features.shards),
@@ -75,4 +76,4 @@ rule retrieved_region_features:
         " --detector {input.detector} --backbone {params.backbone:q}"
         " --base-detector {params.base_detector:q} --settings {params.settings:q}"
         " --shard {wildcards.shard} --output {output} --store {params.store} --code {params.code}"
-        " --device {params.device} 2>&1 | tee {log}"
+        " --device {params.device} --threads {threads} 2>&1 | tee {log}"

@@ -39,6 +39,8 @@ def training_memory(settings, per_image):
     return grows(NETWORK + RANK * training_threads(settings), per_image)
 
 
+# Threads of a job that feeds a GPU with images: all but one decode, 200 photographs a second each.
+FEEDING = 4 if CONFIG.gpu else 1
 # Minutes per image of one epoch: 15 images per second, an assumption for one GPU and the paper's
 # detector; the miniature world trains on 18 per second with two cores.
 EPOCH = 1 / (15 * 60)

@@ -24,7 +24,7 @@ ROOMS = (
     {"config"},
     {"formats"},
     {"boxes", "torchvision_ops", "crops", "distributed", "shared_ranks", "views", "training"}
-    | {"precision"},
+    | {"precision", "transfers"},
     {"networks", "measures", "drawing", "pages"},
     {"importers"},
     {"clip"},

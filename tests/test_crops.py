@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
+from lpovod import crops
 from lpovod.crops import crop_and_resize, crop_and_resize_batched, crop_boxes
 from lpovod.exceptions import LpovodError
 
@@ -44,11 +45,11 @@ def assert_same_as_pil(image, boxes, size, interpolation="bicubic", resize_mode=
     ways = {"interpolation": interpolation, "resize_mode": resize_mode}
     resample = Image.Resampling[interpolation.upper()]
     expected = [pil_crop(image, box, size, resample, resize_mode == "squash") for box in boxes]
-    for crops in (
+    for cut in (
         crop_and_resize(image, boxes, size, **ways),
         crop_and_resize_batched(torch.from_numpy(image), boxes, size, **ways),
     ):
-        assert_near(crops, expected, boxes, size, FRACTION_OFF[interpolation, resize_mode])
+        assert_near(cut, expected, boxes, size, FRACTION_OFF[interpolation, resize_mode])
 
 
 def assert_near(ours, expected, boxes, size, part):
@@ -128,10 +129,26 @@ def test_crops_come_in_the_order_of_the_boxes():
     assert crop_and_resize_batched(torch.from_numpy(image), boxes[:0], 16).shape == (0, 3, 16, 16)
 
 
+def test_crops_have_full_precision_whatever_networks_compute_in():
+    image, boxes = noise(60, 90), np.array([[0, 0, 80, 60], [3, 4, 20, 50]])
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    expected = crop_and_resize(image, boxes, 32)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(crop_and_resize(image, boxes, 32), expected)
+
+
+def test_large_crops_are_cut_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(crops, "PIXELS_AT_ONCE", 5000)
+    boxes = [[0, 0, 90, 80], [5, 5, 85, 75], [0, 0, 90, 5], [3, 0, 8, 80], [1, 1, 9, 9]]
+    assert_same_as_pil(noise(80, 90), boxes, 32)
+
+
 def test_crops_equal_those_recorded_with_pillow_11():
     image = noise(139, 150, seed=20)
-    crops = crop_and_resize(image, RECORDED["boxes"], 12).numpy()
-    difference = np.abs(crops.astype(int) - RECORDED["crops"])
+    found = crop_and_resize(image, RECORDED["boxes"], 12).numpy()
+    difference = np.abs(found.astype(int) - RECORDED["crops"])
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 0.001
 

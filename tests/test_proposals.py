@@ -41,6 +41,7 @@ SETTINGS = ProposalsSettings(
         warmup_steps=0,
     ),
 )
+IN_FLOAT32 = {"precision": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,43 @@ def test_proposals_are_keyed_bounded_and_best_first(folder, tmp_path):
         assert (found.box[:, 2:] - found.box[:, :2] >= 1).all()
     with pytest.raises(LpovodError, match="proposals of other images"):
         read_proposals(tmp_path / "val.h5", folder / "dataset/train.images.json")
+
+
+def found_in(folder: Path, output: Path, settings: ProposalsSettings, **lists) -> dict:
+    """Proposals of the validation images by id, of those listed alone, in that order."""
+    content = read_json(folder / "dataset/val.images.json") | lists
+    dataset = folder / f"dataset/val.{output.stem}.json"  # beside the images
+    dataset.write_text(json.dumps(content))
+    propose(dataset, folder / "whole.network", BACKBONE, settings, output)
+    store = read_proposals(output, dataset)
+    return {image_id: store.read(image_id) for image_id in store.image_ids}
+
+
+def test_proposals_of_an_image_depend_on_no_other_image(folder, tmp_path):
+    """Bit for bit: alone, in a batch that is not full, and in another order."""
+    settings = SETTINGS.model_copy(update={"batch_size": 3})
+    listed = read_json(folder / "dataset/val.images.json")["images"]
+    together = found_in(folder, tmp_path / "all.h5", settings)
+    others = found_in(folder, tmp_path / "last.h5", settings, images=listed[:1:-1])
+    others |= found_in(folder, tmp_path / "first.h5", settings, images=listed[:1])
+    assert len(together) == 4 and len(others) == 3
+    for image_id, alone in others.items():
+        assert np.array_equal(alone.box, together[image_id].box)
+        assert np.array_equal(alone.objectness, together[image_id].objectness)
+
+
+def test_proposals_in_bfloat16_are_near_those_in_float32(folder, tmp_path):
+    """Eight bits of a value are left: objectness within 0.02, best boxes within two pixels."""
+    settings = SETTINGS.model_copy(update={"precision": "bfloat16", "nms": 1.0})
+    found = found_in(folder, tmp_path / "half.h5", settings)
+    expected = found_in(folder, tmp_path / "whole.h5", settings.model_copy(update=IN_FLOAT32))
+    for image_id, precise in expected.items():
+        near, best = found[image_id], precise.box[:10]
+        assert near.box.dtype == near.objectness.dtype == np.float32
+        np.testing.assert_allclose(near.objectness, precise.objectness, atol=0.02)
+        apart = np.abs(best[:, None] - near.box).max(axis=2).min(axis=1)
+        assert apart.max() <= 2
+        assert not np.array_equal(near.objectness, precise.objectness)
 
 
 def test_the_loss_falls_and_the_checkpoint_is_removed(folder):

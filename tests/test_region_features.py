@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from conftest import write_proposals
 from torchvision.ops import clip_boxes_to_image
 
-from lpovod.artifacts import identity, write_json, write_tensors
+from lpovod.artifacts import identity, read_json, write_json, write_tensors
 from lpovod.boxes import decode
 from lpovod.config import BackboneSettings, BaseDetectorSettings, RegionFeaturesSettings
 from lpovod.exceptions import LpovodError
@@ -121,6 +122,42 @@ def test_images_of_pseudo_labels_are_extracted_with_all_their_proposals(world, d
     first = features.read(3)
     assert np.allclose(first["box"][0], foreign)
     assert first["objectness"][0] == pytest.approx(0.7)
+
+
+def described(world, detector, output, **settings) -> RegionStore:
+    settings = RegionFeaturesSettings(batch_size=2, **settings)
+    extract_split(world.dataset, world.proposals, detector, BACKBONE, HEADS, settings, output)
+    return RegionStore(output, "region_features")
+
+
+def test_features_in_bfloat16_are_near_those_in_float32(world, detector, tmp_path):
+    """Eight bits of a value are left: a hundredth of the largest feature, five of a cosine's."""
+    path, _ = detector
+    one = described(world, path, tmp_path / "float32.h5")
+    other = described(world, path, tmp_path / "bfloat16.h5", precision="bfloat16")
+    for image_id in filter(one.count, one.image_ids):
+        expected, found = one.read(image_id), other.read(image_id)
+        scale = float(np.abs(expected["feature"]).max())
+        for name, limit in (("feature", 0.02 * scale), ("embedding", 0.02), ("refined", 1.0)):
+            assert found[name].dtype == expected[name].dtype
+            np.testing.assert_allclose(found[name], expected[name], atol=limit, err_msg=name)
+        assert not np.array_equal(expected["feature"], found["feature"])
+        lengths = np.linalg.norm(found["embedding"].astype(float), axis=1)
+        assert np.allclose(lengths, 1, atol=1e-3)
+
+
+def test_features_of_an_image_depend_on_no_other_image(world, detector, tmp_path):
+    path, _ = detector
+    together = described(world, path, tmp_path / "all.h5")
+    listed = read_json(world.dataset)["images"]
+    for image in listed[1:3]:
+        write_json(world.dataset, read_json(world.dataset) | {"images": [image]})
+        image_id = image["id"]
+        boxes, objectness = world.boxes[image_id], world.objectness[image_id]
+        write_proposals(world.proposals, world.dataset, {image_id: boxes}, {image_id: objectness})
+        alone = described(world, path, tmp_path / "one.h5").read(image_id)
+        for name in ("feature", "embedding", "refined"):
+            assert np.array_equal(alone[name], together.read(image_id)[name])
 
 
 def test_shards_share_the_images(world, detector, tmp_path):

@@ -19,6 +19,7 @@ from lpovod.views import (
     View,
     apply_view,
     batch,
+    inference_views,
     load_views,
     resize,
     steps_per_epoch,
@@ -90,6 +91,28 @@ def test_a_batch_is_normalised_and_padded(pad_with_black):
         assert np.allclose(found[1, c, :, 20:], padding, atol=1e-5)
 
 
+def test_a_batch_is_filled_up_with_empty_images():
+    views = [apply_view(noise(40, 60), View(1, 40, 60))]
+    filled, alone = (batch(views, "cpu", Normalisation(), at_least=n) for n in (3, 0))
+    assert filled.shape == (3, 3, 64, 64)
+    assert torch.equal(filled[:1], alone)
+    assert not filled[1:].any()
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize(("short", "long"), [(50, 90), (20, 1000), (40, 70)])
+def test_a_device_resizes_to_the_same_bits(short, long, flip):
+    pixels, view = noise(40, 70), View(1, short, long, flip)
+    here, there = apply_view(pixels, view), apply_view(pixels, view, on_device=True)
+    assert here.size == there.size
+    assert torch.equal(here.scale, there.scale)
+    assert there.pixels.shape == (3, 40, 70)
+    assert torch.equal(there.shown_on("cpu"), here.pixels)
+    box = np.array([[3, 4, 60, 30]], np.float32)
+    assert torch.equal(there.to_view(box), here.to_view(box))
+    assert torch.equal(*(batch([v], "cpu", Normalisation()) for v in (here, there)))
+
+
 def test_every_image_is_seen_once_per_epoch_in_another_order():
     settings = TrainingSettings(short_sides=[160, 192], flip=0.5)
     data = sized(dict.fromkeys(range(200), (90, 60)))
@@ -130,13 +153,45 @@ def test_a_step_may_have_more_images_than_there_are():
     assert ids in ([5, 7, 5, 7, 5], [7, 5, 7, 5, 7])
 
 
-def test_loading_is_the_same_for_any_number_of_workers(tmp_path):
-    (tmp_path / "images" / "train").mkdir(parents=True)
+def drawn(folder: Path, sizes: list[tuple[int, int]]) -> CocoDataset:
+    """Images of given height and width, numbered."""
+    (folder / "images" / "train").mkdir(parents=True)
     images = {}
-    for number in range(5):
-        images[number] = {"file_name": f"{number}.png", "width": 30, "height": 20}
-        Image.fromarray(noise(20, 30)).save(tmp_path / "images/train" / f"{number}.png")
-    data = CocoDataset(tmp_path / "train.json", images, {i: [] for i in images}, {})
+    for number, (height, width) in enumerate(sizes):
+        images[number] = {"file_name": f"{number}.png", "width": width, "height": height}
+        Image.fromarray(noise(height, width)).save(folder / "images/train" / f"{number}.png")
+    return CocoDataset(folder / "train.json", images, {i: [] for i in images}, {})
+
+
+def test_images_that_are_padded_to_one_size_share_batches(tmp_path):
+    """Sides of 40 and 64 are padded to 64, 65 to 96; in the order of the ids within a size."""
+    sizes = [(40, 64), (64, 40), (40, 60), (40, 64), (40, 65), (33, 40), (40, 50)]
+    data = drawn(tmp_path, sizes)
+    lists = list(inference_views(data, [6, 0, 4, 1, 2, 3, 5], 40, 90, per_batch=3))
+    assert [[v.view.image_id for v in views] for views in lists] == [[6, 0, 1], [2, 3, 5], [4]]
+    for views in lists:
+        shape = batch(views, "cpu", Normalisation()).shape[1:]
+        for view in views:
+            assert batch([view], "cpu", Normalisation()).shape[1:] == shape
+
+
+def test_a_device_s_images_are_decoded_by_processes_and_resized_by_itself(tmp_path):
+    """`meta` stands for a GPU; one process loads as three do."""
+    data = drawn(tmp_path, [(20, 30)] * 5)
+    ids = list(data.images)
+    here = [v for views in inference_views(data, ids, 40, 90, 2) for v in views]
+    for threads in (1, 3):
+        views = inference_views(data, ids, 40, 90, 2, "meta", threads)
+        there = [v for part in views for v in part]
+        assert [v.view for v in there] == [v.view for v in here]
+        assert all(v.pixels.shape == (3, 20, 30) for v in there)
+        for one, other in zip(here, there, strict=True):
+            assert torch.equal(other.shown_on("cpu"), one.pixels)
+
+
+def test_loading_is_the_same_for_any_number_of_workers(tmp_path):
+    data = drawn(tmp_path, [(20, 30)] * 5)
+    images = data.images
     views = [View(i, 20, 30, flip=i % 2 == 0) for i in images]
     runs = [
         [[v.pixels for v in views_] for views_ in load_views(data, views, 2, workers)]

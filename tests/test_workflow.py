@@ -197,6 +197,8 @@ def test_every_job_left_a_log_and_a_benchmark(project):
         ({"region_index": {"factory": "Flat"}}, stages("region_index") | RETRIEVED),
         ({"region_embeddings": {"scales": [1.0]}}, EMBEDDED),
         ({"proposals": {"nms": 0.6}}, TRAINED),
+        ({"proposals": {"precision": "bfloat16"}}, PROPOSED),
+        ({"region_features": {"precision": "bfloat16"}}, EXTRACTED | stages("model")),
         ({"report": {"images": 3}}, stages("report")),
         (
             {"dataset": {"miniature": {**DRAWN, "val_images": 17}}},

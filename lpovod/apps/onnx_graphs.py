@@ -172,7 +172,7 @@ class ImageNetworks(nn.Module):
         return boxes, refined, objectness, outputs.feature.half(), outputs.embedding.half()
 
     def propose(self, images: Tensor, scale: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """`proposal_inference.best_proposals`, where no number is taken out of a tensor."""
+        """`proposal_inference.find_proposals`, where no number is taken out of a tensor."""
         boxes, logits = [], []
         for _, of_level, level_logits in self.network(images):
             count = torch.sym_min(self.settings.per_level, level_logits.shape[1])

@@ -11,7 +11,9 @@ from lpovod.boxes import decode
 from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.exceptions import LpovodError
 from lpovod.networks.detector import Detector
+from lpovod.precision import computing_in
 from lpovod.torchvision_ops import clip_boxes_to_image
+from lpovod.transfers import send
 from lpovod.views import LoadedView, batch
 
 Size = tuple[int, int]
@@ -27,7 +29,8 @@ def refine(boxes: Tensor, deltas: Tensor, scale: Tensor, size: Size) -> Tensor:
         scale: (2,) resized over original width and height.
         size: height and width of the original image.
     """
-    return clip_boxes_to_image(decode(boxes, deltas) / scale.repeat(2).to(boxes), size)
+    scale = scale.to(boxes.device, non_blocking=True).repeat(2)
+    return clip_boxes_to_image(decode(boxes, deltas) / scale, size)
 
 
 @torch.inference_mode()
@@ -38,8 +41,9 @@ def describe_regions(
     sizes: list[Size],
     batch_size: int,
     device: str,
+    precision: str = "float32",
 ) -> list[dict[str, np.ndarray]]:
-    """What the frozen detector says of regions of images that are shown at one size.
+    """What the frozen detector says of regions of images whose padded views have one size.
 
     Args:
         model: the detector, on the device.
@@ -48,31 +52,47 @@ def describe_regions(
         sizes: height and width of each original image.
         batch_size: images per pass of the backbone.
         device: where the model is.
+        precision: of backbone and heads (`lpovod.precision`); pooling and boxes are float32.
 
     Returns:
         For each image the arrays of `lpovod.formats.image_features`.
     """
     # The bits of a convolution or a matrix product depend on its size. So that an image's features
     # do not depend on the images beside it, batches are full, and heads see one image at a time.
-    full = [*views, *[views[-1]] * (batch_size - len(views))]
-    images = batch(full, device, model.backbone.normalisation, pad_with_black=True)
-    pyramid = model.pyramid(images)
-    described = []
-    for number, (view, (boxes, objectness), size) in enumerate(
-        zip(views, regions, sizes, strict=True)
-    ):
-        box = view.to_view(boxes).to(device)
-        levels = [level[number : number + 1] for level in pyramid]
-        outputs = model.extract(model.pool(levels, [box]))
-        of_image = {
-            "box": boxes,
+    normalisation = model.backbone.normalisation
+    images = batch(views, device, normalisation, pad_with_black=True, at_least=batch_size)
+    counts = [len(box) for box, _ in regions]
+    pairs = zip(views, regions, strict=True)
+    box = send(torch.cat([view.to_view(of_image) for view, (of_image, _) in pairs]), device)
+    boxes = list(box.split(counts))
+    with computing_in(precision, device):
+        pyramid = [level.float() for level in model.pyramid(images)]
+    pooled = model.pool(pyramid, boxes).split(counts)
+    with computing_in(precision, device):
+        outputs = [model.extract(of_image) for of_image in pooled]
+    refined = [
+        refine(of_image, of_heads.deltas.float(), view.scale, size)
+        for of_image, of_heads, view, size in zip(boxes, outputs, views, sizes, strict=True)
+    ]
+    # The host waits for the device here, once all images are on their way.
+    feature, embedding, refinement = (
+        [part.numpy() for part in torch.cat(parts).cpu().split(counts)]
+        for parts in (
+            [of_heads.feature.half() for of_heads in outputs],
+            [of_heads.embedding.half() for of_heads in outputs],
+            refined,
+        )
+    )
+    return [
+        {
+            "box": of_image,
             "objectness": objectness,
-            "feature": outputs.feature.half().cpu().numpy(),
-            "embedding": outputs.embedding.half().cpu().numpy(),
-            "refined": refine(box, outputs.deltas, view.scale, size).float().cpu().numpy(),
+            "feature": feature[number],
+            "embedding": embedding[number],
+            "refined": refinement[number],
         }
-        described.append(of_image)
-    return described
+        for number, (of_image, objectness) in enumerate(regions)
+    ]
 
 
 def load_detector(

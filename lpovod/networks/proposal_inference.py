@@ -9,8 +9,12 @@ from torch import Tensor
 from lpovod.artifacts import read_tensors
 from lpovod.config import BackboneSettings, ProposalsSettings
 from lpovod.networks.proposal_network import ProposalNetwork
+from lpovod.precision import computing_in
 from lpovod.torchvision_ops import clip_boxes_to_image, nms
-from lpovod.views import LoadedView
+from lpovod.views import LoadedView, batch
+
+Size = tuple[int, int]
+"""Height and width."""
 
 
 def load_network(
@@ -30,34 +34,70 @@ def build_network(
     return model.eval().to(memory_format=torch.channels_last)
 
 
-def best_proposals(
+@torch.inference_mode()
+def find_proposals(
+    model: ProposalNetwork,
+    views: list[LoadedView],
+    sizes: list[Size],
+    settings: ProposalsSettings,
+    batch_size: int,
+    device: str,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The proposals of images whose views have one size once they are padded.
+
+    Args:
+        model: the network, on the device.
+        views: of the images, at most `batch_size`.
+        sizes: height and width of each original image.
+        settings: precision, numbers of boxes and NMS.
+        batch_size: images per pass.
+        device: where the model is.
+
+    Returns:
+        For each image, best first: boxes (n, 4) float32 xyxy in its own pixels, and objectness
+        (n,) float32.
+    """
+    # The bits of a convolution depend on its size, so that batches are full.
+    images = batch(views, device, model.backbone.normalisation, at_least=batch_size)
+    with computing_in(settings.precision, device):
+        levels = model(images)
+    found = [
+        _best_proposals(levels, number, view.scale, size, settings)
+        for number, (view, size) in enumerate(zip(views, sizes, strict=True))
+    ]
+    # One wait for the device, instead of one per image.
+    proposals = torch.cat(found).cpu().split([len(of_image) for of_image in found])
+    # Boxes without area have no score.
+    kept = [of_image[of_image[:, 4] >= 0].numpy() for of_image in proposals]
+    return [(of_image[:, :4].copy(), of_image[:, 4].copy()) for of_image in kept]
+
+
+def _best_proposals(
     levels: list[tuple[Tensor, Tensor, Tensor]],
     number: int,
-    view: LoadedView,
-    size: tuple[int, int],
+    scale: Tensor,
+    size: Size,
     settings: ProposalsSettings,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The proposals of an image of a batch, best first.
+) -> Tensor:
+    """Boxes and scores of an image of a batch, (n, 5), best first; -1 for boxes without area.
 
     Args:
         levels: output of the network.
         number: of the image in the batch.
-        view: of the image.
+        scale: (2,), from the original image to the view.
         size: height and width of the original image.
         settings: numbers of boxes and NMS.
-
-    Returns:
-        Boxes (n, 4) float32 xyxy in pixels of the original image, and objectness (n,) float32.
     """
     boxes, scores = [], []
     for _, level_boxes, logits in levels:
         top = logits[number].topk(min(settings.per_level, logits.shape[1])).indices
         boxes.append(level_boxes[number, top])
         scores.append(logits[number, top].sigmoid())
-    box = torch.cat(boxes) / view.scale.repeat(2).to(boxes[0])
-    box = clip_boxes_to_image(box, size)
-    score = torch.cat(scores)
+    box = torch.cat(boxes)
+    box = clip_boxes_to_image(box / scale.to(box.device, non_blocking=True).repeat(2), size)
     solid = ((box[:, 2:] - box[:, :2]) >= 1).all(dim=1)
-    box, score = box[solid], score[solid]
+    # Worse than every other box: they suppress none, and the host drops them at the end. To drop
+    # them here, it would have to wait for their number.
+    score = torch.where(solid, torch.cat(scores), -1.0)
     best = nms(box, score, settings.nms)[: settings.per_image]
-    return box[best].cpu().numpy(), score[best].cpu().numpy()
+    return torch.cat([box[best], score[best, None]], dim=1)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from lpovod.artifacts import identity
-from lpovod.boxes import encode, match, sample, send
+from lpovod.boxes import encode, match, sample, send_all
 from lpovod.config import BackboneSettings, BaseDetectorSettings
 from lpovod.distributed import total, training_ranks
 from lpovod.exceptions import LpovodError
@@ -28,6 +28,7 @@ from lpovod.networks.detector import Detector
 from lpovod.networks.rpn import RegionProposalNetwork, make_anchors, rpn_losses, rpn_proposals
 from lpovod.precision import precise
 from lpovod.training import ready, resumable, train, write_training
+from lpovod.transfers import send
 from lpovod.views import LoadedView, batch, steps_per_epoch, training_batches
 
 
@@ -124,11 +125,11 @@ def detector_losses(
         torch.cat([getattr(s, name) for s in sampled]) for name in ("labels", "boxes", "targets")
     )
     positive = (labels < len(model.prototypes)).nonzero().flatten()
-    rows, positives, imitating = send(
+    rows, positives, imitating = send_all(
         [to_classify.nonzero().flatten(), positive, to_imitate], device
     )
     labels, wanted, embeddings = (
-        tensor.to(device, non_blocking=True)
+        send(tensor, device)
         for tensor in (labels, encode(boxes[positive], targets[positive]), embeddings)
     )
     feature = model.region_head(pooled[rows])
@@ -270,9 +271,9 @@ def _own_regions(
     views: list[LoadedView],
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The region proposal network's two losses, and its boxes of each image."""
-    sizes = [(view.pixels.shape[1], view.pixels.shape[2]) for view in views]
+    sizes = [view.size for view in views]
     seeds = [view.view.seed for view in views]
     outputs, anchors = rpn_head(pyramid), make_anchors(pyramid)
-    losses = rpn_losses(outputs, anchors, send(objects, pyramid[0].device), sizes, seeds)
+    losses = rpn_losses(outputs, anchors, send_all(objects, pyramid[0].device), sizes, seeds)
     boxes = [boxes for boxes, _ in rpn_proposals(outputs, anchors, sizes)]
     return losses, list(torch.cat(boxes).cpu().split([len(of_image) for of_image in boxes]))

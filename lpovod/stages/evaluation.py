@@ -172,7 +172,7 @@ def _groups(features: RegionStore, classes: int) -> Iterator[list[int]]:
     """Images whose scores are made together, up to a number of scores."""
     group: list[int] = []
     scores = 0
-    for image_id in filter(features.count, features.image_ids):
+    for image_id in filter(features.count, sorted(features.image_ids)):
         scores += features.count(image_id) * classes
         if group and scores > SCORES_AT_ONCE:
             yield group

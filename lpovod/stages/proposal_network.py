@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lpovod.artifacts import identity
-from lpovod.boxes import rows_of, send, take
+from lpovod.boxes import rows_of, send_all, take
 from lpovod.config import BackboneSettings, ProposalsSettings
 from lpovod.distributed import total, training_ranks
 from lpovod.exceptions import LpovodError
@@ -150,7 +150,7 @@ def _losses(
     anchors = torch.cat([level[0] for level in levels])
     boxes = torch.cat([level[1] for level in levels], dim=1)
     logits = torch.cat([level[2] for level in levels], dim=1)
-    objects = send([view.to_view(data.boxes(view.view.image_id)[0]) for view in views], device)
+    objects = send_all([view.to_view(data.boxes(view.view.image_id)[0]) for view in views], device)
     seeds = [view.view.seed for view in views]
     box, objectness = proposal_losses(anchors, boxes, logits, objects, seeds, settings)
     images = total(box.new_full((), float(len(views))))

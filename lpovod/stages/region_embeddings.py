@@ -30,6 +30,7 @@ from lpovod.formats.class_embeddings import clip_architecture
 from lpovod.formats.coco import CocoDataset, read_dataset
 from lpovod.formats.regions import RegionStore, read_proposals, write_regions
 from lpovod.progress import log, progress
+from lpovod.transfers import send
 
 STAGE = "region_embeddings"
 BATCHES_AHEAD = 2  # of crops that wait to be encoded
@@ -205,12 +206,13 @@ def _divide_into_blocks(
 
 def _embed(model: Clip, batches: Iterator[_Batch]) -> Iterator[_Block]:
     """Fill the blocks of `_batches` with vectors."""
-    features: list[np.ndarray] = []
+    features: list[torch.Tensor] = []
     for pixels, finished in _ahead(batches):
-        features.append(model.encode_crops(pixels).cpu().numpy())
+        features.append(model.encode_crops(pixels))
         if finished is not None:
             block, rows = finished
-            block.vectors = _vectors(np.concatenate(features), rows)
+            # The host waits for the device here, once a block.
+            block.vectors = _vectors(torch.cat(features).cpu().numpy(), rows)
             features = []
             yield block
 
@@ -252,7 +254,7 @@ def _batches(
         for block in blocks:
             batch, filled, rows, total = _empty(shape, device), 0, [], 0
             for image_id in [i for i, n in block.counts.items() if n]:
-                pixels = next(images).result()
+                pixels = send(next(images).result(), device)
                 crops = _crops_of(data, store, image_id, settings.scales)
                 crops, places = np.unique(crops, axis=0, return_inverse=True)
                 rows.append(total + places.reshape(len(settings.scales), -1))

@@ -26,6 +26,7 @@ def extract_split(
     settings: RegionFeaturesSettings,
     output: Path,
     device: str = "cpu",
+    threads: int = 1,
 ) -> None:
     """Features of all proposals of a split.
 
@@ -38,6 +39,7 @@ def extract_split(
         settings: of this stage.
         output: the region store.
         device: where to run.
+        threads: of the job; with a GPU all but one load images.
     """
     data = read_dataset(dataset)
     store = read_proposals(proposals, dataset)
@@ -46,7 +48,7 @@ def extract_split(
         proposed = store.read(image_id)
         regions[image_id] = (proposed.box, proposed.objectness)
     made_from = identity(STAGE, None, dataset=dataset, proposals=proposals, detector=detector)
-    frozen = FrozenDetector(detector, backbone, base_detector, settings, device)
+    frozen = FrozenDetector(detector, backbone, base_detector, settings, device, threads)
     with write_regions(output, made_from) as writer:
         for image_id, arrays in frozen.extract(data, regions):
             writer.add(image_id, **arrays)
@@ -65,6 +67,7 @@ def extract_retrieved(
     store: Path,
     code: str,
     device: str = "cpu",
+    threads: int = 1,
 ) -> None:
     """Features of the regions that the novel classes are learned from.
 
@@ -85,10 +88,11 @@ def extract_retrieved(
         store: folder of the features made so far.
         code: digest of the source code; features made by different code are made again.
         device: where to run.
+        threads: of the job; with a GPU all but one load images.
     """
     data, regions = read_dataset(dataset), read_proposals(proposals, dataset)
     labels = read_pseudo_labels(pseudo_labels)
     image_ids = sorted({i for images in labels.values() for i in images})[shard :: settings.shards]
     wanted = {i: candidates_of(regions.read(i), labels, i) for i in image_ids}
-    frozen = FrozenDetector(detector, backbone, base_detector, settings, device)
+    frozen = FrozenDetector(detector, backbone, base_detector, settings, device, threads)
     link_images(retrieved_features(data, wanted, frozen, store, code), output)
