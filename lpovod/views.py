@@ -299,7 +299,7 @@ def training_batches(
         settings: the schedule.
         long_side: of the views, at most.
         seed: of all that is drawn.
-        device: that the batches are going to.
+        device: where the views go.
         extra: as in `load_views`; a loading process gets a copy, by pickle where it is not forked.
     """
     lists: list[list[View]] = []

@@ -131,6 +131,25 @@ def test_bfloat16_is_of_the_networks_alone(regions, sampling_ratio):
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.05)
 
 
+def test_a_view_that_a_device_resizes_has_the_same_losses():
+    torch.manual_seed(0)
+    settings = HEADS.model_copy(update={"regions": "rpn"})
+    model = Detector(SMALL, settings, 1, 8).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    found, expected = (
+        training_losses(
+            model,
+            one_image(),
+            [replace(apply_view(pixels, View(1, 96, 160), later), extra=one_view().extra)],
+            {7: 0},
+            settings,
+            "cpu",
+        )
+        for later in (True, False)
+    )
+    assert all(torch.equal(found[name], loss) for name, loss in expected.items())
+
+
 def one_image() -> CocoDataset:
     annotation = {"bbox": [10, 10, 30, 40], "category_id": 7}
     images = {1: {"file_name": "", "width": 96, "height": 64}}

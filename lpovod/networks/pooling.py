@@ -7,7 +7,7 @@ from torch.nn import functional
 from lpovod.networks.backbone import STRIDES, level_of
 from lpovod.precision import precise
 from lpovod.torchvision_ops import roi_align
-from lpovod.transfers import numbers
+from lpovod.transfers import numbers, send
 
 POOLED = 7
 """Bins per side of a pooled region."""
@@ -36,17 +36,17 @@ def pool_regions(
     level = level_of(rois[:, 1:], finest_scale, POOLED_LEVELS)
     device = pyramid[0].device
     if sampling_ratio == 1:
-        rois, level = (t.to(device, non_blocking=True) for t in (rois, level))
+        rois, level = send(rois, device), send(level, device)
         return _pool_centres(pyramid, rois[:, 0].long(), rois[:, 1:], level)
     order = level.argsort(stable=True)
     counts = torch.stack([(level == number).sum() for number in range(POOLED_LEVELS)]).tolist()
-    by_level = rois[order].to(device, non_blocking=True).split(counts)
+    by_level = send(rois[order], device).split(counts)
     # Of a level without a region, too: the backward pass must meet the same norms on every rank.
     pooled = [
         roi_align(precise(features), some, POOLED, 1 / stride, sampling_ratio)
         for features, some, stride in zip(pyramid, by_level, STRIDES, strict=False)
     ]
-    return torch.cat(pooled)[order.argsort().to(device, non_blocking=True)]
+    return torch.cat(pooled)[send(order.argsort(), device)]
 
 
 def _pool_centres(pyramid: list[Tensor], image: Tensor, box: Tensor, level: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from lpovod.networks.detector import Detector
 from lpovod.networks.rpn import RegionProposalNetwork, make_anchors, rpn_losses, rpn_proposals
 from lpovod.precision import precise
 from lpovod.training import ready, resumable, train, write_training
-from lpovod.transfers import send_all
+from lpovod.transfers import send, send_all
 from lpovod.views import LoadedView, batch, steps_per_epoch, training_batches
 
 
@@ -129,7 +129,7 @@ def detector_losses(
         [to_classify.nonzero().flatten(), positive, to_imitate], device
     )
     labels, wanted, embeddings = (
-        tensor.to(device, non_blocking=True)
+        send(tensor, device)
         for tensor in (labels, encode(boxes[positive], targets[positive]), embeddings)
     )
     feature = model.region_head(pooled[rows])
