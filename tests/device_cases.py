@@ -28,7 +28,7 @@ from models import random_model
 from PIL import Image
 from test_model import picture
 from tiny_run import make_run
-from torch import nn
+from torch import Tensor, nn
 
 import lpovod
 from lpovod import training
@@ -47,6 +47,7 @@ from lpovod.config import (
     TrainingSettings,
 )
 from lpovod.crops import crop_and_resize
+from lpovod.distributed import LossesOfRanks
 from lpovod.formats.coco import CocoDataset
 from lpovod.formats.image_features import ImageFeatures, paths_in
 from lpovod.formats.model import read_model
@@ -61,7 +62,7 @@ from lpovod.stages.region_embeddings import embed_regions
 from lpovod.stages.region_features import extract_retrieved, extract_split
 from lpovod.stages.small_clip.zero_shot import zero_shot
 from lpovod.training import build_optimizer, ready, train, write_training
-from lpovod.views import View, apply_view
+from lpovod.views import LoadedView, View, apply_view
 
 WAITS = {
     "proposal_network": (9, 5),
@@ -327,7 +328,7 @@ def test_two_ranks_train_as_one(inputs, tmp_path, device):
 @on_devices
 def test_proposals_are_found(inputs, tmp_path, device):
     def work(folder: Path, where: str) -> RegionStore:
-        propose(inputs.dataset, inputs.network, BACKBONE, FINDER, folder / "p.h5", where)
+        propose(inputs.dataset, inputs.network, BACKBONE, FINDER, 0, 1, folder / "p.h5", where)
         return RegionStore(folder / "p.h5", "proposals")
 
     one, other = in_both(work, tmp_path, device)
@@ -361,8 +362,8 @@ def test_retrieved_images_are_described(inputs, tmp_path, device):
 
     def work(folder: Path, where: str) -> dict[str, np.ndarray]:
         extract_retrieved(
-            *(inputs.dataset, inputs.proposals, tmp_path / "labels.json", inputs.detector),
-            *(BACKBONE, HEADS, RegionFeaturesSettings(batch_size=2), 0, folder / "retrieved"),
+            *(inputs.dataset, [inputs.proposals], tmp_path / "labels.json", inputs.detector),
+            *(BACKBONE, HEADS, RegionFeaturesSettings(batch_size=2), 0, 1, folder / "retrieved"),
             *(folder / "store", "code", where),
         )
         return ImageFeatures(paths_in([folder / "retrieved"])).read(7)
@@ -374,11 +375,11 @@ def test_retrieved_images_are_described(inputs, tmp_path, device):
 @on_devices
 @pytest.mark.parametrize(("precision", "limit"), [("float32", 1e-3), ("bfloat16", 3e-2)])
 def test_regions_are_embedded(inputs, tmp_path, device, precision, limit):
-    settings = RegionEmbeddingsSettings(batch_size=7, shards=1, precision=precision)
+    settings = RegionEmbeddingsSettings(batch_size=7, precision=precision)
 
     def work(folder: Path, where: str) -> RegionStore:
         files = folder / "checkpoint", "code", folder / "0.h5"
-        embed_regions(inputs.dataset, inputs.proposals, inputs.clip, settings, 0, *files, where)
+        embed_regions(inputs.dataset, inputs.proposals, inputs.clip, settings, *files, where)
         return RegionStore(folder / "0.h5", "region_embeddings")
 
     same_regions(*in_both(work, tmp_path, device), {"rtol": 0, "atol": limit})
@@ -489,13 +490,15 @@ def waits_of_a_step(stage: str, images: int) -> Counter:
         regions = "rpn" if "RPN" in stage else "proposals"
         settings = HEADS.model_copy(update={"regions": regions})
         model = ready(Detector(BACKBONE, settings, 1, 8), "strict")
+
+    def losses(part: list[LoadedView]) -> dict[str, Tensor]:
+        if stage == "proposal_network":
+            return proposal_network._losses(model, data, part, FINDER, "strict")
+        return base_detector.training_losses(model, data, part, {1: 0}, settings, "strict")
+
     optimizer = build_optimizer(model, STEP)
     with strict_device.counted() as waits:
-        if stage == "proposal_network":
-            losses = proposal_network._losses(model, data, views, FINDER, "strict")
-        else:
-            losses = base_detector.training_losses(model, data, views, {1: 0}, settings, "strict")
-        training._step(model, losses, optimizer, STEP, 0)
+        training._step(model, LossesOfRanks(model, losses), views, optimizer, STEP, 0)
     return waits
 
 
@@ -523,16 +526,18 @@ def infer(stage: str, folder: Path, images: int, inputs: Inputs) -> Counter:
     features = RegionFeaturesSettings(batch_size=2)
     with strict_device.counted() as waits:
         if stage == "proposals":
-            propose(drawn.dataset, inputs.network, BACKBONE, FINDER, folder / "o.h5", "strict")
+            propose(
+                drawn.dataset, inputs.network, BACKBONE, FINDER, 0, 1, folder / "o.h5", "strict"
+            )
         elif stage == "region_features":
             extract_split(
                 *(drawn.dataset, drawn.proposals, inputs.detector, BACKBONE, HEADS, features),
                 *(folder / "o.h5", "strict"),
             )
         else:
-            settings = RegionEmbeddingsSettings(batch_size=8, shards=1)
+            settings = RegionEmbeddingsSettings(batch_size=8)
             embed_regions(
-                *(drawn.dataset, drawn.proposals, drawn.clip, settings, 0),
+                *(drawn.dataset, drawn.proposals, drawn.clip, settings),
                 *(folder / "checkpoint", "code", folder / "o.h5", "strict"),
             )
     return waits
@@ -548,10 +553,10 @@ def test_an_image_waits_no_more_often_than_it_may(inputs, tmp_path, stage):
 
 @needs_strict
 def test_crops_are_not_fetched_from_the_device_while_they_are_embedded(inputs, tmp_path):
-    settings = RegionEmbeddingsSettings(batch_size=7, shards=1)
+    settings = RegionEmbeddingsSettings(batch_size=7)
     with strict_device.counted() as waits:
         files = tmp_path / "checkpoint", "code", tmp_path / "0.h5"
-        embed_regions(inputs.dataset, inputs.proposals, inputs.clip, settings, 0, *files, "strict")
+        embed_regions(inputs.dataset, inputs.proposals, inputs.clip, settings, *files, "strict")
     batches = -(-2 * sum(map(len, inputs.boxes.values())) // 7)
     fetched = sum(count for (kind, _), count in waits.items() if kind == "to the host")
     assert 0 < fetched <= batches, waits.most_common()  # the features alone

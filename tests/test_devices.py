@@ -161,7 +161,7 @@ def test_the_cpu_needs_no_card(two_cards):
 def stages() -> dict:
     """Every stage that takes a device, with inputs that do not exist: it must not get so far."""
     files = (NOWHERE,) * 2
-    retrieved = (BACKBONE, HEADS, RegionFeaturesSettings(), 0, *files, "code")
+    retrieved = (BACKBONE, HEADS, RegionFeaturesSettings(), 0, 1, *files, "code")
     return {
         "proposal_network": lambda device: train_proposal_network(
             NOWHERE, BACKBONE, FINDER, 0, NOWHERE, "code", *files, device
@@ -169,15 +169,17 @@ def stages() -> dict:
         "base_detector": lambda device: train_base_detector(
             NOWHERE, [], NOWHERE, BACKBONE, HEADS, 0, NOWHERE, "code", *files, device
         ),
-        "proposals": lambda device: propose(*files, BACKBONE, FINDER, NOWHERE, device),
+        "proposals": lambda device: propose(*files, BACKBONE, FINDER, 0, 1, NOWHERE, device),
         "region_embeddings": lambda device: embed_regions(
-            *(*files, ClipSettings(), RegionEmbeddingsSettings(), 0, NOWHERE, "code", NOWHERE),
+            *(*files, ClipSettings(), RegionEmbeddingsSettings(), NOWHERE, "code", NOWHERE),
             device,
         ),
         "split": lambda device: extract_split(
             *(*files, NOWHERE, BACKBONE, HEADS, RegionFeaturesSettings(), NOWHERE, device)
         ),
-        "retrieved": lambda device: extract_retrieved(*files, *files, *retrieved, device),
+        "retrieved": lambda device: extract_retrieved(
+            *(NOWHERE, [NOWHERE], *files, *retrieved, device)
+        ),
     }
 
 
