@@ -36,7 +36,7 @@ from lpovod.apps.detect import detect as detect_in_files
 from lpovod.apps.learn import Run, learn
 from lpovod.artifacts import read_tensors, write_json
 from lpovod.boxes import take
-from lpovod.clip import load_clip
+from lpovod.clip import Clip, load_clip
 from lpovod.config import (
     BackboneSettings,
     BaseDetectorSettings,
@@ -421,6 +421,8 @@ def test_a_model_detects_there(tmp_path, device):
     random_model(file)
     images = [picture(90, 70, seed) for seed in range(3)]
     on_cpu, model = (lpovod.load(file, where) for where in ("cpu", device))
+    for network in (model.network, model.detector):
+        assert next(network.parameters()).device.type == device
     for one, other in zip(on_cpu.detect(images), model.detect(images), strict=True):
         assert len(one) == len(other) > 0
         # From features in half precision, which round either way.
@@ -552,11 +554,19 @@ def test_an_image_waits_no_more_often_than_it_may(inputs, tmp_path, stage):
 
 
 @needs_strict
-def test_crops_are_not_fetched_from_the_device_while_they_are_embedded(inputs, tmp_path):
+def test_crops_stay_on_the_device_until_they_are_embedded(inputs, tmp_path, monkeypatch):
+    places, encode = set(), Clip.encode_crops
+
+    def noted(clip: Clip, pixels: torch.Tensor) -> torch.Tensor:
+        places.update({pixels.device.type, clip.model.logit_scale.device.type})
+        return encode(clip, pixels)
+
+    monkeypatch.setattr(Clip, "encode_crops", noted)
     settings = RegionEmbeddingsSettings(batch_size=7)
     with strict_device.counted() as waits:
         files = tmp_path / "checkpoint", "code", tmp_path / "0.h5"
         embed_regions(inputs.dataset, inputs.proposals, inputs.clip, settings, *files, "strict")
+    assert places == {"strict"}
     batches = -(-2 * sum(map(len, inputs.boxes.values())) // 7)
     fetched = sum(count for (kind, _), count in waits.items() if kind == "to the host")
     assert 0 < fetched <= batches, waits.most_common()  # the features alone

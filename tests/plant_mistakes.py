@@ -22,7 +22,7 @@ import pytest
 import torch
 
 FILES = {
-    "boxes": "trained or described",
+    "boxes": "trained or described or step",
     "crops": "crops or embedded",
     "views": "trained",
     "clip": "clip or embedded",
