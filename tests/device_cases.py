@@ -65,13 +65,13 @@ from lpovod.training import build_optimizer, ready, train, write_training
 from lpovod.views import LoadedView, View, apply_view
 
 WAITS = {
-    "proposal_network": (9, 5),
-    "base_detector with an RPN": (28, 17),
-    "base_detector": (22, 2),
-    "proposals": (0, 14),
-    "region_embeddings": (0, 5),
-    "region_features": (0, 14),
-    "model": (0, 27),
+    "proposal_network": (3, 0),
+    "base_detector with an RPN": (4, 1),
+    "base_detector": (1, 0),
+    "proposals": (0, 1),
+    "region_embeddings": (0, 0),
+    "region_features": (0, 1),
+    "model": (0, 5),
 }
 """How often the host may wait for the device: in a training step, by the images in it, a fixed part
 and a part per image; in inference per image, here alone in its batch, after loading the network."""
@@ -304,7 +304,8 @@ def learn_both(folder: Path, output: Path, device: str) -> None:
     learn_detector(inputs, output, device)
 
 
-@pytest.mark.parametrize("device", [DEVICES[0], *(CUDA if torch.cuda.device_count() > 1 else [])])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch's own reduction needs two GPUs")
+@pytest.mark.parametrize("device", ["cuda"])
 def test_two_ranks_train_as_one(inputs, tmp_path, device):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

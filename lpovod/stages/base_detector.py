@@ -18,6 +18,7 @@ from torchvision.ops import sigmoid_focal_loss
 from lpovod.artifacts import identity
 from lpovod.boxes import encode, match, sample
 from lpovod.config import BackboneSettings, BaseDetectorSettings
+from lpovod.devices import explaining_memory
 from lpovod.distributed import total, training_ranks
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, check_same_images, read_dataset
@@ -181,7 +182,12 @@ def train_base_detector(
         LpovodError: if inputs do not belong together, or a loss is not finite.
     """
     schedule = settings.training
-    with training_ranks(device, threads, schedule.images_per_step) as device:
+    with (
+        training_ranks(device, threads, schedule.images_per_step) as device,
+        explaining_memory(
+            "base_detector.training.images_at_once or base_detector.training.short_sides"
+        ),
+    ):
         data = read_dataset(dataset)
         store = open_shards(region_embeddings, "region_embeddings")
         check_same_images(store.paths[0], store.identity, data)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lpovod.artifacts import identity
 from lpovod.boxes import rows_of, take
 from lpovod.config import BackboneSettings, ProposalsSettings
+from lpovod.devices import explaining_memory
 from lpovod.distributed import total, training_ranks
 from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset, read_dataset
@@ -113,7 +114,10 @@ def train_proposal_network(
         LpovodError: if no image is annotated, or a loss is not finite.
     """
     schedule = settings.training
-    with training_ranks(device, threads, schedule.images_per_step) as device:
+    with (
+        training_ranks(device, threads, schedule.images_per_step) as device,
+        explaining_memory("proposals.training.images_at_once or proposals.training.short_sides"),
+    ):
         data = read_dataset(dataset)
         image_ids = [i for i in data.images if len(data.boxes(i)[0])]
         if not image_ids:
