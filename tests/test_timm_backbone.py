@@ -346,12 +346,13 @@ def test_every_stage_shows_the_network_pixels_as_timm_does(files, name, tmp_path
     try:
         network = learn_proposals(files, name, tmp_path)
         detector = learn_detector(files, name, tmp_path, network)
-        split = (dataset, network, settings(name), PROPOSALS)
+        one_by_one = PROPOSALS.model_copy(update={"batch_size": 1})
+        split = (dataset, network, settings(name), one_by_one)
         propose(*split, 0, 1, tmp_path / "train.h5")
         assert len(seen) == 2 * 6 + 5
         shown = len(seen)
         described = (dataset, tmp_path / "train.h5", detector, settings(name), DETECTOR)
-        extract_split(*described, RegionFeaturesSettings(batch_size=2), tmp_path / "features.h5")
+        extract_split(*described, RegionFeaturesSettings(batch_size=1), tmp_path / "features.h5")
         assert len(seen) == shown + 5
     finally:
         hook.remove()
