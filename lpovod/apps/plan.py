@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from lpovod.catalogue import COCO, COCO_IMAGES
-from lpovod.config import Config, DatasetSettings, TrainingSettings, read_config
+from lpovod.config import Config, DatasetSettings, read_config
 from lpovod.exceptions import UsageError
 from lpovod.formats.benchmarks import stage_times
 from lpovod.miniature.scenes import IMAGE_SIZE
@@ -27,7 +27,6 @@ DRAWN = 9.7e3  # bytes of an image of the miniature world and its annotations
 # Seconds of one core, measured.
 PHOTOGRAPH = (480, 640)  # pixels: COCO's are of this size, or upright
 DECODING, RESIZING = 4.6e-3, 23e-3  # of a photograph; to 800 pixels, (800, 1067)
-LOADERS = 8  # processes that read images for a training on GPUs
 DRAWING = 4.7e-3  # an image of the miniature world
 INDEXING = 19e-9  # of a byte of the index: read, converted, written
 PROBING = 6e-5  # of a retrieved image in one epoch of the linear probe
@@ -39,6 +38,7 @@ TFLOPS = 20.0  # what one GPU sustains on such networks; measure yours and say -
 GFLOPS = 60.0  # what one core sustains; measured: about 45 in trainings, 65 to 90 elsewhere
 READING = 2e9  # bytes per second
 GPUS = (1, 8, 64)
+FEEDERS = 3  # processes that decode images for a job on a GPU, as in rules/resources.smk
 TRAINING_CORES = 8  # at most, as in rules/resources.smk
 
 TIMES = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -61,7 +61,7 @@ class Cost(NamedTuple):
     Attributes:
         stage: its name.
         gflop: operations of the networks.
-        core: seconds of a processor core, beside these.
+        core: seconds of a processor core, beside these; on GPUs, of the cores that feed one.
         jobs: that share it, on a GPU each; any number of GPUs shares a training.
         disk: bytes that stay.
         memory: bytes of the largest arrays in main memory; 0 where none is large.
@@ -81,7 +81,7 @@ class Cost(NamedTuple):
     trains: bool = False
 
     def on_gpus(self, tflops: float, gpus: int) -> float:
-        """Seconds on so many GPUs with a core each, whichever of the two takes longer."""
+        """Seconds on so many GPUs: to compute, or to load the images if that takes longer."""
         shared = gpus if self.trains else min(gpus, self.jobs)
         return max(self.gflop / tflops / 1e3, self.core) / shared
 
@@ -170,8 +170,10 @@ def _note_on_learning(added: Cost, gpu: bool, tflops: float, gflops: float, core
 def _notes_on_gpus(tflops: float) -> str:
     return (
         f"Assumed: GPUs that sustain {tflops:g} TFLOP/s each (--tflops), waits included, and lose "
-        f"nothing together; a disk that reads {READING / 1e9:g} GB/s. At most `shards` jobs share "
-        "a pass over the training images. Stages that are not listed cost next to nothing."
+        f"nothing together; {FEEDERS} cores that decode the images of a job, or `workers` for each "
+        f"GPU of a training, {1 / DECODING:.0f} photographs a second each; a disk that reads "
+        f"{READING / 1e9:g} GB/s. At most `shards` jobs share a pass over the training images. "
+        "Stages that are not listed cost next to nothing."
     )
 
 
@@ -204,11 +206,12 @@ def network_size(config: Config, size: tuple[int, int] | None = None) -> tuple[i
 
 
 def loading(config: Config, size: tuple[int, int] | None = None) -> tuple[float, float]:
-    """Seconds of one core to decode an image, and to resize it as well."""
+    """Seconds of one core to decode an image, and to resize it too unless a GPU does."""
     original, seen = size[::-1] if size else image_size(config.dataset), network_size(config, size)
     decoding = DECODING * original[0] * original[1] / (PHOTOGRAPH[0] * PHOTOGRAPH[1])
-    resizing = RESIZING * seen[0] * seen[1] / (800 * 1067) if seen != original else 0.0
-    return decoding, decoding + resizing
+    if config.gpu or seen == original:
+        return decoding, decoding
+    return decoding, decoding + RESIZING * seen[0] * seen[1] / (800 * 1067)
 
 
 def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = None) -> list[Cost]:
@@ -247,6 +250,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
     embedding = of_train * (trains or retrieves) + of_val * config.evaluation.clip_on_crops
     extracting = of_val + config.shards_of(retrieved, train) * probes
     per_image, (decoding, shown) = proposals.per_image, loading(config, size)
+    feeders = FEEDERS if config.gpu else 1
     row = BOX + 2 * work.dimension  # bytes of an embedded region
     indexed = train * per_image * (row + 8)  # bytes
     extracted = per_image * (BOX + 16 + 2 * (detector.dimension + work.dimension))  # of an image
@@ -260,7 +264,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
         Cost(
             "proposal_network",
             proposals.training.epochs * train * TRAINING * work.proposal_network,
-            proposals.training.epochs * train * shown / _loaders(config, proposals.training),
+            proposals.training.epochs * train * shown / max(1, proposals.training.workers),
             disk=4 * work.proposal_weights,
             start=HEAVY_START,
             threads=training_threads,
@@ -269,7 +273,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
         Cost(
             "proposals",
             proposed * work.proposal_network,
-            proposed * shown,
+            proposed * shown / feeders,
             jobs=proposing,
             disk=proposed * per_image * BOX,
             start=proposing * HEAVY_START,
@@ -277,7 +281,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
         Cost(
             "region_embeddings",
             embedded * per_image * len(embeddings.scales) * work.crop,
-            embedded * decoding,
+            embedded * decoding / feeders,
             jobs=embedding,
             disk=embedded * per_image * row,
             memory=3 * embeddings.batch_size * 3 * work.crop_size**2 * 4,
@@ -293,7 +297,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
         Cost(
             "base_detector",
             detector.training.epochs * train * TRAINING * (work.pyramid + work.rpn + learned),
-            detector.training.epochs * train * shown / _loaders(config, detector.training),
+            detector.training.epochs * train * shown / max(1, detector.training.workers),
             disk=4 * work.detector_weights,
             start=HEAVY_START,
             threads=training_threads,
@@ -307,7 +311,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
         Cost(
             "region_features",
             (val + retrieved) * (work.pyramid + per_image * work.extraction),
-            (val + retrieved) * shown,
+            (val + retrieved) * shown / feeders,
             jobs=extracting,
             disk=(val + retrieved) * extracted,
             start=extracting * HEAVY_START,
@@ -370,11 +374,6 @@ def _dataset(settings: DatasetSettings, images: int) -> Cost:
         return Cost("dataset", disk=1.3e3 * images, memory=2.9e4 * images, start=LIGHT_START)
     images += settings.miniature.tune_images
     return Cost("dataset", core=DRAWING * images, disk=DRAWN * images, start=LIGHT_START)
-
-
-def _loaders(config: Config, settings: TrainingSettings) -> int:
-    """Cores that decode and resize the images of a training."""
-    return LOADERS if config.gpu else max(1, settings.workers)
 
 
 def table(rows: list[Cost], times: dict[str, list[float]]) -> str:
