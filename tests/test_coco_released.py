@@ -124,7 +124,7 @@ def test_the_released_model_is_evaluated_without_training(project):
     printed = snakemake(project, "coco_released.yaml", OVERLAY, "-n")
     stats = printed.partition("Job stats:")[2].partition("total")[0]
     rules = {line.split()[0] for line in stats.splitlines() if line[-1:].isdigit()}
-    assert rules == {"proposals", "region_features", "evaluation", "report", "all"}
+    assert rules == {"proposals_val", "region_features", "evaluation", "report", "all"}
 
 
 @pytest.mark.parametrize(

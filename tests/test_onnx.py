@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -209,12 +210,10 @@ def test_the_example_of_the_documentation_runs_without_this_library(exported, mo
     Image.fromarray(pixels).save(exported / "photograph.png")
     content = read_model(exported / "model.safetensors")
     random = np.random.default_rng(5)
-    learned = content.with_class(
-        ModelClass("unicycle", "novel", 40),
-        random.normal(size=24).astype(np.float32),
-        content.text["dog"][::-1].copy(),
-        None,
-    )
+    text = content.text["dog"][::-1].copy()
+    learned = content.with_class(ModelClass("unicycle", "novel", 40), text, text)
+    weights = random.normal(size=24).astype(np.float32)
+    learned = replace(learned, weights=content.weights | {"unicycle": weights})
     write_model(exported / "learned.safetensors", learned)
     # The rows alone: an image's graph takes long, and does not change.
     monkeypatch.setattr("lpovod.apps.onnx_graphs.image_graph", lambda *_: small_graph())

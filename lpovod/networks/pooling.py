@@ -38,15 +38,15 @@ def pool_regions(
     if sampling_ratio == 1:
         rois, level = send(rois, device), send(level, device)
         return _pool_centres(pyramid, rois[:, 0].long(), rois[:, 1:], level)
-    order = level.argsort(stable=True)
-    counts = torch.stack([(level == number).sum() for number in range(POOLED_LEVELS)]).tolist()
-    by_level = send(rois[order], device).split(counts)
+    of_levels = [(level == number).nonzero().flatten() for number in range(POOLED_LEVELS)]
     # Of a level without a region, too: the backward pass must meet the same norms on every rank.
     pooled = [
-        roi_align(precise(features), some, POOLED, 1 / stride, sampling_ratio)
-        for features, some, stride in zip(pyramid, by_level, STRIDES, strict=False)
+        roi_align(precise(features), send(rois[rows], device), POOLED, 1 / stride, sampling_ratio)
+        for features, rows, stride in zip(pyramid, of_levels, STRIDES, strict=False)
     ]
-    return torch.cat(pooled)[send(order.argsort(), device)]
+    order = torch.cat(of_levels)
+    places = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
+    return torch.cat(pooled)[send(places, device)]
 
 
 def _pool_centres(pyramid: list[Tensor], image: Tensor, box: Tensor, level: Tensor) -> Tensor:
