@@ -49,7 +49,7 @@ from lpovod.progress import progress
 from lpovod.schedule import rate_at
 from lpovod.scoring import detect, read_class_weights, score_regions
 from lpovod.stages.base_detector import classification_loss
-from lpovod.views import LoadedView, batch, load_views, training_views
+from lpovod.views import LoadedView, batch, load_views, steps_per_epoch, training_views
 
 VARIANTS = {"full": "full method", "without_clip_head": "probe alone"}
 
@@ -144,7 +144,7 @@ def fit_online(
         [weights], settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay
     )
     torch.manual_seed(seed)
-    per_epoch, number = -(-len(images) // settings.images_per_step), 0
+    per_epoch, number = steps_per_epoch(data, list(images), settings.images_per_step), 0
     for epoch in progress(range(settings.epochs), f"online, seed {seed}", "epoch"):
         views = training_views(data, list(images), schedule, config.backbone.long_side, seed, epoch)
         for step in load_views(

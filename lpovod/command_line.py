@@ -22,7 +22,7 @@ from lpovod.progress import start_logging
 SMALLER = (
     "Ask for less: images_at_once, which leaves a step its images, images_per_step or short_sides "
     "of base_detector.training and proposals.training (trainings), region_embeddings.batch_size "
-    "(CLIP), region_features.batch_size, "
+    "(CLIP), proposals.batch_size and region_features.batch_size (inference), "
     "backbone.short_side and backbone.long_side (all networks), proposals.per_image (all regions)"
 )
 

@@ -424,7 +424,9 @@ class RegionEmbeddingsSettings(Settings):
         "sizes of a region's crops, relative to its box; their features are summed",
         min_length=1,
     )
-    batch_size: PositiveInt = key(256, "crops encoded at once, across images")
+    batch_size: PositiveInt = key(
+        256, "crops cut at once, across images, of which a GPU encodes up to 256 in a pass"
+    )
     precision: Precision = key(
         "float32", "of CLIP's image tower; bfloat16 pays on GPUs and CPUs with bfloat16 units"
     )

@@ -34,7 +34,7 @@ def device_of(device: str | None) -> str:
     if device in known or (not device.startswith("cuda") and _can_hold_a_tensor(device)):
         return device
     fault = f"device {device!r}: this machine has {', '.join(known)}"
-    if gpus:
+    if gpus and device.startswith("cuda"):
         raise LpovodError(f"{fault}. Lower training_gpus to the number of its GPUs")
     raise LpovodError(
         f"{fault}; nvidia-smi shows the GPUs that the driver sees, and {VISIBLE} may hide them. "

@@ -131,7 +131,7 @@ def start_alike(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -
     """Give every forked rank the parameters and buffers of rank 0.
 
     They share the parameters from now on: each keeps the optimizer's state of its own. A launcher's
-    ranks get them from `LossesOfRanks`.
+    ranks start from the same files.
 
     Raises:
         LpovodError: if a rank does not start with the same step: they see different files.
@@ -166,7 +166,8 @@ class LossesOfRanks:
     """The losses of a model; of a launcher's ranks, their backward pass adds up the gradients.
 
     Args:
-        model: every rank's gets rank 0's parameters and buffers; on GPUs it gets torch's norms.
+        model: alike on every rank, as all start or resume from the same files; on GPUs it gets
+            torch's norms in the place of ours, but for timm's that include an activation.
         losses: of this rank's part of a batch.
     """
 

@@ -27,7 +27,7 @@ def check_models(gpu):
     blocks = ("clip", "text_embeddings", "backbone", "proposals", "base_detector", "region_index")
     imported = [CONFIG.pseudo_labels.file, CONFIG.linear_probe.checkpoint]
     existing = [path.is_file() for path in CLIP_FILES + START_FILES]
-    packages = ("torch", "open_clip_torch", "timm", "faiss-cpu", "faiss-gpu-cu12")
+    packages = ("torch", "open_clip_torch", "timm", "faiss-cpu")
     content = [source("preflight"), *map(block, blocks), *imported, *existing]
     content += [*CLIP_DIGESTS, *START_DIGESTS, *map(version, packages)]
     content += [gpu and (os.uname().nodename, os.environ.get("CUDA_VISIBLE_DEVICES"))]

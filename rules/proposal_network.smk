@@ -28,7 +28,7 @@ rule proposal_network:
         device=DEVICE,
         backbone=block("backbone"),
         weights=START_DIGESTS,
-        # What shapes its proposals alone leaves the trained network as it is.
+        # How it is used when it is trained leaves it as it is.
         settings=CONFIG.proposals.model_dump_json(exclude={"batch_size", "precision"}),
         checkpoint=subpath(output.network, with_suffix=".checkpoint"),
     message:

@@ -13,7 +13,7 @@ from lpovod.exceptions import LpovodError
 from lpovod.networks.detector import Detector
 from lpovod.precision import computing_in
 from lpovod.torchvision_ops import clip_boxes_to_image
-from lpovod.transfers import send
+from lpovod.transfers import send_all
 from lpovod.views import LoadedView, batch
 
 Size = tuple[int, int]
@@ -63,8 +63,7 @@ def describe_regions(
     images = batch(views, device, normalisation, pad_with_black=True, at_least=batch_size)
     counts = [len(box) for box, _ in regions]
     pairs = zip(views, regions, strict=True)
-    box = send(torch.cat([view.to_view(of_image) for view, (of_image, _) in pairs]), device)
-    boxes = list(box.split(counts))
+    boxes = [view.to_view(of_image) for view, (of_image, _) in pairs]
     with computing_in(precision, device):
         pyramid = [level.float() for level in model.pyramid(images)]
     pooled = model.pool(pyramid, boxes).split(counts)
@@ -72,7 +71,9 @@ def describe_regions(
         outputs = [model.extract(of_image) for of_image in pooled]
     refined = [
         refine(of_image, of_heads.deltas.float(), view.scale, size)
-        for of_image, of_heads, view, size in zip(boxes, outputs, views, sizes, strict=True)
+        for of_image, of_heads, view, size in zip(
+            send_all(boxes, device), outputs, views, sizes, strict=True
+        )
     ]
     # The host waits for the device here, once all images are on their way.
     feature, embedding, refinement = (

@@ -45,7 +45,9 @@ def pool_regions(
         for features, rows, stride in zip(pyramid, of_levels, STRIDES, strict=False)
     ]
     order = torch.cat(of_levels)
-    places = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
+    places = torch.empty_like(order).scatter(
+        0, order, torch.arange(len(order), device=order.device)
+    )
     return torch.cat(pooled)[send(places, device)]
 
 

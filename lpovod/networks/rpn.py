@@ -66,7 +66,7 @@ def make_anchors(pyramid: list[Tensor]) -> list[Tensor]:
     """
     found = []
     for features, stride in zip(pyramid, STRIDES, strict=True):
-        ratio = numbers(RATIOS, precise(features)).sqrt()
+        ratio = numbers(RATIOS, precise(features.new_empty(()))).sqrt()
         half = torch.stack([1 / ratio, ratio], dim=1) * (stride * ANCHOR_SCALE / 2)
         rows, columns = (torch.arange(n, device=half.device) for n in features.shape[-2:])
         y, x = torch.meshgrid(rows, columns, indexing="ij")

@@ -118,7 +118,7 @@ def embed_regions(
     run = {"settings": settings.model_dump(), "device": device, "threads": threads}
     run = fingerprint(ident | run | {"proposals": sha256(proposals)})
     with (
-        explaining_memory("region_embeddings.batch_size (crops per pass)"),
+        explaining_memory("region_embeddings.batch_size (crops cut at once)"),
         _open_checkpoint(checkpoint, run) as file,
         progress(None, "region embeddings", " regions", sum(of_shard.values())) as bar,
     ):
