@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ TINY_CLIP = {
 SMALLEST = {"classes": {"novel": ["star", "ring", "bolt", "house", "fish"]}}
 
 torch.set_num_threads(1)
+# A shell's background job ignores Ctrl-C, and so would the programs that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

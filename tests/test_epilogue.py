@@ -131,6 +131,7 @@ def test_a_lock_and_an_interrupt_end_with_the_next_step(project):
     log.unlink(missing_ok=True)
     process = start_snakemake(project, "smallest.yaml", overlay, "--cores", "1", "-F", TEXTS)
     wait_until(log.exists, process)
+    os.killpg(process.pid, signal.SIGSTOP)  # or it might end before the second has begun
     second = subprocess.run(
         ["snakemake", "--cores", "1", "--configfile", "configs/smallest.yaml", "overlay.yaml"],
         cwd=project,
@@ -138,6 +139,7 @@ def test_a_lock_and_an_interrupt_end_with_the_next_step(project):
         text=True,
     )
     os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGCONT)
     assert process.wait(60) == 1
     assert not [line for line in printed(project) if line.startswith("Traceback")]
     assert printed(project)[-1] == f"Interrupted. To continue, {AGAIN}."
