@@ -19,7 +19,7 @@ from lpovod.config import TrainingSettings
 from lpovod.distributed import largest, rank, ranks
 from lpovod.formats.coco import CocoDataset
 from lpovod.torchvision_ops import clip_boxes_to_image
-from lpovod.transfers import numbers
+from lpovod.transfers import numbers, send
 
 MEAN = (122.770935, 116.74601, 104.093735)
 STD = (68.500534, 66.63216, 70.323166)
@@ -32,6 +32,9 @@ class Normalisation:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
 
+
+HeightWidth = tuple[int, int]
+"""Height and width."""
 
 PAD_TO = 32
 
@@ -76,7 +79,7 @@ class LoadedView:
 
     def shown_on(self, device: str) -> Tensor:
         """The pixels of the view, (3, height, width) uint8, on a device."""
-        pixels = self.pixels.to(device, non_blocking=True)
+        pixels = send(self.pixels, device)
         return _show(pixels, self.view, self.resize_to) if self.resize_to else pixels
 
     def pin_memory(self) -> Self:

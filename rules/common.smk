@@ -92,9 +92,9 @@ def shards(stage, split):
     return expand(path, shard=range(shard_count(split)))
 
 
-def known_digest(name):
-    """The digest that a download must have: of the configuration, else of the catalogue."""
-    return CONFIG.download.digests.get(name) or (COCO | FILES)[name].digest
+def given_digest(name):
+    """The option for a digest that the configuration gives a download; a stage knows the others."""
+    return option("--digest", CONFIG.download.digests.get(name))
 
 
 def needed_archives():

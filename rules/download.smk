@@ -32,12 +32,12 @@ rule download:
         runtime=grows(1440),
     params:
         root=str(CONFIG.dataset.coco.root),
-        digest=lambda wildcards: known_digest(wildcards.archive),
+        digest=lambda wildcards: given_digest(wildcards.archive),
     message:
         "COCO's {wildcards.archive}, unless its content is in {params.root}"
     shell:
         "python -m workflow_scripts.download download_coco --archive {wildcards.archive}"
-        " --root {params.root:q} --record {output} --digest {params.digest} 2>&1 | tee {log}"
+        " --root {params.root:q} --record {output} {params.digest} 2>&1 | tee {log}"
 
 
 # An existing file is never an output: Snakemake might remove it, and it may belong to the user.
@@ -66,7 +66,7 @@ for path in DOWNLOADED + [path for path in ARCHIVES if not path.is_file()]:
             runtime=grows(1440),
         params:
             records=str(RECORDS),
-            digest=option("--digest", known_digest(path.name)),
+            digest=given_digest(path.name),
         message:
             f"Download of {{output}} from {FILES[path.name].url}"
         shell:

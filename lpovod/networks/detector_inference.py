@@ -13,14 +13,11 @@ from lpovod.exceptions import LpovodError
 from lpovod.networks.detector import Detector
 from lpovod.precision import computing_in
 from lpovod.torchvision_ops import clip_boxes_to_image
-from lpovod.transfers import send_all
-from lpovod.views import LoadedView, batch
-
-Size = tuple[int, int]
-"""Height and width."""
+from lpovod.transfers import send, send_all
+from lpovod.views import HeightWidth, LoadedView, batch
 
 
-def refine(boxes: Tensor, deltas: Tensor, scale: Tensor, size: Size) -> Tensor:
+def refine(boxes: Tensor, deltas: Tensor, scale: Tensor, size: HeightWidth) -> Tensor:
     """Refined boxes in pixels of the original image.
 
     Args:
@@ -29,8 +26,7 @@ def refine(boxes: Tensor, deltas: Tensor, scale: Tensor, size: Size) -> Tensor:
         scale: (2,) resized over original width and height.
         size: height and width of the original image.
     """
-    scale = scale.to(boxes.device, non_blocking=True).repeat(2)
-    return clip_boxes_to_image(decode(boxes, deltas) / scale, size)
+    return clip_boxes_to_image(decode(boxes, deltas) / send(scale, boxes.device).repeat(2), size)
 
 
 @torch.inference_mode()
@@ -38,7 +34,7 @@ def describe_regions(
     model: Detector,
     views: list[LoadedView],
     regions: list[tuple[np.ndarray, np.ndarray]],
-    sizes: list[Size],
+    sizes: list[HeightWidth],
     batch_size: int,
     device: str,
     precision: str = "float32",
@@ -65,12 +61,12 @@ def describe_regions(
     pairs = zip(views, regions, strict=True)
     boxes = [view.to_view(of_image) for view, (of_image, _) in pairs]
     with computing_in(precision, device):
-        pyramid = [level.float() for level in model.pyramid(images)]
+        pyramid = model.pyramid(images)
     pooled = model.pool(pyramid, boxes).split(counts)
     with computing_in(precision, device):
         outputs = [model.extract(of_image) for of_image in pooled]
     refined = [
-        refine(of_image, of_heads.deltas.float(), view.scale, size)
+        refine(of_image, of_heads.deltas, view.scale, size)
         for of_image, of_heads, view, size in zip(
             send_all(boxes, device), outputs, views, sizes, strict=True
         )

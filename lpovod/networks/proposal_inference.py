@@ -11,10 +11,8 @@ from lpovod.config import BackboneSettings, ProposalsSettings
 from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.precision import computing_in
 from lpovod.torchvision_ops import clip_boxes_to_image, nms
-from lpovod.views import LoadedView, batch
-
-Size = tuple[int, int]
-"""Height and width."""
+from lpovod.transfers import send
+from lpovod.views import HeightWidth, LoadedView, batch
 
 
 def load_network(
@@ -38,7 +36,7 @@ def build_network(
 def find_proposals(
     model: ProposalNetwork,
     views: list[LoadedView],
-    sizes: list[Size],
+    sizes: list[HeightWidth],
     settings: ProposalsSettings,
     batch_size: int,
     device: str,
@@ -76,7 +74,7 @@ def _best_proposals(
     levels: list[tuple[Tensor, Tensor, Tensor]],
     number: int,
     scale: Tensor,
-    size: Size,
+    size: HeightWidth,
     settings: ProposalsSettings,
 ) -> Tensor:
     """Boxes and scores of an image of a batch, (n, 5), best first; -1 for boxes without area.
@@ -94,7 +92,7 @@ def _best_proposals(
         boxes.append(level_boxes[number, top])
         scores.append(logits[number, top].sigmoid())
     box = torch.cat(boxes)
-    box = clip_boxes_to_image(box / scale.to(box.device, non_blocking=True).repeat(2), size)
+    box = clip_boxes_to_image(box / send(scale, box.device).repeat(2), size)
     solid = ((box[:, 2:] - box[:, :2]) >= 1).all(dim=1)
     # Worse than every other box: they suppress none, and the host drops them at the end. To drop
     # them here, it would have to wait for their number.
