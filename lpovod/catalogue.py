@@ -3,7 +3,8 @@
 COCO publishes no digests. The SHA-1 digests below come from GluonCV's download script, the sizes
 from other public code; neither was checked against the server. OpenAI's address of a CLIP model
 contains the file's SHA-256, torchvision's file name its first eight digits; the other digits and
-the sizes of weights come from other public code. LP-OVOD's authors publish neither sizes nor
+the sizes of weights come from other public code, among them those of the safetensors, which have
+OpenAI's weights in float32 under a fixed revision. LP-OVOD's authors publish neither sizes nor
 digests: `lpovod.published` remembers those of the first download.
 """
 
@@ -80,12 +81,20 @@ DRIVE = "https://drive.google.com/"
 
 _LP_OVOD = "https://github.com/VinAIResearch/LP-OVOD/releases/download/v1.0"
 
+OPENAI_SAFETENSORS = "ViT-B-32.safetensors"
+
 FILES = {
     "ViT-B-32.pt": Remote(
         "https://openaipublic.azureedge.net/clip/models/"
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
         353_976_522,
+    ),
+    OPENAI_SAFETENSORS: Remote(
+        "https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/"
+        "a6f597a30f7b82c51704746581f9a4e41421e878/open_clip_model.safetensors",
+        "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31",
+        605_143_284,
     ),
     "resnet50-0676ba61.pth": Remote(
         "https://download.pytorch.org/models/resnet50-0676ba61.pth",
@@ -101,7 +110,7 @@ FILES = {
         "https://raw.githubusercontent.com/VinAIResearch/LP-OVOD/HEAD/ovd_coco_text_embedding.pth"
     ),
 }
-"""Files by name: OpenAI's CLIP ViT-B/32, torchvision's ResNet-50 (IMAGENET1K_V1), SoCo's ResNet-50,
+"""Files by name: OpenAI's CLIP ViT-B/32, in their archive and as safetensors, torchvision's ResNet-50 (IMAGENET1K_V1), SoCo's ResNet-50,
 and what LP-OVOD's authors release: OLN's proposals of COCO, first in one file and now in an
 archive, the detector before and after fine-tuning, and CLIP's embeddings of the 65 names. If a
 configuration names a file with one of these names, in any folder, and it is missing, it is

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lpovod.artifacts import read_json, sha256
+from lpovod.catalogue import FILES, OPENAI_SAFETENSORS
 from lpovod.config import INTERPOLATIONS, RESIZE_MODES, ClipSettings, TextEmbeddingsSettings
 from lpovod.exceptions import LpovodError, existing, some, why_unreadable
 from lpovod.formats.class_embeddings import ClassEmbeddings, clip_architecture
@@ -202,6 +203,9 @@ def load_clip(
     if settings.weights is None:
         raise LpovodError("clip.weights is null: name the weights of the CLIP to load")
     path = existing(settings.weights, "clip.weights")
+    digest = sha256(path)
+    if digest == FILES[OPENAI_SAFETENSORS].digest:
+        _check_activation(path, config)
     model = _build_model(config)
     model.load_state_dict(_fitting_state(model, path, settings.architecture, config))
     model.requires_grad_(False).eval()
@@ -214,7 +218,7 @@ def load_clip(
         preprocessing=preprocessing,
         logit_scale=float(model.logit_scale.exp()),
         dimension=int(config["embed_dim"]),
-        weights_digest=sha256(path),
+        weights_digest=digest,
     )
 
 
@@ -412,13 +416,18 @@ def _read_state_dict(path: Path, config: dict) -> dict[str, Tensor]:
     if state and all(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     marks = [key for key in state if key.split(".")[-1] in _ARCHIVE_ATTRIBUTES]
-    if marks and not config.get("quick_gelu"):
-        raise LpovodError(
-            f"{path} is one of OpenAI's models (it has {some(marks)}), which need QuickGELU; "
-            "without it they would silently lose accuracy: set clip.architecture to the "
-            "-quickgelu variant"
-        )
+    if marks:
+        _check_activation(path, config)
     return {key: value for key, value in state.items() if key not in marks}
+
+
+def _check_activation(path: Path, config: dict) -> None:
+    """Refuse OpenAI's weights in an architecture with another activation than theirs."""
+    if not config.get("quick_gelu"):
+        raise LpovodError(
+            f"{path} is one of OpenAI's models, which need QuickGELU; without it they would "
+            "silently lose accuracy: set clip.architecture to the -quickgelu variant"
+        )
 
 
 def _fitting_state(

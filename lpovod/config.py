@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -41,6 +41,10 @@ INTERPOLATIONS, RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "squash")
 
 JSON_PER_IMAGE = 4000
 """Bytes of annotations per image; COCO's have four to five thousand, outlines included."""
+
+
+IMAGES_PER_SHARD = 2000
+"""Fewer images are no work to divide: a job takes seconds to start."""
 
 
 class Settings(BaseModel):
@@ -274,8 +278,8 @@ class ClipSettings(Settings):
     )
     weights: Path | None = key(
         Path("resources/small_clip/weights.safetensors"),
-        "the model's weights (a missing ViT-B-32.pt is downloaded); null if everything that needs "
-        "CLIP is read from files",
+        "the model's weights (a missing ViT-B-32.pt or ViT-B-32.safetensors, both OpenAI's, is "
+        "downloaded); null if everything that needs CLIP is read from files",
     )
     vocabulary: Path | None = key(
         Path("resources/small_clip/vocabulary.txt.gz"),
@@ -383,7 +387,10 @@ class TrainingSettings(Settings):
         min_length=1,
     )
     flip: Fraction = key(0.5, "probability of a horizontal flip")
-    workers: int = key(0, "processes that load images; 0 loads in the training process", ge=0)
+    # It shapes no result.
+    workers: int = key(
+        0, "processes that load images; 0 loads in the training process", ge=0, exclude=True
+    )
 
     @model_validator(mode="after")
     def _milestones_are_reached(self) -> Self:
@@ -398,6 +405,9 @@ def _check_milestones(milestones: list[int], epochs: int) -> None:
 
 
 class ProposalsSettings(Settings):
+    # What the network learns by; the other keys say how it is used once it is trained.
+    LEARNED: ClassVar = {"training", "anchor_scale", "box_iou", "samples_per_image"}
+
     training: TrainingSettings = key(TrainingSettings(), "schedule of the proposal network")
     anchor_scale: Positive = key(8.0, "side of the single square anchor, in strides")
     box_iou: Fraction = key(0.7, "lowest IoU with an object at which an anchor learns its box")
@@ -595,7 +605,7 @@ class Config(Settings):
     shards: PositiveInt = key(
         2,
         "jobs that share a pass over the training images, in proposals, region_embeddings and "
-        "region_features; a smaller number of images has fewer",
+        f"region_features; other images are divided by {IMAGES_PER_SHARD:,}, into as many at most",
     )
     download: DownloadSettings = key(DownloadSettings(), "published files that are missing")
     dataset: DatasetSettings = key(DatasetSettings(), "images and annotations")
@@ -626,14 +636,13 @@ class Config(Settings):
         SmallClipSettings(), "training of the small CLIP (target small_clip)"
     )
 
-    def shards_of(self, images: int, train: int) -> int:
-        """Number of jobs that share a pass over some images: in proportion to the training images.
+    def shards_of(self, images: int) -> int:
+        """Number of jobs that share a pass over other images than all training images.
 
         Args:
             images: number of the images.
-            train: number of training images.
         """
-        return max(1, round(self.shards * images / max(1, train)))
+        return min(self.shards, max(1, math.ceil(images / IMAGES_PER_SHARD)))
 
     def retrieved_images(self, train: int) -> int:
         """Number of training images that the novel classes retrieve, at most."""

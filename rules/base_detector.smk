@@ -22,8 +22,9 @@ rule base_detector:
     threads: training_threads(CONFIG.base_detector.training)
     resources:
         **TRAINING_ON,
-        mem_mb=training_memory(CONFIG.base_detector.training, 2 * LISTED),
+        mem_mb=training_memory(CONFIG.base_detector.training, LISTED + SHARD_ROWS),
         runtime=grows(60, CONFIG.base_detector.training.epochs * EPOCH),
+        workers=CONFIG.base_detector.training.workers,
     params:
         code=source("base_detector"),
         seed=CONFIG.seed,
@@ -41,4 +42,4 @@ rule base_detector:
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --checkpoint {params.checkpoint} --code {params.code} --detector {output.detector}"
         " --history {output.history} --device {params.device} --threads {threads}"
-        " 2>&1 | tee {log}"
+        " --workers {resources.workers} 2>&1 | tee {log}"

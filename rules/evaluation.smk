@@ -38,7 +38,7 @@ rule evaluation:
         ENVIRONMENT
     threads: 2
     resources:
-        mem_mb=grows(NETWORK, LISTED + SCORED, "val"),
+        mem_mb=grows(NETWORK, LISTED + REGION_ROWS + DETECTED, "val"),
         runtime=grows(60, PASS, "val"),
     params:
         code=source("evaluation"),

@@ -22,14 +22,14 @@ rule proposal_network:
         **TRAINING_ON,
         mem_mb=training_memory(CONFIG.proposals.training, LISTED),
         runtime=grows(60, CONFIG.proposals.training.epochs * EPOCH),
+        workers=CONFIG.proposals.training.workers,
     params:
         code=source("proposal_network"),
         seed=CONFIG.seed,
         device=DEVICE,
         backbone=block("backbone"),
         weights=START_DIGESTS,
-        # How it is used when it is trained leaves it as it is.
-        settings=CONFIG.proposals.model_dump_json(exclude={"batch_size", "precision"}),
+        settings=CONFIG.proposals.model_dump_json(include=CONFIG.proposals.LEARNED),
         checkpoint=subpath(output.network, with_suffix=".checkpoint"),
     message:
         "Training the proposal network on base annotations"
@@ -40,4 +40,4 @@ rule proposal_network:
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --checkpoint {params.checkpoint} --code {params.code} --network {output.network}"
         " --history {output.history} --device {params.device} --threads {threads}"
-        " 2>&1 | tee {log}"
+        " --workers {resources.workers} 2>&1 | tee {log}"

@@ -18,7 +18,7 @@ rule proposals:
         ENVIRONMENT
     threads: FEEDING
     resources:
-        mem_mb=grows(NETWORK, 2 * LISTED),
+        mem_mb=grows(NETWORK, LISTED),
         runtime=grows_in_shards(30, PASS),
         gpu=int(CONFIG.gpu),
     params:

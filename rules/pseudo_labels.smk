@@ -21,7 +21,7 @@ rule pseudo_labels:
         SEARCH_ENVIRONMENT
     threads: 2
     resources:
-        mem_mb=grows(LIGHT + RETRIEVED, 2 * LISTED),
+        mem_mb=grows(LIGHT + RETRIEVED, LISTED + REGION_ROWS),
         runtime=grows(30, 0.0003),
     params:
         code=source("pseudo_labels"),

@@ -22,7 +22,7 @@ rule region_features:
         ENVIRONMENT
     threads: max(2, FEEDING)
     resources:
-        mem_mb=grows(NETWORK, 2 * LISTED),
+        mem_mb=grows(NETWORK, LISTED),
         runtime=grows_in_shards(30, PASS),
         gpu=int(CONFIG.gpu),
     params:

@@ -18,7 +18,7 @@ rule region_index:
         SEARCH_ENVIRONMENT
     threads: 2
     resources:
-        mem_mb=grows(LIGHT, LISTED),
+        mem_mb=grows(LIGHT, LISTED + SHARD_ROWS),
         runtime=grows(30, 0.001),
     params:
         code=source("region_index"),

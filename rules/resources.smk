@@ -26,7 +26,7 @@ def image_count(split):
 
 def shard_count(split):
     """Number of jobs that share a pass over the images of a split."""
-    return CONFIG.shards_of(image_count(split), image_count("train"))
+    return CONFIG.shards if split == "train" else CONFIG.shards_of(image_count(split))
 
 
 def grows_in_shards(fixed, per_image):
@@ -47,29 +47,32 @@ def training_threads(settings):
 
 
 def training_memory(settings, per_image):
-    """MB per node: every GPU has a process with the whole list of images."""
+    """MB per node: every GPU's process and its loading processes come to hold all images' lists."""
     if CONFIG.gpu:
-        return grows(CONFIG.training_gpus * NETWORK, CONFIG.training_gpus * per_image)
+        return grows(CONFIG.training_gpus * NETWORK, training_threads(settings) * per_image)
     return grows(NETWORK + RANK * training_threads(settings), per_image)
 
 
 # Threads of a job that feeds a GPU with images: all but one decode, 200 photographs a second each.
 FEEDING = 4 if CONFIG.gpu else 1
-# Minutes per image of one epoch: 15 images per second, an assumption for one GPU and the paper's
-# detector; the miniature world trains on 18 per second with two cores.
-EPOCH = 1 / (15 * 60)
-# Minutes per image of one pass without training: 5 images per second, decoded by one core.
+# Minutes per image of one epoch: 8 images per second on each GPU, an assumption for the paper's
+# detector (lpovod plan); the miniature world trains on 18 per second with two cores.
+EPOCH = 1 / (8 * 60 * (CONFIG.training_gpus * CONFIG.training_nodes if CONFIG.gpu else 1))
+# Minutes per image of one pass without training: 5 per second is slow for a GPU, and what a CPU does.
 PASS = 1 / (5 * 60)
 REGIONS = CONFIG.proposals.per_image
 # MB of the imported modules (torch, or h5py and FAISS only), CUDA in one process, and Snakemake.
 NETWORK, LIGHT = 3000, 1000
 # MB of each of a training's ranks on a CPU, one per thread, beyond their shared memory.
 RANK = 300
-# MB per image: its annotations (7 KB), and the positions of its regions in the store.
-LISTED = 0.01 + 4e-5 * REGIONS
-CLASSES = len(CONFIG.classes.base + CONFIG.classes.novel)
-# MB of stage evaluation: three scores per region and class of the images in work.
-SCORED = 1e-3 * REGIONS * CLASSES
+# MB per image: its annotations (7 KB), and its place in a store.
+LISTED = 0.01
+# MB per image: id, position, box and objectness of each region. Retrieval has those of all images,
+# what reads a store in blocks those of a shard.
+REGION_ROWS = 4e-5 * REGIONS
+SHARD_ROWS = REGION_ROWS / CONFIG.shards
+# MB per image of stage evaluation: the detections of its 20 variants.
+DETECTED = 3e-3 * CONFIG.evaluation.per_image
 # MB of stage pseudo_labels: candidates of every class, as Python objects.
 RETRIEVED = (
     0.005 * len(CONFIG.classes.novel) * (CONFIG.pseudo_labels.k + CONFIG.pseudo_labels.ignored)
@@ -79,6 +82,4 @@ CANDIDATES = 2000
 # Minutes per image: 300 regions per second, cropped by one core.
 EMBEDDING = REGIONS / (300 * 60)
 # Jobs that share the images which classes retrieve.
-RETRIEVED_SHARDS = CONFIG.shards_of(
-    CONFIG.retrieved_images(image_count("train")), image_count("train")
-)
+RETRIEVED_SHARDS = CONFIG.shards_of(CONFIG.retrieved_images(image_count("train")))

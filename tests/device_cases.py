@@ -188,12 +188,17 @@ def learn_proposals(
 
 
 def learn_detector(
-    inputs: Inputs, output: Path, device: str, settings: BaseDetectorSettings = HEADS
+    inputs: Inputs,
+    output: Path,
+    device: str,
+    settings: BaseDetectorSettings = HEADS,
+    workers: int = 0,
 ) -> None:
     files = [output / name for name in ("checkpoint2", "detector.safetensors", "history2.jsonl")]
     train_base_detector(
         *(inputs.dataset, inputs.shards, inputs.network, BACKBONE, settings, 0),
         *(files[0], "code", *files[1:], device),
+        workers=workers,
     )
 
 
@@ -246,12 +251,12 @@ def test_a_detector_is_trained(inputs, tmp_path, device, regions, sampling_ratio
         update={
             "regions": regions,
             "sampling_ratio": sampling_ratio,
-            "training": STEP.model_copy(update={"workers": workers}),
+            "training": STEP,
         }
     )
 
     def work(folder: Path, where: str) -> dict[str, np.ndarray]:
-        learn_detector(inputs, folder, where, settings)
+        learn_detector(inputs, folder, where, settings, workers)
         return learned(folder, "base_detector")
 
     expected, found = in_both(work, tmp_path, device)

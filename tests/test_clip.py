@@ -4,6 +4,7 @@ import gzip
 import json
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from lpovod.artifacts import sha256
+from lpovod.catalogue import FILES, OPENAI_SAFETENSORS
 from lpovod.clip import Preprocessing, load_clip, preprocessing_of
 from lpovod.config import SmallClipSettings
 from lpovod.exceptions import LpovodError
@@ -263,7 +266,21 @@ def test_openai_s_weights_without_quick_gelu_are_refused(tiny, form):
         torch.save(model.state_dict() | attributes, source.weights)
     _check_round_trip(model, source)
     Path(source.architecture).write_text(json.dumps(TINY | {"quick_gelu": False}))
-    with pytest.raises(LpovodError, match="input_resolution.* need QuickGELU"):
+    with pytest.raises(LpovodError, match="tiny.pt is one of OpenAI's models, which need QuickGELU"):
+        load_clip(source)
+
+
+def test_openai_s_safetensors_are_known_by_their_digest(tiny, tmp_path, monkeypatch):
+    """Unlike OpenAI's archive, the file holds nothing but weights."""
+    model, source = tiny
+    path = tmp_path / "any_name.safetensors"
+    save_file(model.state_dict(), path)
+    published = replace(FILES[OPENAI_SAFETENSORS], digest=sha256(path))
+    monkeypatch.setitem(FILES, OPENAI_SAFETENSORS, published)
+    source = _source(source.architecture, path, source.vocabulary)
+    _check_round_trip(model, source)
+    Path(source.architecture).write_text(json.dumps(TINY | {"quick_gelu": False}))
+    with pytest.raises(LpovodError, match="any_name.safetensors is one of OpenAI's models"):
         load_clip(source)
 
 

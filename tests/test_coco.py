@@ -8,7 +8,7 @@ import yaml
 from project import announced, copy_project, keys_of, snakemake
 
 from lpovod.catalogue import COCO_IDS
-from lpovod.config import load_config, merge
+from lpovod.config import load_config, merge, slug
 from lpovod.exceptions import LpovodError
 from lpovod.sources import check_classes
 
@@ -89,6 +89,15 @@ def test_the_learned_proposals_have_oln_s_settings_and_nothing_else_differs():
     for config in (paper, learned):
         del config["backbone"]["weights"], config["base_detector"]["distillation_regions"]
     assert paper == learned
+
+
+def test_clip_is_downloaded_in_the_form_that_is_named(tmp_path):
+    for name in ("ViT-B-32.pt", "ViT-B-32.safetensors"):
+        path = f"data/clip/{name}"
+        jobs = snakemake(
+            copy_project(tmp_path / name), "coco.yaml", {"clip": {"weights": path}}, "-n", path
+        )
+        assert announced(jobs) == {f"download_{slug(path)}": 1}
 
 
 @pytest.mark.parametrize("name", ["coco", "coco_learned", "coco_released", "coco_tiny"])

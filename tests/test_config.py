@@ -67,9 +67,9 @@ def test_what_is_wrong_is_named(path, value, message):
 
 def test_fewer_images_have_fewer_shards():
     coco = load_config(changed("shards", 64))
-    images = (118_287, 5_000, 1_700, 10, 0)  # COCO's splits, and what 17 classes retrieve
-    assert [coco.shards_of(count, 118_287) for count in images] == [64, 3, 1, 1, 1]
-    assert [load_config(DEFAULT).shards_of(n, 1400) for n in (1400, 750, 500, 200)] == [2, 1, 1, 1]
+    images = (200_000, 5_000, 1_700, 10, 0)  # the second is COCO's val, the third 17 classes' 100
+    assert [coco.shards_of(count) for count in images] == [64, 3, 1, 1, 1]
+    assert [load_config(DEFAULT).shards_of(count) for count in images] == [2, 2, 1, 1, 1]
 
 
 def test_a_backbone_of_timm_s_is_looked_up_when_it_is_built():

@@ -47,13 +47,21 @@ def test_amounts_grow_with_the_images_and_with_the_attempt():
 
 
 def test_a_shard_asks_for_its_share_of_the_time():
-    names = asked(shards=10, dataset={"miniature": {"train_images": 1000, "val_images": 210}})
-    for split, images in (("train", 100), ("val", 105), ("tune", 100)):
+    images = {"train_images": 30_000, "val_images": 6000, "tune_images": 100}
+    names = asked(shards=10, dataset={"miniature": images}, pseudo_labels={"k": 2500})
+    for split, images in (("train", 3000), ("val", 2000), ("tune", 100)):
         job = SimpleNamespace(split=split)
         assert names.grows_in_shards(30, 0.5)(job, 2) == 2 * (30 + images / 2)
-    assert names.shard_count("val") == 2
-    # Five classes retrieve 150 images each.
-    assert names.RETRIEVED_SHARDS == 8
+    # Five classes retrieve 2,500 images each.
+    assert names.RETRIEVED_SHARDS == 7
+
+
+def test_more_training_images_leave_the_shards_of_others_as_they_are():
+    counts = []
+    for train in (900, 90_000):
+        images = {"train_images": train, "val_images": 5000}
+        counts.append(asked(shards=8, dataset={"miniature": images}).shard_count("val"))
+    assert counts == [3, 3]
 
 
 @pytest.mark.parametrize(("images", "threads"), [(48, 2), (200, 4), (700, 8), (100_000, 8)])
@@ -70,8 +78,22 @@ def test_a_training_on_gpus_asks_for_threads_and_memory_of_every_process():
         training = on.CONFIG.base_detector.training.model_copy(update={"workers": 4})
         memory = on.training_memory(training, 0.5)(SimpleNamespace(), 1)
         amounts.append((on.training_threads(training), memory))
-    of_one = 3000 + 0.5 * 1400
-    assert amounts == [(5, of_one), (40, 8 * of_one), (40, 8 * of_one)]
+    of_eight = 8 * (3000 + 5 * 0.5 * 1400)  # each GPU has five processes
+    assert amounts == [(5, of_eight / 8), (40, of_eight), (40, of_eight)]
+
+
+@pytest.mark.parametrize("name", ["coco", "coco_learned"])
+def test_the_jobs_of_coco_fit_machines_that_people_have(name):
+    """With 64 GB, and 128 for the training on eight GPUs; the evaluation of 2,000 images and 1,203
+    classes held 0.92 GiB (benchmarks/many_classes.py)."""
+    on, job = asked(**yaml.safe_load(Path(f"configs/{name}.yaml").read_text())), SimpleNamespace()
+    training = on.training_memory(on.CONFIG.base_detector.training, on.LISTED + on.SHARD_ROWS)
+    assert 8 * 5000 < training(job, 1) < 100_000
+    retrieval = on.grows(on.LIGHT + on.RETRIEVED, on.LISTED + on.REGION_ROWS)(job, 1)
+    # Keys and objectness of every region.
+    assert 12e-6 * 118_287 * on.REGIONS < retrieval < 64_000
+    evaluation = on.grows(on.NETWORK, on.LISTED + on.REGION_ROWS + on.DETECTED, "val")(job, 1)
+    assert 2.5 * 940 < evaluation < 16_000
 
 
 def test_the_number_of_photographs_follows_from_the_size_of_their_json(tmp_path):

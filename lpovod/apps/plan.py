@@ -22,6 +22,7 @@ from lpovod.miniature.scenes import IMAGE_SIZE
 TRAINING = 3  # forward and backward pass, in forward passes
 BOX = 20  # bytes of a region's box and objectness
 DETECTION = 200  # bytes of a detection as json
+DETECTED = 3e3  # bytes of a detection in memory, in all ablations
 DRAWN = 9.7e3  # bytes of an image of the miniature world and its annotations
 
 # Seconds of one core, measured.
@@ -245,10 +246,10 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
     # At most so many images: those that several classes retrieve are extracted once.
     retrieved = config.retrieved_images(train) * probes
     # Jobs of a pass over the images of each split.
-    of_train, of_val = config.shards_of(train, train), config.shards_of(val, train) * bool(val)
+    of_train, of_val = config.shards, config.shards_of(val) * bool(val)
     proposing = of_train * (trains or probes) + of_val
     embedding = of_train * (trains or retrieves) + of_val * config.evaluation.clip_on_crops
-    extracting = of_val + config.shards_of(retrieved, train) * probes
+    extracting = of_val + config.shards_of(retrieved) * probes
     per_image, (decoding, shown) = proposals.per_image, loading(config, size)
     feeders = FEEDERS if config.gpu else 1
     row = BOX + 2 * work.dimension  # bytes of an embedded region
@@ -325,7 +326,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
             "evaluation",
             core=val * per_image * classes * SCORING,
             disk=val * config.evaluation.per_image * DETECTION,
-            memory=val * per_image * classes * 3 * 4,
+            memory=val * config.evaluation.per_image * DETECTED,
             start=HEAVY_START,
             threads=2,
         ),

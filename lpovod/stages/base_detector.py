@@ -160,6 +160,7 @@ def train_base_detector(
     history: Path,
     device: str = "cpu",
     threads: int = 1,
+    workers: int = 0,
 ) -> None:
     """Train the detector on base classes.
 
@@ -177,6 +178,7 @@ def train_base_detector(
         device: cpu or cuda; started by a launcher, the ranks share every step.
         threads: processors to use on a CPU, where the training starts ranks itself: as many
             processes as there are images in a step, at most, share every step.
+        workers: processes that load images for each rank; 0 loads in the rank itself.
 
     Raises:
         LpovodError: if inputs do not belong together, or a loss is not finite.
@@ -213,7 +215,14 @@ def train_base_detector(
             model,
             lambda views: training_losses(model, data, views, classes, settings, device),
             training_batches(
-                data, image_ids, schedule, backbone.long_side, seed, device, RegionsOf(store)
+                data,
+                image_ids,
+                schedule,
+                backbone.long_side,
+                seed,
+                device,
+                workers,
+                RegionsOf(store),
             ),
             steps_per_epoch(data, image_ids, schedule.images_per_step),
             schedule,

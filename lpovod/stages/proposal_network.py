@@ -94,6 +94,7 @@ def train_proposal_network(
     history: Path,
     device: str = "cpu",
     threads: int = 1,
+    workers: int = 0,
 ) -> None:
     """Train the proposal network on the annotated images of `dataset`.
 
@@ -109,6 +110,7 @@ def train_proposal_network(
         device: cpu or cuda; started by a launcher, the ranks share every step.
         threads: processors to use on a CPU, where the training starts ranks itself: as many
             processes as there are images in a step, at most, share every step.
+        workers: processes that load images for each rank; 0 loads in the rank itself.
 
     Raises:
         LpovodError: if no image is annotated, or a loss is not finite.
@@ -123,7 +125,8 @@ def train_proposal_network(
         if not image_ids:
             raise LpovodError(f"{dataset}: no image has an annotation to learn proposals from")
         inputs = {"dataset": dataset} | ({"weights": backbone.weights} if backbone.weights else {})
-        made_from = identity("proposals", settings, **inputs) | {
+        learned = settings.model_dump(mode="json", include=settings.LEARNED)
+        made_from = identity("proposals", learned, **inputs) | {
             "backbone": backbone.model_dump(mode="json"),
             "seed": seed,
         }
@@ -135,7 +138,7 @@ def train_proposal_network(
         lines = train(
             model,
             lambda views: _losses(model, data, views, settings, device),
-            training_batches(data, image_ids, schedule, backbone.long_side, seed, device),
+            training_batches(data, image_ids, schedule, backbone.long_side, seed, device, workers),
             steps_per_epoch(data, image_ids, schedule.images_per_step),
             schedule,
             checkpoint,
