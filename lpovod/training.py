@@ -260,6 +260,17 @@ def _save(model, optimizer, history, steps, sums, checkpoint: Path, fingerprint:
         torch.save(content, partial)
 
 
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer's state its parameters' layouts in memory.
+
+    They differ between devices and precisions (`ready`), and a fused step takes one for the other.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
 def _resume(
     model, optimizer, checkpoint: Path, fingerprint: str
 ) -> tuple[list[dict[str, float]], int, dict[str, float]]:
@@ -275,6 +286,7 @@ def _resume(
         return [], 0, {}
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
+    _lay_out(optimizer)
     history, steps = content["history"], content["steps"]
     done = f"epoch {len(history)}" + f" and {steps} steps" * bool(steps)
     log.info(f"resuming after {done} of {checkpoint}")

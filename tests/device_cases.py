@@ -268,16 +268,20 @@ def fit(
 ) -> dict[str, np.ndarray]:
     """Three epochs of a small regression with a norm; optionally ends abruptly before one."""
     torch.manual_seed(0)
-    model = ready(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)), device)
+    # Convolutions, whose weights lie in another order on a CPU than on a GPU. A bias before a norm
+    # would have rounding alone as its gradient.
+    layers = (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.Flatten())
+    model = ready(nn.Sequential(*layers, nn.Linear(4, 1)), device)
 
     def batches(epoch: int, step: int) -> torch.Tensor:
         if epoch == stop_at:
             raise KeyboardInterrupt
-        return torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(epoch))[step:]
+        drawn = torch.Generator().manual_seed(epoch)
+        return torch.randn(2, 16, 3, 5, 5, generator=drawn)[step:]
 
     def losses(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         batch = batch.to(device)
-        return {"square": (model(batch) - batch.sum(1, keepdim=True)).square().mean()}
+        return {"square": (model(batch)[:, 0] - batch.mean((1, 2, 3))).square().mean()}
 
     schedule = STEP.model_copy(update={"epochs": 3, "optimizer": optimizer})
     files = folder / "checkpoint", folder / "weights", folder / "history"

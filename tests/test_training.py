@@ -90,6 +90,39 @@ def test_a_killed_training_resumes_to_the_same_result(tmp_path, optimizer):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_training_goes_on_with_weights_in_another_layout(tmp_path, optimizer):
+    """As on another device or in another precision, on which the layout depends (`ready`)."""
+    drawn = torch.randn(4, 3, 8, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    schedule = TrainingSettings(
+        epochs=4, learning_rate=0.05, milestones=[3], warmup_steps=3, optimizer=optimizer
+    )
+
+    def learn(name: str, layout: torch.memory_format, stop_at: int = -1) -> dict:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
+        model.to(memory_format=layout)
+
+        def batches(epoch, step):
+            if epoch == stop_at:
+                raise KeyboardInterrupt
+            return drawn[epoch, step:]
+
+        def losses(batch):
+            return {"square": (model(batch) - batch[:, :1, 2:4, 2:4]).square().mean()}
+
+        train(model, losses, batches, 3, schedule, tmp_path / name, "a")
+        return model.state_dict()
+
+    whole = learn("whole", torch.contiguous_format)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with pytest.raises(KeyboardInterrupt):
+            learn(str(layout), torch.contiguous_format, stop_at=2)
+        resumed = learn(str(layout), layout)
+        for name, value in whole.items():
+            torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("spoil", ["fingerprint", "damage"])
 def test_a_foreign_or_damaged_checkpoint_is_not_resumed(tmp_path, spoil):
     checkpoint = tmp_path / "checkpoint"
