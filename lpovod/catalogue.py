@@ -110,11 +110,11 @@ FILES = {
         "https://raw.githubusercontent.com/VinAIResearch/LP-OVOD/HEAD/ovd_coco_text_embedding.pth"
     ),
 }
-"""Files by name: OpenAI's CLIP ViT-B/32, in their archive and as safetensors, torchvision's ResNet-50 (IMAGENET1K_V1), SoCo's ResNet-50,
-and what LP-OVOD's authors release: OLN's proposals of COCO, first in one file and now in an
-archive, the detector before and after fine-tuning, and CLIP's embeddings of the 65 names. If a
-configuration names a file with one of these names, in any folder, and it is missing, it is
-downloaded."""
+"""Files by name: OpenAI's CLIP ViT-B/32, in their archive and as safetensors, torchvision's
+ResNet-50 (IMAGENET1K_V1), SoCo's ResNet-50, and what LP-OVOD's authors release: OLN's proposals of
+COCO, first in one file and now in an archive, the detector before and after fine-tuning, and CLIP's
+embeddings of the 65 names. If a configuration names a file with one of these names, in any folder,
+and it is missing, it is downloaded."""
 
 MEMBERS = dict.fromkeys(
     (

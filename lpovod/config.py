@@ -360,10 +360,12 @@ class TrainingSettings(Settings):
     )
     epochs: PositiveInt = key(8, "passes over the training images")
     images_per_step: PositiveInt = key(8, "images per optimisation step, on all GPUs together")
+    # How a step is divided, as the number of GPUs, and no part of what is learned.
     images_at_once: PositiveInt | None = key(
         None,
         "images that a GPU computes at once: it takes a step's images in parts and adds up their "
         "gradients, in less memory; null: all of them",
+        exclude=True,
     )
     precision: Precision = key(
         "float32",
@@ -391,6 +393,16 @@ class TrainingSettings(Settings):
     workers: int = key(
         0, "processes that load images; 0 loads in the training process", ge=0, exclude=True
     )
+
+    def divided(self, workers: int, images_at_once: int) -> Self:
+        """The schedule with another division of its work, where one is given: 0 is none.
+
+        Args:
+            workers: loading processes.
+            images_at_once: that a GPU computes at once.
+        """
+        given = {"workers": workers, "images_at_once": images_at_once}
+        return self.model_copy(update={name: value for name, value in given.items() if value})
 
     @model_validator(mode="after")
     def _milestones_are_reached(self) -> Self:

@@ -199,7 +199,7 @@ def ready(model: Network, device: str, precision: str = "float32") -> Network:
     return model.to(device).to(memory_format=layout).train()
 
 
-MAY_CHANGE = {"images_at_once", "precision"}
+MAY_CHANGE = {"precision"}
 """Settings of a training that may change when it is resumed: how it is computed, not what."""
 
 

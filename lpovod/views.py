@@ -290,7 +290,6 @@ def training_batches(
     long_side: int,
     seed: int,
     device: str,
-    workers: int = 0,
     extra: Any = None,
 ) -> Callable[[int, int], Iterable[list[LoadedView]]]:
     """A function of epoch and step: this rank's parts of the batches of `training_views`.
@@ -304,11 +303,10 @@ def training_batches(
         long_side: of the views, at most.
         seed: of all that is drawn.
         device: where the views go.
-        workers: loading processes; 0 loads in this one.
         extra: as in `load_views`; a loading process gets a copy, by pickle where it is not forked.
     """
     lists: list[list[View]] = []
-    loader = _loader(dataset, lists, workers, extra, device)
+    loader = _loader(dataset, lists, settings.workers, extra, device)
 
     def batches(epoch: int, step: int) -> Iterable[list[LoadedView]]:
         views = training_views(dataset, image_ids, settings, long_side, seed, epoch, step)

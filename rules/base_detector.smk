@@ -21,10 +21,7 @@ rule base_detector:
         ENVIRONMENT
     threads: training_threads(CONFIG.base_detector.training)
     resources:
-        **TRAINING_ON,
-        mem_mb=training_memory(CONFIG.base_detector.training, LISTED + SHARD_ROWS),
-        runtime=grows(60, CONFIG.base_detector.training.epochs * EPOCH),
-        workers=CONFIG.base_detector.training.workers,
+        **training_resources(CONFIG.base_detector.training, LISTED + SHARD_ROWS),
     params:
         code=source("base_detector"),
         seed=CONFIG.seed,
@@ -42,4 +39,5 @@ rule base_detector:
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --checkpoint {params.checkpoint} --code {params.code} --detector {output.detector}"
         " --history {output.history} --device {params.device} --threads {threads}"
-        " --workers {resources.workers} 2>&1 | tee {log}"
+        " --workers {resources.workers} --images-at-once {resources.images_at_once}"
+        " 2>&1 | tee {log}"

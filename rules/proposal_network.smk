@@ -19,10 +19,7 @@ rule proposal_network:
         ENVIRONMENT
     threads: training_threads(CONFIG.proposals.training)
     resources:
-        **TRAINING_ON,
-        mem_mb=training_memory(CONFIG.proposals.training, LISTED),
-        runtime=grows(60, CONFIG.proposals.training.epochs * EPOCH),
-        workers=CONFIG.proposals.training.workers,
+        **training_resources(CONFIG.proposals.training, LISTED),
     params:
         code=source("proposal_network"),
         seed=CONFIG.seed,
@@ -40,4 +37,5 @@ rule proposal_network:
         " --backbone {params.backbone:q} --settings {params.settings:q} --seed {params.seed}"
         " --checkpoint {params.checkpoint} --code {params.code} --network {output.network}"
         " --history {output.history} --device {params.device} --threads {threads}"
-        " --workers {resources.workers} 2>&1 | tee {log}"
+        " --workers {resources.workers} --images-at-once {resources.images_at_once}"
+        " 2>&1 | tee {log}"

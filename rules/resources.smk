@@ -53,6 +53,16 @@ def training_memory(settings, per_image):
     return grows(NETWORK + RANK * training_threads(settings), per_image)
 
 
+def training_resources(settings, per_image):
+    """What a training asks for, and how it divides its work, which shapes no result."""
+    return TRAINING_ON | {
+        "mem_mb": training_memory(settings, per_image),
+        "runtime": grows(60, settings.epochs * EPOCH),
+        "workers": settings.workers,
+        "images_at_once": settings.images_at_once or 0,
+    }
+
+
 # Threads of a job that feeds a GPU with images: all but one decode, 200 photographs a second each.
 FEEDING = 4 if CONFIG.gpu else 1
 # Minutes per image of one epoch: 8 images per second on each GPU, an assumption for the paper's

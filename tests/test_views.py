@@ -211,8 +211,8 @@ def test_loading_processes_load_several_epochs(tmp_path):
     data = CocoDataset(tmp_path / "train.json", images, {i: [] for i in images}, {})
     runs, processes = [], []
     for workers in (0, 2):
-        settings = TrainingSettings(images_per_step=2, short_sides=[20])
-        inputs = (data, list(images), settings, 30, 0, "cpu", workers, process_of)
+        settings = TrainingSettings(images_per_step=2, short_sides=[20], workers=workers)
+        inputs = (data, list(images), settings, 30, 0, "cpu", process_of)
         batches = training_batches(*inputs)
         # A whole epoch, and another one from its second step on.
         loaded = [views for start in ((0, 0), (1, 1)) for views in batches(*start)]

@@ -198,7 +198,7 @@ def test_every_job_left_a_log_and_a_benchmark(project):
         ({"region_embeddings": {"scales": [1.0]}}, EMBEDDED),
         ({"proposals": {"nms": 0.6}}, PROPOSED),
         ({"proposals": {"box_iou": 0.6}}, TRAINED),
-        ({"base_detector": {"training": {"workers": 1}}}, {}),
+        ({"base_detector": {"training": {"workers": 1, "images_at_once": 1}}}, {}),
         ({"proposals": {"precision": "bfloat16"}}, PROPOSED),
         ({"region_features": {"precision": "bfloat16"}}, EXTRACTED | stages("model")),
         ({"report": {"images": 3}}, stages("report")),
@@ -222,7 +222,7 @@ def test_every_job_left_a_log_and_a_benchmark(project):
         ),
         ({"seed": 1}, {k: v for k, v in EVERYTHING.items() if k != "text_embeddings"}),
     ],
-    ids=lambda value: next(iter(value)),
+    ids=lambda value: next(iter(value), "nothing"),
 )
 def test_a_changed_setting_makes_exactly_its_stages_stale(project, overlay, expected):
     assert stale(project, **overlay) == expected

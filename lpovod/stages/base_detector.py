@@ -161,6 +161,7 @@ def train_base_detector(
     device: str = "cpu",
     threads: int = 1,
     workers: int = 0,
+    images_at_once: int = 0,
 ) -> None:
     """Train the detector on base classes.
 
@@ -178,12 +179,13 @@ def train_base_detector(
         device: cpu or cuda; started by a launcher, the ranks share every step.
         threads: processors to use on a CPU, where the training starts ranks itself: as many
             processes as there are images in a step, at most, share every step.
-        workers: processes that load images for each rank; 0 loads in the rank itself.
+        workers: processes that load images for each rank; 0 for the settings'.
+        images_at_once: images that a rank computes at once; 0 for the settings'.
 
     Raises:
         LpovodError: if inputs do not belong together, or a loss is not finite.
     """
-    schedule = settings.training
+    schedule = settings.training.divided(workers, images_at_once)
     with (
         training_ranks(device, threads, schedule.images_per_step) as device,
         explaining_memory(
@@ -215,14 +217,7 @@ def train_base_detector(
             model,
             lambda views: training_losses(model, data, views, classes, settings, device),
             training_batches(
-                data,
-                image_ids,
-                schedule,
-                backbone.long_side,
-                seed,
-                device,
-                workers,
-                RegionsOf(store),
+                data, image_ids, schedule, backbone.long_side, seed, device, RegionsOf(store)
             ),
             steps_per_epoch(data, image_ids, schedule.images_per_step),
             schedule,

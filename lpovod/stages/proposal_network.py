@@ -95,6 +95,7 @@ def train_proposal_network(
     device: str = "cpu",
     threads: int = 1,
     workers: int = 0,
+    images_at_once: int = 0,
 ) -> None:
     """Train the proposal network on the annotated images of `dataset`.
 
@@ -110,12 +111,13 @@ def train_proposal_network(
         device: cpu or cuda; started by a launcher, the ranks share every step.
         threads: processors to use on a CPU, where the training starts ranks itself: as many
             processes as there are images in a step, at most, share every step.
-        workers: processes that load images for each rank; 0 loads in the rank itself.
+        workers: processes that load images for each rank; 0 for the settings'.
+        images_at_once: images that a rank computes at once; 0 for the settings'.
 
     Raises:
         LpovodError: if no image is annotated, or a loss is not finite.
     """
-    schedule = settings.training
+    schedule = settings.training.divided(workers, images_at_once)
     with (
         training_ranks(device, threads, schedule.images_per_step) as device,
         explaining_memory("proposals.training.images_at_once or proposals.training.short_sides"),
@@ -138,7 +140,7 @@ def train_proposal_network(
         lines = train(
             model,
             lambda views: _losses(model, data, views, settings, device),
-            training_batches(data, image_ids, schedule, backbone.long_side, seed, device, workers),
+            training_batches(data, image_ids, schedule, backbone.long_side, seed, device),
             steps_per_epoch(data, image_ids, schedule.images_per_step),
             schedule,
             checkpoint,
