@@ -9,8 +9,14 @@ from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-"""In the messages of torch, of CUDA and of the CPU's allocator."""
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
+    "killed by signal: Killed",  # a loading process, by the system
+)
+"""In the messages of torch, of CUDA, of the CPU's allocator and of torch's data loader."""
 
 
 class LpovodError(Exception):

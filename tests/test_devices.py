@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -204,6 +205,8 @@ def test_an_unknown_device_is_refused(device):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         MemoryError(),
     ],
 )
@@ -212,6 +215,25 @@ def test_a_lack_of_memory_names_the_key_of_the_stage(error):
         raise error
     assert str(caught.value).startswith("not enough memory: ")
     assert "more\n" not in str(caught.value)
+
+
+class Killed(torch.utils.data.Dataset):
+    """Ends whoever loads from it, as Linux does when memory is used up."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+
+def test_a_killed_loading_process_is_a_lack_of_memory():
+    with (
+        pytest.raises(LpovodError, match="killed by signal.*\nLower a.b$"),
+        explaining_memory("a.b"),
+    ):
+        list(torch.utils.data.DataLoader(Killed(), num_workers=1))
 
 
 def test_another_error_is_passed_on():

@@ -189,7 +189,8 @@ def train_base_detector(
     with (
         training_ranks(device, threads, schedule.images_per_step) as device,
         explaining_memory(
-            "base_detector.training.images_at_once or base_detector.training.short_sides"
+            "base_detector.training.images_at_once or short_sides; workers, if a loading process "
+            "lacks it"
         ),
     ):
         data = read_dataset(dataset)

@@ -120,7 +120,10 @@ def train_proposal_network(
     schedule = settings.training.divided(workers, images_at_once)
     with (
         training_ranks(device, threads, schedule.images_per_step) as device,
-        explaining_memory("proposals.training.images_at_once or proposals.training.short_sides"),
+        explaining_memory(
+            "proposals.training.images_at_once or short_sides; workers, if a loading process "
+            "lacks it"
+        ),
     ):
         data = read_dataset(dataset)
         image_ids = [i for i in data.images if len(data.boxes(i)[0])]
