@@ -103,9 +103,7 @@ def run(
     except LpovodError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:
-        # Whoever read the output has ended, such as `head`; the interpreter must not flush again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        _end_unread()
     except OSError as error:
         sys.exit(f"error: {_of_file(error)}")
     except (MemoryError, RuntimeError) as error:
@@ -114,6 +112,24 @@ def run(
         sys.exit(f"error: not enough memory: {reason}\n{SMALLER}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def show(text: str) -> None:
+    """Print a program's result.
+
+    Raises:
+        SystemExit: without a message, if whoever read the output has ended, such as `head`.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _end_unread()
+
+
+def _end_unread() -> None:
+    # The interpreter must not flush again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _of_file(error: OSError) -> str:

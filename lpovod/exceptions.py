@@ -61,7 +61,10 @@ def lack_of_memory(error: BaseException) -> str | None:
     text = str(error).strip()
     if isinstance(error, MemoryError):
         return text or "the machine's is used up"
-    return text.splitlines()[0] if any(words in text for words in OUT_OF_MEMORY) else None
+    if any(words in text for words in OUT_OF_MEMORY):
+        return text.splitlines()[0]
+    # torch's loader misses a process, because of an error that says how it ended.
+    return lack_of_memory(error.__cause__) if error.__cause__ else None
 
 
 def why_unreadable(path: Path, error: Exception) -> str:

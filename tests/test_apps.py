@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -103,3 +104,11 @@ def test_a_stage_s_help_names_the_command_and_has_an_example_of_its_settings():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.startswith("usage: python -m workflow_scripts.region_index ")
     assert """such as '{"factory": "SQfp16"}'""" in done.stdout
+
+
+def test_a_reader_that_has_ended_is_no_error():
+    command = [sys.executable, "-m", "lpovod.apps.main", "config", "config.yaml"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        program.stdout.close()
+        assert program.stderr.read() == b""
+    assert program.returncode == 128 + signal.SIGPIPE

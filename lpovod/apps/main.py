@@ -47,13 +47,13 @@ def main() -> None:
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
-        from lpovod.command_line import run
+        from lpovod.command_line import run, show
 
         module, _ = COMMANDS[name]
         function = getattr(import_module(module), name)
         result = run(function, program=f"lpovod {name}", arguments=sys.argv[2:])
         if isinstance(result, str):
-            print(result)
+            show(result)
     elif name in ("--help", "-h"):
         print(_usage())
     elif name == "--version":

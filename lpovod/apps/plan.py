@@ -34,6 +34,8 @@ PROBING = 6e-5  # of a retrieved image in one epoch of the linear probe
 SCORING = 8.5e-6  # of a region and class, in all ablations
 HEAVY_START, LIGHT_START = 3.7, 0.5  # of a job with torch, and without it
 
+CROPPING = 1 / 16_600  # seconds of a GPU, measured on an H100 with earlier code, for one crop
+
 # Assumed.
 TFLOPS = 20.0  # what one GPU sustains on such networks; measure yours and say --tflops
 GFLOPS = 60.0  # what one core sustains; measured: about 45 in trainings, 65 to 90 elsewhere
@@ -69,6 +71,7 @@ class Cost(NamedTuple):
         start: seconds until its jobs have started, all together.
         threads: cores that a job uses where there is no GPU.
         trains: whether it is a training, a job that several GPUs share.
+        crops: that are cut on a GPU, beside the operations of the networks.
     """
 
     stage: str
@@ -80,11 +83,12 @@ class Cost(NamedTuple):
     start: float = 0.0
     threads: int = 1
     trains: bool = False
+    crops: float = 0.0
 
     def on_gpus(self, tflops: float, gpus: int) -> float:
         """Seconds on so many GPUs: to compute, or to load the images if that takes longer."""
         shared = gpus if self.trains else min(gpus, self.jobs)
-        return max(self.gflop / tflops / 1e3, self.core) / shared
+        return max(self.gflop / tflops / 1e3 + self.crops * CROPPING, self.core) / shared
 
     def on_cores(self, gflops: float, cores: int) -> float:
         """Seconds of all its jobs, one after the other, each on as many cores as it can use."""
@@ -173,8 +177,9 @@ def _notes_on_gpus(tflops: float) -> str:
         f"Assumed: GPUs that sustain {tflops:g} TFLOP/s each (--tflops), waits included, and lose "
         f"nothing together; {FEEDERS} cores that decode the images of a job, or `workers` for each "
         f"GPU of a training, {1 / DECODING:.0f} photographs a second each; a disk that reads "
-        f"{READING / 1e9:g} GB/s. At most `shards` jobs share a pass over the training images. "
-        "Stages that are not listed cost next to nothing."
+        f"{READING / 1e9:g} GB/s; {1 / CROPPING:,.0f} crops a second on each GPU, as an H100 cut. "
+        "At most `shards` jobs share a pass over the training images. Stages that are not listed "
+        "cost next to nothing."
     )
 
 
@@ -252,6 +257,7 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
     extracting = of_val + config.shards_of(retrieved) * probes
     per_image, (decoding, shown) = proposals.per_image, loading(config, size)
     feeders = FEEDERS if config.gpu else 1
+    crops = embedded * per_image * len(embeddings.scales)
     row = BOX + 2 * work.dimension  # bytes of an embedded region
     indexed = train * per_image * (row + 8)  # bytes
     extracted = per_image * (BOX + 16 + 2 * (detector.dimension + work.dimension))  # of an image
@@ -281,12 +287,13 @@ def costs(config: Config, train: int, val: int, size: tuple[int, int] | None = N
         ),
         Cost(
             "region_embeddings",
-            embedded * per_image * len(embeddings.scales) * work.crop,
+            crops * work.crop,
             embedded * decoding / feeders,
             jobs=embedding,
             disk=embedded * per_image * row,
             memory=3 * embeddings.batch_size * 3 * work.crop_size**2 * 4,
             start=embedding * HEAVY_START,
+            crops=crops,
         ),
         Cost(
             "region_index",
