@@ -166,7 +166,7 @@ def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
 def measure(options: Options) -> dict:
     config, run = read_config(options.config), options.results
     train = run / "dataset/train.json"
-    proposals = read_proposals(shards_in(run / "proposals/train", "proposals"), train)
+    proposals = read_proposals(shards_in(run / "proposals/train"), train)
     detector = run / "base_detector/detector.safetensors"
     score = scorer(run, config)
     labels = run / "pseudo_labels/novel.json"
@@ -211,7 +211,7 @@ def scorer(run: Path, config: Config) -> Callable[[Tensor], dict[str, float]]:
     )
     data = read_dataset(run / "dataset/val.json").of_classes(classes.base, classes.novel)
     stage = "region_features"
-    features = open_shards(shards_in(run / stage / "val", stage), stage)
+    features = open_shards(shards_in(run / stage / "val"), stage)
     truth = coco_ground_truth(data, images_of(data, config.evaluation.protocol))
     category_ids = data.category_ids(classes.names)
     ways = variants(config.evaluation, classes.temperature, true_clip=False)

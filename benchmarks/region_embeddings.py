@@ -182,7 +182,7 @@ class OriginalRegions(torch.utils.data.Dataset):
     """Both crops of a region, from an image that is decoded for each region."""
 
     def __init__(self, folder: Path):
-        store = read_proposals(shards_in(folder / "proposals", "proposals"), folder / "train.json")
+        store = read_proposals(shards_in(folder / "proposals"), folder / "train.json")
         self.regions = [
             (folder / "images" / "train" / image["file_name"], box)
             for image in json.loads((folder / "train.json").read_text())["images"]

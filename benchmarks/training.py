@@ -79,7 +79,7 @@ def learn(stage: str, config: Config, results: Path, folder: Path, threads: int)
         )
     else:
         base_detector.train_base_detector(
-            region_embeddings=shards_in(results / "region_embeddings/train", "region_embeddings"),
+            region_embeddings=shards_in(results / "region_embeddings/train"),
             network=config.backbone.weights,
             backbone=config.backbone,
             settings=config.base_detector,

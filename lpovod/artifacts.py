@@ -70,7 +70,7 @@ def check_made_from(path: Path, ident: Identity, name: str, expected: Path | str
         raise LpovodError(
             f"{path} was made from other {name} than it is used with: it records "
             f"{str(recorded)[:12]}, {expected if isinstance(expected, Path) else name} is "
-            f"{digest[:12]}. Make it again: snakemake --forcerun {ident['stage']}"
+            f"{digest[:12]}. Make it again: snakemake --forcerun {path}"
         )
 
 

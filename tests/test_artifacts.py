@@ -78,7 +78,13 @@ def test_an_artifact_of_another_input_is_refused(tmp_path):
     check_made_from(tmp_path / "shard", ident, "proposals", sha256(ours))
     with pytest.raises(LpovodError) as error:
         check_made_from(tmp_path / "shard", ident, "proposals", others)
-    for part in ("shard", str(others), sha256(ours)[:12], sha256(others)[:12], "--forcerun region"):
+    for part in (
+        "shard",
+        str(others),
+        sha256(ours)[:12],
+        sha256(others)[:12],
+        f"--forcerun {tmp_path}",
+    ):
         assert part in str(error.value)
     with pytest.raises(LpovodError, match="other dataset"):
         check_made_from(tmp_path / "shard", ident, "dataset", ours)

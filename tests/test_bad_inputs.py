@@ -987,7 +987,7 @@ ROWS = {
         (
             "a shard of another run",
             shard_of_another_run,
-            "were made from different dataset ... --forcerun region_embeddings",
+            "were made from different dataset ... --forcerun ... 0.h5 ... 1.h5",
         ),
         ("a shard too few", one_shard_is_missing, "1 shards were given ... one of 2"),
         ("a shard cut off", truncated_shard, "1.h5 is not a whole HDF5 file"),
@@ -1001,7 +1001,7 @@ ROWS = {
         (
             "an index of another run",
             index_of_another_run,
-            "train.index was made from other region_embeddings ... --forcerun region_index",
+            "train.index was made from other region_embeddings ... --forcerun ... train.index",
         ),
         (
             "a class without an embedding",

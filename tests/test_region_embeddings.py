@@ -135,7 +135,7 @@ def test_any_number_of_shards_gives_the_same_bytes(
         shard = Shard(number, len(paths))
         write_proposals(proposals, world.dataset, world.boxes, world.objectness, shard)
         embed(replace(world, proposals=proposals), tiny_clip, path, settings)
-    divided = open_shards(shards_in(tmp_path / "shards", STAGE), STAGE)
+    divided = open_shards(shards_in(tmp_path / "shards"), STAGE)
     assert divided.image_ids == whole.image_ids
     for image_id in world.images:
         one, two = whole.read(image_id), divided.read(image_id)

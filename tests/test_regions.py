@@ -261,7 +261,7 @@ def test_shards_that_a_finer_division_left_behind_are_passed_over(tmp_path):
     write_shards(tmp_path, {1: 2, 2: 3, 3: 0}, 3)
     paths = write_shards(tmp_path, {1: 2, 2: 3, 3: 0}, 2)
     assert (tmp_path / "2.h5").exists()
-    assert shards_in(tmp_path, "region_embeddings") == paths
+    assert shards_in(tmp_path) == paths
     assert open_shards(paths, "region_embeddings").image_ids == [1, 2, 3]
 
 
@@ -274,7 +274,7 @@ def test_shards_that_are_no_whole_division_are_refused(tmp_path):
     with pytest.raises(LpovodError, match="2.h5 is shard 2, not shard 1"):
         open_shards(moved, "region_embeddings")
     with pytest.raises(LpovodError, match="no such file"):
-        shards_in(tmp_path / "nowhere", "region_embeddings")
+        shards_in(tmp_path / "nowhere")
 
 
 def test_the_digest_of_shards_is_that_of_their_regions(tmp_path):

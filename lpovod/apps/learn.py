@@ -187,14 +187,14 @@ class Run:
     @cached_property
     def proposals(self) -> RegionStore:
         """Their proposals."""
-        shards = shards_in(self.folder / "proposals/train", "proposals")
+        shards = shards_in(self.folder / "proposals/train")
         return read_proposals(shards, self.data.path)
 
     @cached_property
     def regions(self) -> RegionStore:
         """CLIP's embeddings of the proposals."""
         stage = "region_embeddings"
-        return open_shards(shards_in(self.folder / stage / "train", stage), stage)
+        return open_shards(shards_in(self.folder / stage / "train"), stage)
 
     @cached_property
     def index(self) -> RegionIndex:

@@ -63,7 +63,7 @@ def search(
     if not index.exists():
         raise LpovodError(f"{index}: no such file. Make it first: snakemake --cores all {index}")
     stage = "region_embeddings"
-    store = open_shards(shards_in(results / stage / "train", stage), stage)
+    store = open_shards(shards_in(results / stage / "train"), stage)
     region_index = open_index(index)
     base = config.classes.base if limits.centred else []
     classes = embed_texts(

@@ -210,7 +210,7 @@ class RegionStore:
 
     def _read_header(self, number: int, path: Path, stage: str) -> None:
         with _open(path) as file:
-            self.shards.append(_shard(path, file, stage))
+            self.shards.append(_shard(path, file))
             ident = json.loads(file.attrs["identity"])
             if ident["stage"] != stage:
                 raise LpovodError(f"{path} was written by stage {ident['stage']}, not {stage}")
@@ -331,11 +331,11 @@ def _open(path: Path) -> h5py.File:
         raise LpovodError(f"{path} is not a whole HDF5 file ({error}). Delete it.") from None
 
 
-def _shard(path: Path, file: h5py.File, stage: str) -> Shard:
+def _shard(path: Path, file: h5py.File) -> Shard:
     if "identity" not in file.attrs or file.attrs.get("format") != FORMAT:
         raise LpovodError(
             f"{path} is not a region store of format {FORMAT}. Make it again: "
-            f"snakemake --forcerun {stage}"
+            f"snakemake --forcerun {path}"
         )
     return Shard(*file.attrs["shard"].tolist())
 
@@ -379,24 +379,29 @@ def open_shards(paths: Iterable[Path], stage: str) -> RegionStore:
     if not paths:
         raise LpovodError(f"no shard of {stage.replace('_', ' ')} was given")
     store = RegionStore(paths, stage)
-    again = f"Make them again: snakemake --forcerun {stage}"
+    again = "Make them again: snakemake --forcerun"
     for path, ident in zip(paths, store.identities, strict=True):
         for name, digest in ident["inputs"].items():
             if digest != store.identity["inputs"][name]:
-                raise LpovodError(f"{path} and {paths[0]} were made from different {name}. {again}")
+                raise LpovodError(
+                    f"{path} and {paths[0]} were made from different {name}. "
+                    f"{again} {paths[0]} {path}"
+                )
     for path, shard, expected in zip(paths, store.shards, range(len(paths)), strict=True):
         if shard.total != len(paths):
             raise LpovodError(f"{len(paths)} shards were given, but {path} is one of {shard.total}")
         if shard.number != expected:
-            raise LpovodError(f"{path} is shard {shard.number}, not shard {expected}. {again}")
+            raise LpovodError(
+                f"{path} is shard {shard.number}, not shard {expected}. {again} {path}"
+            )
     return store
 
 
-def shards_in(folder: Path, stage: str) -> list[Path]:
+def shards_in(folder: Path) -> list[Path]:
     """The shards of a split in a run's folder, without any that a finer division left behind."""
     first = folder / "0.h5"
     with _open(first) as file:
-        return [folder / f"{number}.h5" for number in range(_shard(first, file, stage).total)]
+        return [folder / f"{number}.h5" for number in range(_shard(first, file).total)]
 
 
 def digest_of_shards(store: RegionStore) -> str:
