@@ -29,6 +29,7 @@ FILES = {
     "training": "trained",
     "model": "model",
     "retrieved_features": "described",
+    "transfers": "described",
     "networks/pooling": "trained",
     "networks/rpn": "trained",
     "networks/proposal_network": "trained",
