@@ -52,15 +52,19 @@ def _can_hold_a_tensor(device: str) -> bool:
     return True
 
 
-def own_device(device: str) -> str:
-    """The device of a job, found to exist; on "cuda" a card of the job's own.
+def own_device(device: str | None) -> str:
+    """The device of a job or a program, found to exist; on "cuda" a card of its own.
 
-    To be called before anything that takes long, and before CUDA is used.
+    To be called before anything that takes long, and before CUDA is used. A library calls
+    `device_of`: which cards its process sees is not its to decide.
+
+    Args:
+        device: as for `device_of`.
 
     Raises:
         LpovodError: if there is no such device.
     """
-    if device == "cuda":
+    if device in ("cuda", None):
         see_own_cards(1)
     return device_of(device)
 

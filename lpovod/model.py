@@ -4,11 +4,11 @@ The same functions as in the stages, one after the other: proposals, what the de
 scores, NMS. So a model detects what the run's evaluation measured.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from lpovod.networks.detector_inference import build_detector, describe_regions
 from lpovod.networks.proposal_inference import build_network, find_proposals
 from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.scoring import ClassWeights, detect, score_regions
-from lpovod.views import LoadedView, View, apply_view
+from lpovod.views import HeightWidth, LoadedView, View, apply_view, padded, shown_size
 
 Source: TypeAlias = Path | str | Image.Image | np.ndarray
 """An image: a path, a PIL image, or (height, width, 3) uint8 RGB."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,12 @@ class Model:
             views.append((self.view(pixels), pixels.shape[:2]))
         results: list[Detections | None] = [None] * len(views)
         with explaining_memory("batch_size (images per pass)"):
-            for rows in _alike([v.size for v, _ in views], batch_size or self.batch_size):
+            for rows in alike(
+                range(len(views)),
+                lambda row: self.batch_shape(views[row][1]),
+                batch_size or self.batch_size,
+                waiting=len(views),
+            ):
                 regions = self.describe([views[i][0] for i in rows], [views[i][1] for i in rows])
                 for row, of_image in zip(rows, regions, strict=True):
                     results[row] = self.score(of_image, threshold, classes, refined)
@@ -239,12 +246,23 @@ class Model:
 
     def view(self, pixels: np.ndarray) -> LoadedView:
         """An image as the networks see it."""
-        backbone = self.content.config.backbone
-        view = View(0, backbone.short_side, backbone.long_side)
-        return apply_view(pixels, view, on_device=self.device != "cpu")
+        return apply_view(pixels, self._view, on_device=self.device != "cpu")
 
-    def describe(self, views: list[LoadedView], sizes: list[tuple[int, int]]) -> list[Regions]:
-        """The regions of images that are shown at one size, with what the detector says of them.
+    def batch_shape(self, size: HeightWidth) -> HeightWidth:
+        """Height and width, padded, at which the networks see an image of a size."""
+        height, width = shown_size(size, self._view)
+        return padded(height), padded(width)
+
+    @property
+    def _view(self) -> View:
+        backbone = self.content.config.backbone
+        return View(0, backbone.short_side, backbone.long_side)
+
+    def describe(self, views: list[LoadedView], sizes: list[HeightWidth]) -> list[Regions]:
+        """The regions of images of one `batch_shape`, with what the detector says of them.
+
+        On a CPU the networks compute in float32, whatever the run's precision: on processors
+        without units for bfloat16, that takes longer.
 
         Args:
             views: as the networks see them.
@@ -254,15 +272,12 @@ class Model:
             For each image, its proposals with the columns of stage `region_features`.
         """
         config, count = self.content.config, len(views)
-        proposed = find_proposals(self.network, views, sizes, config.proposals, count, self.device)
+        finder, precision = config.proposals, config.region_features.precision
+        if self.device == "cpu":
+            finder, precision = finder.model_copy(update={"precision": "float32"}), "float32"
+        proposed = find_proposals(self.network, views, sizes, finder, count, self.device)
         described = describe_regions(
-            self.detector,
-            views,
-            proposed,
-            sizes,
-            count,
-            self.device,
-            config.region_features.precision,
+            self.detector, views, proposed, sizes, count, self.device, precision
         )
         return [_as_regions(arrays) for arrays in described]
 
@@ -381,14 +396,26 @@ def _as_regions(arrays: dict[str, np.ndarray]) -> Regions:
     )
 
 
-def _alike(shapes: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
-    """Places of images of one shape, at most `batch_size` at once."""
-    by_shape: dict[Any, list[int]] = {}
-    for place, shape in enumerate(shapes):
-        by_shape.setdefault(tuple(shape), []).append(place)
-    for places in by_shape.values():
-        for start in range(0, len(places), batch_size):
-            yield places[start : start + batch_size]
+def alike(
+    items: Iterable[Item], shape_of: Callable[[Item], Any], batch_size: int, waiting: int
+) -> Iterator[list[Item]]:
+    """Items in lists of one shape each, which are full unless too many items would wait.
+
+    Args:
+        items: taken one by one, as lists are asked for.
+        shape_of: tells the shape of an item.
+        batch_size: items of a full list.
+        waiting: the most items that wait for others; beyond it, the longest list goes as it is.
+    """
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        shape = shape_of(item)
+        groups.setdefault(shape, []).append(item)
+        if len(groups[shape]) == batch_size:
+            yield groups.pop(shape)
+        elif sum(map(len, groups.values())) > waiting:
+            yield groups.pop(max(groups, key=lambda key: len(groups[key])))
+    yield from groups.values()
 
 
 def _check_names(names: Sequence[str]) -> None:

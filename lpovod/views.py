@@ -329,15 +329,18 @@ def _loader(
         _Loading(dataset, extra, on_device=kind != "cpu"),
         batch_sampler=lists,
         num_workers=workers,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=leave_signals,
         collate_fn=list,
         persistent_workers=workers > 0,
         pin_memory=kind == "cuda",
     )
 
 
-def _leave_signals(worker: int) -> None:
-    """A training that is asked to end needs its workers until the step is done."""
+def leave_signals(worker: int) -> None:
+    """Have a loading process leave signals to the program that it loads for, and ends with.
+
+    A training that is asked to end needs its workers until the step is done.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

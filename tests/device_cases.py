@@ -24,7 +24,7 @@ import pytest
 import strict_device
 import torch
 from conftest import make_clip, make_world, write_proposals, write_shards
-from models import random_model
+from models import SMALL, random_model
 from PIL import Image
 from test_model import picture
 from tiny_run import make_run
@@ -48,8 +48,10 @@ from lpovod.config import (
 )
 from lpovod.crops import crop_and_resize
 from lpovod.distributed import LossesOfRanks
+from lpovod.exceptions import LpovodError
 from lpovod.formats.coco import CocoDataset
 from lpovod.formats.image_features import ImageFeatures, paths_in
+from lpovod.formats.images import read_image
 from lpovod.formats.model import read_model
 from lpovod.formats.regions import Regions, RegionStore
 from lpovod.networks.detector import Detector
@@ -62,6 +64,7 @@ from lpovod.stages.region_embeddings import embed_regions
 from lpovod.stages.region_features import extract_retrieved, extract_split
 from lpovod.stages.small_clip.zero_shot import zero_shot
 from lpovod.training import build_optimizer, ready, train, write_training
+from lpovod.transfers import fetch
 from lpovod.views import LoadedView, View, apply_view
 
 WAITS = {
@@ -70,11 +73,12 @@ WAITS = {
     "base_detector": (1, 0),
     "proposals": (0, 1),
     "region_embeddings": (0, 0),
-    "region_features": (0, 1),
-    "model": (0, 5),
+    "region_features": (0, 0.5),
+    "model": (0, 3),
 }
 """How often the host may wait for the device: in a training step, by the images in it, a fixed part
-and a part per image; in inference per image, here alone in its batch, after loading the network."""
+and a part per image; in inference per image, here alone in its batch, or of region features one of
+two, after loading the network."""
 
 BACKBONE = BackboneSettings(channels=16, short_side=64, long_side=96)
 TIMM = BACKBONE.model_copy(update={"architecture": "timm:test_efficientnet"})
@@ -439,12 +443,61 @@ def test_a_model_detects_there(tmp_path, device):
         np.testing.assert_allclose(
             other.confidence, one.confidence, **tolerance(device, 1e-2, 1e-4)
         )
-    Image.fromarray(images[0]).save(tmp_path / "image.png")
-    detect_in_files(
-        (str(tmp_path / "image.png"),), model=file, device=device, output=tmp_path / "out"
-    )
-    results = json.loads((tmp_path / "out/detections.json").read_text())
-    assert len(results) == len(on_cpu.detect(images[0]))
+
+
+@on_devices
+@pytest.mark.parametrize("stage", ["proposals", "region_features"])
+def test_a_model_computes_there_in_the_precision_of_its_run(tmp_path, device, stage):
+    pixels, found = picture(90, 70), {}
+    for precision in ("float32", "bfloat16"):
+        random_model(
+            tmp_path / precision, **{stage: SMALL.get(stage, {}) | {"precision": precision}}
+        )
+        model = lpovod.load(tmp_path / precision, device)
+        (regions,) = model.describe([model.view(pixels)], [pixels.shape[:2]])
+        found[precision] = regions.objectness if stage == "proposals" else regions["feature"]
+    one, other = found["float32"], found["bfloat16"]
+    assert not np.array_equal(one, other)
+    np.testing.assert_allclose(other, one, atol=0.02 * float(np.abs(one).max()))
+
+
+@on_devices
+def test_files_are_detected_there_while_other_processes_read_them(
+    tmp_path, device, monkeypatch, logged
+):
+    """In passes of two images of one size, and in the order of their names."""
+    random_model(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    for number in range(7):
+        pixels = picture(*[(90, 70), (70, 90), (64, 64)][number % 3], number)
+        Image.fromarray(pixels).save(tmp_path / f"images/{number}.png")
+    (tmp_path / "images/3.png").write_bytes(b"no image")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+
+    def noted(path: Path, size: Any) -> np.ndarray:
+        (tmp_path / f"{os.getpid()}.reader").touch()
+        return read_image(path, size)
+
+    monkeypatch.setattr("lpovod.apps.detect.read_image", noted)
+
+    def work(folder: Path, where: str) -> list[dict[str, Any]]:
+        options = {"model": tmp_path / "model", "batch_size": 2, "output": folder, "draw": True}
+        with pytest.raises(LpovodError, match="1 of 7 images could not be read"):
+            detect_in_files((str(tmp_path / "images"),), device=where, **options)
+        assert len(list((folder / "drawn").iterdir())) == 6
+        return json.loads((folder / "detections.json").read_text())
+
+    expected, found = in_both(work, tmp_path, device)
+    assert len(list(tmp_path.glob("*.reader"))) == 3  # this process, for the CPU, and two more
+    assert logged.text.count(f"skipped: {tmp_path}/images/3.png cannot be decoded") == 2
+    assert len(found) == len(expected) > 0
+    names = [e["file_name"] for e in found]
+    assert names == sorted(names) and {*names} == {f"{n}.png" for n in (0, 1, 2, 4, 5, 6)}
+    for one, other in zip(expected, found, strict=True):
+        assert one["file_name"] == other["file_name"]
+        assert other["score"] == pytest.approx(
+            one["score"], abs=1e-4 if device == "strict" else 1e-2
+        )
 
 
 @pytest.fixture(scope="module")
@@ -561,6 +614,18 @@ def test_an_image_waits_no_more_often_than_it_may(inputs, tmp_path, stage):
     few, many = (infer(stage, tmp_path / str(count), count, inputs) for count in (2, 6))
     of_four = many - few
     assert sum(of_four.values()) <= 4 * WAITS[stage][1], of_four.most_common()
+
+
+@on_devices
+def test_tensors_are_fetched_in_one_copy(device):
+    wide, narrow = torch.rand(4, 3), torch.rand(5, 3).half()
+    tensors = [wide.t(), wide[:0], narrow, narrow[:1], narrow.t()]
+    there = [tensor.to(device) for tensor in tensors]
+    with strict_device.counted() as waits:
+        fetched = fetch(there)
+    assert sum(waits.values()) == (device == "strict"), waits.most_common()
+    for one, other in zip(fetched, tensors, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype
 
 
 @needs_strict

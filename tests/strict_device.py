@@ -59,6 +59,8 @@ FACTORIES = (
     *("empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step"),
     *("randperm", "full", "zeros", "ones", "rand", "randn", "scalar_tensor", "linspace"),
 )
+AUTOCAST = ("conv2d", "linear", "matmul")
+"""Operators that autocast computes in bfloat16; CUDA has more."""
 
 _waits: Counter | None = None
 
@@ -224,6 +226,20 @@ def _factory(name: str) -> Callable[..., Any]:
     return lambda *args, **kwargs: _run(operator, args, kwargs)
 
 
+def _autocast(name: str) -> Callable[..., Any]:
+    operator = getattr(aten, name).default
+
+    def lowered(value: Any) -> Any:
+        is_float = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+        return value.bfloat16() if is_float else value
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(NAME, enabled=False):
+            return operator(*tree_map(lowered, args), **tree_map(lowered, kwargs))
+
+    return compute
+
+
 def available() -> bool:
     """Whether this torch has the hook."""
     return hasattr(backend_registration, HOOK)
@@ -237,7 +253,12 @@ def register() -> str:
         for name in FACTORIES:
             library.impl(name, _factory(name), "PrivateUse1")
         library.impl("_copy_from", _copy_literal, "PrivateUse1")
-        register.library = library  # type: ignore[attr-defined]  # lives as long as the process
+        for name in AUTOCAST:
+            library.impl(name, _autocast(name), "AutocastPrivateUse1")
+        others = torch.library.Library("_", "IMPL")
+        others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+        # They live as long as the process.
+        register.libraries = library, others  # type: ignore[attr-defined]
         module: Any = getattr(torch, NAME, None) or ModuleType(NAME)
         module.get_amp_supported_dtype = lambda: [torch.bfloat16]
         setattr(torch, NAME, module)

@@ -148,9 +148,29 @@ def test_a_bad_image_is_named_and_skipped_and_the_exit_code_tells(model, images,
     (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:200])
     done = lpovod("detect", str(images), "--model", str(model), "--output", str(tmp_path / "out"))
     assert done.returncode == 1
-    assert "broken.jpg cannot be decoded" in done.stderr
+    assert "broken.jpg cannot be decoded" in done.stderr and " 4/4 " in done.stderr
     assert done.stderr.splitlines()[-1] == "error: 1 of 4 images could not be read"
     assert {e["file_name"] for e in results(tmp_path / "out")} == {"a.jpg", "b.png", "deeper/c.bmp"}
+
+
+@pytest.mark.slow
+def test_images_of_many_sizes_are_listed_in_the_order_of_their_names(model, tmp_path):
+    """Though images of one size are detected together, as many as a pass takes."""
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        size = [(90, 70), (70, 90), (64, 64)][number % 3 if number < 10 else 0]
+        Image.fromarray(picture(*size, number)).save(tmp_path / f"images/{number:02}.png")
+    outputs = [tmp_path / "one", tmp_path / "four"]
+    for output, size in zip(outputs, ("1", "4"), strict=True):
+        words = ["--model", str(model), "--output", str(output), "--device", "cpu"]
+        done = lpovod("detect", str(tmp_path / "images"), *words, "--batch-size", size)
+        assert done.returncode == 0, done.stderr
+    one, four = map(results, outputs)
+    for name in ("file_name", "image_id", "class_name"):
+        assert [e[name] for e in four] == [e[name] for e in one]
+    assert sorted({e["file_name"] for e in one}) == list(dict.fromkeys(e["file_name"] for e in one))
+    for name, limit in (("bbox", 0.01), ("score", 1e-4)):
+        np.testing.assert_allclose([e[name] for e in four], [e[name] for e in one], atol=limit)
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lpovod.apps.detect import detect
+from lpovod.apps.learn import learn
+from lpovod.apps.serve import serve
 from lpovod.config import (
     BackboneSettings,
     BaseDetectorSettings,
@@ -132,6 +135,23 @@ def test_a_job_sees_its_card_alone(two_cards):
         assert own_device("cuda") == "cuda"
         assert os.environ[VISIBLE] == "1"
     assert own_device("cuda") == "cuda"  # it keeps the one that it has
+    assert os.environ[VISIBLE] == "1"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda: detect(("docs/pictures/serve.png",), model=NOWHERE),
+        lambda: learn("otter", NOWHERE, output=NOWHERE, device="cuda"),
+        lambda: serve(model=NOWHERE, port=0),
+    ],
+    ids=["detect", "learn", "serve"],
+)
+def test_a_program_sees_a_card_of_its_own_before_it_reads_anything(two_cards, start):
+    assert device_of(None) == "cuda"  # as a library does
+    assert VISIBLE not in os.environ
+    with job(1, 2, two_cards), pytest.raises(LpovodError, match="nowhere.*: no such file"):
+        start()
     assert os.environ[VISIBLE] == "1"
 
 

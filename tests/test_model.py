@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from operator import length_hint
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lpovod.artifacts import sha256
 from lpovod.clip import load_clip
 from lpovod.exceptions import LpovodError
 from lpovod.formats.model import read_model, write_model
+from lpovod.model import Model, alike
 from lpovod.text_tower import with_text_tower
 
 
@@ -50,18 +52,19 @@ def test_the_file_holds_what_was_written(tmp_path):
     assert sha256(path) == before
 
 
-@pytest.mark.parametrize("stage", ["proposals", "region_features"])
-def test_a_model_computes_in_the_precision_of_its_run(model, stage):
-    config, pixels = model.content.config, picture()
-    half = getattr(config, stage).model_copy(update={"precision": "bfloat16"})
-    config = config.model_copy(update={stage: half})
-    other = model.with_content(replace(model.content, config=config))
-    (expected,), (found,) = (
-        m.describe([m.view(pixels)], [pixels.shape[:2]]) for m in (model, other)
-    )
-    one, two = (r.objectness if stage == "proposals" else r["feature"] for r in (expected, found))
-    assert not np.array_equal(one, two)
-    np.testing.assert_allclose(one, two, atol=0.02 * float(np.abs(one).max()))
+def in_bfloat16(model: Model, *stages: str) -> Model:
+    """The model as if stages of its run had computed in bfloat16."""
+    config = model.content.config
+    half = {s: getattr(config, s).model_copy(update={"precision": "bfloat16"}) for s in stages}
+    return model.with_content(replace(model.content, config=config.model_copy(update=half)))
+
+
+def test_a_model_on_a_cpu_computes_in_float32_whatever_its_run_did(model):
+    other = in_bfloat16(model, "proposals", "region_features")
+    expected, found = model.detect(picture()), other.detect(picture())
+    assert found.class_name == expected.class_name
+    np.testing.assert_array_equal(found.xyxy, expected.xyxy)
+    np.testing.assert_array_equal(found.confidence, expected.confidence)
 
 
 def rows(vectors: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
@@ -123,6 +126,33 @@ def test_batches_of_different_sizes_give_what_single_images_give(model):
         assert together.class_name == alone.class_name
         np.testing.assert_allclose(together.xyxy, alone.xyxy, atol=0.01)
         np.testing.assert_allclose(together.confidence, alone.confidence, atol=1e-4)
+
+
+def test_images_of_one_padded_size_share_a_pass(model, monkeypatch):
+    """Also where they are shown at different sizes, and others are between them."""
+    passes, describe = [], Model.describe
+
+    def noted(self: Model, views: list, sizes: list) -> list:
+        passes.append([(height, width) for height, width in sizes])
+        return describe(self, views, sizes)
+
+    monkeypatch.setattr(Model, "describe", noted)
+    wide, wider, tall = picture(90, 70, 0), picture(93, 70, 1), picture(70, 90, 2)
+    single = [model.detect(pixels) for pixels in (wide, tall, wider)]
+    passes.clear()
+    together = model.detect([wide, tall, wider], batch_size=2)
+    assert passes == [[(70, 90), (70, 93)], [(90, 70)]]
+    for one, other in zip(together, single, strict=True):
+        assert one.class_name == other.class_name
+        np.testing.assert_allclose(one.xyxy, other.xyxy, atol=0.01)
+
+
+def test_lists_are_full_unless_too_many_items_wait():
+    words = iter(["a1", "b1", "b2", "c1", "d1", "a2", "a3", "e1", "f1", "d2"])
+    lists = alike(words, lambda word: word[0], 3, waiting=4)
+    assert (next(lists), length_hint(words)) == (["b1", "b2"], 5)  # the most of five
+    assert (next(lists), length_hint(words)) == (["a1", "a2", "a3"], 3)
+    assert [*lists] == [["d1", "d2"], ["c1"], ["e1"], ["f1"]]
 
 
 def test_a_class_scores_the_same_whichever_others_are_asked_for(model):

@@ -4,26 +4,33 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from lpovod.apps.export import model_path
 from lpovod.artifacts import write_json
+from lpovod.devices import own_device
 from lpovod.drawing import draw_detections
 from lpovod.exceptions import LpovodError, UsageError
 from lpovod.formats.coco import read_dataset
 from lpovod.formats.images import ImageFault, read_image
 from lpovod.formats.labels import SUFFIXES, Box, LabelledImage
 from lpovod.formats.yolo import write_yolo
-from lpovod.model import Detections, Model, Source, load
+from lpovod.model import Detections, Model, Source, alike, load
 from lpovod.progress import log, progress
+from lpovod.views import leave_signals
 
 DRAWN_WIDTH = 800  # smallest width of a drawn image in pixels
 DRAWN_ABOVE = 0.3  # the low threshold that AP wants fills a picture with boxes
+LOADING = 8  # processes that decode images beside a GPU, at most
+WAITING = 4  # batches of decoded images that wait for others of their shape, at most
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def detect(
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: expected at least 1")
     images = list_images(sources)
-    loaded = load(model_path(run, model), device)
+    loaded = load(model_path(run, model), own_device(device))
     if added := loaded.add_names(classes):
         log.info(
             f"{', '.join(added)}: no linear probe; scored by the CLIP head alone. `lpovod learn` "
@@ -89,21 +96,19 @@ def detect(
     drawn_above = (DRAWN_ABOVE if threshold is None else threshold) if draw else None
     writer = _Writer(loaded, output, drawn_above)
     with progress(None, "detections", "image", len(images)) as bar:
-        for image, found, pixels in _detect_all(images, loaded, classes, threshold, batch_size):
-            if isinstance(found, LpovodError):
-                # Its remedy is one for the workflow's data.
-                log.warning(f"skipped: {found.fault if isinstance(found, ImageFault) else found}")
-            else:
-                writer.add(image, found, pixels)
+        readable = _readable(images, loaded.device, bar)
+        for image, pixels, found in _detect_all(readable, loaded, classes, threshold, batch_size):
+            writer.add(image, found, pixels)
             bar.update(1)
-    write_json(output / "detections.json", writer.results)
+    written = [writer.written[i.image_id] for i in images if i.image_id in writer.written]
+    results = [entry for entries, _ in written for entry in entries]
+    write_json(output / "detections.json", results)
     if yolo:
         (output / "yolo").mkdir(exist_ok=True)
-        write_yolo(output / "yolo", loaded.vocabulary, writer.labelled)
-    read = len(writer.labelled)
-    log.info(f"{len(writer.results)} detections in {read} images: {output}")
-    if read < len(images):
-        raise LpovodError(f"{len(images) - read} of {len(images)} images could not be read")
+        write_yolo(output / "yolo", loaded.vocabulary, [labelled for _, labelled in written])
+    log.info(f"{len(results)} detections in {len(written)} images: {output}")
+    if len(written) < len(images):
+        raise LpovodError(f"{len(images) - len(written)} of {len(images)} images could not be read")
 
 
 def list_images(sources: Iterable[str]) -> list[Named]:
@@ -163,41 +168,85 @@ def _files(source: str) -> list[Path]:
     return files
 
 
+class _Reading(Dataset):
+    """Each image with its pixels, or with the fault of its file."""
+
+    def __init__(self, images: list[Named]):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, place: int) -> tuple[Named, Tensor | str]:
+        image = self._images[place]
+        try:
+            return image, torch.from_numpy(read_image(image.path, image.size))
+        except ImageFault as error:
+            return image, error.fault  # without its remedy, which is one for the workflow's data
+
+
+def _readable(images: list[Named], device: str, bar: tqdm) -> Iterator[tuple[Named, np.ndarray]]:
+    """The images that can be read, in order, with their pixels; the others are named.
+
+    Beside a GPU, processes of their own decode, and what they decoded is sent from pinned memory.
+    """
+    loader = DataLoader(
+        _Reading(images),
+        batch_size=None,
+        num_workers=0 if device == "cpu" else min(LOADING, _cores() - 1, len(images) - 1),
+        worker_init_fn=leave_signals,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    for image, read in loader:
+        if isinstance(read, str):
+            log.warning(f"skipped: {read}")
+            bar.update(1)
+        else:
+            yield image, read.numpy()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux alone knows the cores of a job
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _detect_all(
-    images: list[Named],
+    readable: Iterable[tuple[Named, np.ndarray]],
     model: Model,
     classes: tuple[str, ...],
     threshold: float | None,
     batch_size: int | None,
-) -> Iterator[tuple[Named, Any, Any]]:
-    """Each image with its detections and its pixels, or with the error of reading it."""
-    waiting, size = iter(images), batch_size or model.batch_size
-    while together := list(islice(waiting, size)):
-        readable: list[Named] = []
-        pixels: list[Source] = []
-        for image in together:
-            try:
-                pixels.append(read_image(image.path, image.size))
-                readable.append(image)
-            except LpovodError as error:
-                yield image, error, None
-        detected = model.detect(pixels, threshold, classes or None, size)
-        yield from zip(readable, detected, pixels, strict=True)
+) -> Iterator[tuple[Named, np.ndarray, Detections]]:
+    """Each image with its pixels and its detections, as batches of one shape become full."""
+    size = batch_size or model.batch_size
+
+    def shape_of(item: tuple[Named, np.ndarray]) -> tuple[int, int]:
+        height, width = item[1].shape[:2]
+        return model.batch_shape((height, width))
+
+    for together in alike(readable, shape_of, size, WAITING * size):
+        shown: list[Source] = [pixels for _, pixels in together]
+        detected = model.detect(shown, threshold, classes or None, size)
+        for (image, pixels), found in zip(together, detected, strict=True):
+            yield image, pixels, found
 
 
 class _Writer:
-    """Writes what was asked for of each image."""
+    """Draws each image, and keeps what is written of all.
+
+    Attributes:
+        written: by image id, COCO's results, and what YOLO's text file says.
+    """
 
     def __init__(self, model: Model, output: Path, drawn_above: float | None):
         self._output, self._drawn_above = output, drawn_above
         self._base = set(model.content.of_split("base"))
-        self.labelled: list[LabelledImage] = []
-        self.results: list[dict[str, Any]] = []
+        self.written: dict[int, tuple[list[dict[str, Any]], LabelledImage]] = {}
 
     def add(self, image: Named, found: Detections, pixels: np.ndarray) -> None:
         """Add an image's detections, and draw them."""
         entries = [e | {"file_name": image.name} for e in found.to_coco(image.image_id)]
-        self.results += entries
         corners = [tuple(box) for box in found.xyxy.tolist()]
         boxes = [
             Box(name, corner, score=score)
@@ -206,7 +255,8 @@ class _Writer:
             )
         ]
         height, width = pixels.shape[:2]
-        self.labelled.append(LabelledImage(Path(image.name), width, height, boxes))
+        labelled = LabelledImage(Path(image.name), width, height, boxes)
+        self.written[image.image_id] = entries, labelled
         if self._drawn_above is not None:
             self._draw(image, found.above(self._drawn_above), pixels)
 

@@ -20,7 +20,7 @@ from lpovod.artifacts import check_made_from, fingerprint, sha256
 from lpovod.clip import Clip
 from lpovod.config import Config, slug
 from lpovod.crops import crop_and_resize, crop_boxes
-from lpovod.devices import device_of
+from lpovod.devices import device_of, own_device
 from lpovod.exceptions import LpovodError, UsageError
 from lpovod.formats.class_embeddings import ClassEmbeddings, read_text_embeddings
 from lpovod.formats.coco import CocoDataset, corners, read_dataset
@@ -119,7 +119,7 @@ def learn(
         raise UsageError("the run's own model stays as it is: give --output FILE, or --model FILE")
     if images_only and not image:
         raise UsageError("--images-only needs pictures: --image crop.png")
-    source = Run(run, device, threads)
+    source = Run(run, own_device(device), threads)
     content = read_model(model_path(None, model) if model else run / MODEL)
     lesson = Lesson(
         name,

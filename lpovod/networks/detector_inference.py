@@ -13,7 +13,7 @@ from lpovod.exceptions import LpovodError
 from lpovod.networks.detector import Detector
 from lpovod.precision import computing_in
 from lpovod.torchvision_ops import clip_boxes_to_image
-from lpovod.transfers import send, send_all
+from lpovod.transfers import fetch, send, send_all
 from lpovod.views import HeightWidth, LoadedView, batch
 
 
@@ -71,25 +71,15 @@ def describe_regions(
             send_all(boxes, device), outputs, views, sizes, strict=True
         )
     ]
+    features = [of_heads.feature.half() for of_heads in outputs]
+    embeddings = [of_heads.embedding.half() for of_heads in outputs]
     # The host waits for the device here, once all images are on their way.
-    feature, embedding, refinement = (
-        [part.numpy() for part in torch.cat(parts).cpu().split(counts)]
-        for parts in (
-            [of_heads.feature.half() for of_heads in outputs],
-            [of_heads.embedding.half() for of_heads in outputs],
-            refined,
-        )
-    )
-    return [
-        {
-            "box": of_image,
-            "objectness": objectness,
-            "feature": feature[number],
-            "embedding": embedding[number],
-            "refined": refinement[number],
-        }
-        for number, (of_image, objectness) in enumerate(regions)
-    ]
+    fetched = iter(part.numpy() for part in fetch([*refined, *features, *embeddings]))
+    described = [{"box": box, "objectness": objectness} for box, objectness in regions]
+    for name in ("refined", "feature", "embedding"):
+        for of_image in described:
+            of_image[name] = next(fetched)
+    return described
 
 
 def load_detector(

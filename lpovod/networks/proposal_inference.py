@@ -11,7 +11,7 @@ from lpovod.config import BackboneSettings, ProposalsSettings
 from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.precision import computing_in
 from lpovod.torchvision_ops import clip_boxes_to_image, nms
-from lpovod.transfers import send
+from lpovod.transfers import fetch, send
 from lpovod.views import HeightWidth, LoadedView, batch
 
 
@@ -64,9 +64,8 @@ def find_proposals(
         for number, (view, size) in enumerate(zip(views, sizes, strict=True))
     ]
     # One wait for the device, instead of one per image.
-    proposals = torch.cat(found).cpu().split([len(of_image) for of_image in found])
     # Boxes without area have no score.
-    kept = [of_image[of_image[:, 4] >= 0].numpy() for of_image in proposals]
+    kept = [of_image[of_image[:, 4] >= 0].numpy() for of_image in fetch(found)]
     return [(of_image[:, :4].copy(), of_image[:, 4].copy()) for of_image in kept]
 
 

@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 
+from lpovod.devices import own_device
 from lpovod.exceptions import LpovodError, UsageError
 
 
@@ -34,7 +35,7 @@ def serve(
     from lpovod.apps.serve.app import build_app
     from lpovod.apps.serve.workshop import Workshop
 
-    app = build_app(Workshop(run, model, device), host)
+    app = build_app(Workshop(run, model, own_device(device)), host)
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     listener.listen()
     shown = f"[{host}]" if ":" in host else host
