@@ -32,6 +32,9 @@ include: "rules/small_clip.smk"
 include: "rules/pictures.smk"
 
 
+finish_preflight()
+
+
 # Without a validation split there is nothing to measure, and the probe is the result.
 METRICS = rules.evaluation.output.metrics.format(evaluation="evaluation")
 

@@ -19,6 +19,21 @@ from lpovod.progress import log
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
+def check_gpu() -> None:
+    """Refuse a machine without a GPU.
+
+    Raises:
+        LpovodError: if torch sees none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise LpovodError(
+            "gpu: true, and torch sees no GPU on this machine (nvidia-smi shows what the driver "
+            "sees): set gpu: false, or run on a machine that has one"
+        )
+
+
 def device_of(device: str | None) -> str:
     """A device that torch has; None for the GPU if there is one, otherwise the CPU.
 
