@@ -150,6 +150,29 @@ def test_proposals_by_the_map_of_image_ids(world, tmp_path):
     check_same(imported(world, tmp_path, content, places), world)
 
 
+def test_a_map_may_count_the_boxes_of_every_array(world, tmp_path):
+    rows = rows_of(world)
+    order = [20, 900, 3, 41, 7]
+    content = [rows[i] for i in order]
+    places = {str(i): place for place, i in enumerate(order)}
+    places["num_proposal"] = [len(boxes) for boxes in content]
+    check_same(imported(world, tmp_path, content, places), world)
+
+
+@pytest.mark.parametrize("form", ["pickle", "results"])
+def test_images_that_the_file_lacks_have_no_proposals_and_are_named(world, tmp_path, logged, form):
+    rows = rows_of(world)
+    if form == "pickle":
+        store = imported(world, tmp_path, list(rows.values()), {"7": 0, "41": 3, "20": 4})
+    else:
+        results = [{"image_id": i, "bbox": [1.0, 1.0, 9.0, 9.0], "score": 0.5} for i in (7, 41, 20)]
+        store = imported(world, tmp_path, results, name="p.json")
+    assert set(store.image_ids) == set(world.images)
+    assert [i for i in world.images if not store.count(i)] == [3, 900]
+    (warning,) = [r.getMessage() for r in logged.records if r.levelname == "WARNING"]
+    assert warning.startswith("2 of 5 images of ") and warning.endswith(": 3, 900")
+
+
 def test_proposals_in_coco_s_results_format(world, tmp_path):
     results = [
         {
@@ -209,7 +232,14 @@ def test_impossible_proposals_are_named(world, tmp_path, row, message):
         (lambda rows: {"a": 1}, None, "holds a dict, expected a list"),
         (lambda rows: [rows[0][:, :4], *rows[1:]], None, r"image 7\) has shape \(4, 4\)"),
         (lambda rows: [[1], *rows[1:]], None, r"entry 0 \(image 7\) is not an array of floats"),
-        (lambda rows: rows, {"7": 0, "3": 1}, "image 900 of .* is not in .*map.json"),
+        (lambda rows: rows, {"7": 0, "3": 1}, "map.json has 2 of the 5 images of .*another split"),
+        (lambda rows: rows, {}, "map.json has 0 of the 5 images of .*another split"),
+        (
+            lambda rows: rows,
+            {"7": 0, "3": 1, "900": 2, "num_proposal": [4, 9, 0, 1, 5]},
+            "map.json belongs to another file: its 'num_proposal' are not those of .*p.pkl",
+        ),
+        (lambda rows: rows, {"7": 0, "3": [1]}, "is not of the form"),
         (
             lambda rows: rows,
             {"7": 0, "3": 1, "900": 2, "41": 3, "20": 5},
