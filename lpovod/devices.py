@@ -119,11 +119,7 @@ def lock_cards(number: int, cards: int, folder: Path | None = None) -> list[int]
 def _lock(path: Path) -> bool:
     """Whether no other process holds the lock; it is this one's then."""
     try:
-        try:
-            # Not created if it exists: Linux refuses that for other users' files in /tmp.
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        descriptor = _open_for_all(path)
         os.set_inheritable(descriptor, True)
     except OSError as error:
         log.warning(f"{path} cannot be locked ({error}): another job may use the same GPU")
@@ -134,6 +130,16 @@ def _lock(path: Path) -> bool:
         os.close(descriptor)
         return False
     return True
+
+
+def _open_for_all(path: Path) -> int:
+    """A descriptor of a file that every user can open, which is made if it does not exist."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:  # without O_CREAT, which Linux refuses for other users' files in /tmp
+        return os.open(path, os.O_RDONLY)
+    os.fchmod(descriptor, 0o644)  # whatever the umask
+    return descriptor
 
 
 @contextmanager
