@@ -19,6 +19,21 @@ from lpovod.progress import log
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
+def check_gpu() -> None:
+    """Refuse a machine without a GPU.
+
+    Raises:
+        LpovodError: if torch sees none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise LpovodError(
+            "gpu: true, and torch sees no GPU on this machine (nvidia-smi shows what the driver "
+            "sees): set gpu: false, or run on a machine that has one"
+        )
+
+
 def device_of(device: str | None) -> str:
     """A device that torch has; None for the GPU if there is one, otherwise the CPU.
 
@@ -108,11 +123,7 @@ def lock_cards(number: int, cards: int, folder: Path | None = None) -> list[int]
 def _lock(path: Path) -> bool:
     """Whether no other process holds the lock; it is this one's then."""
     try:
-        try:
-            # Not created if it exists: Linux refuses that for other users' files in /tmp.
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        descriptor = _open_for_all(path)
         os.set_inheritable(descriptor, True)
     except OSError as error:
         log.warning(f"{path} cannot be locked ({error}): another job may use the same GPU")
@@ -123,6 +134,16 @@ def _lock(path: Path) -> bool:
         os.close(descriptor)
         return False
     return True
+
+
+def _open_for_all(path: Path) -> int:
+    """A descriptor of a file that every user can open, which is made if it does not exist."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:  # without O_CREAT, which Linux refuses for other users' files in /tmp
+        return os.open(path, os.O_RDONLY)
+    os.fchmod(descriptor, 0o644)  # whatever the umask
+    return descriptor
 
 
 @contextmanager

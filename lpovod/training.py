@@ -87,7 +87,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate_at(step, steps_per_epoch, settings)
                 values = _step(model, shared, batch, optimizer, settings, step)
-                sums = {key: sums.get(key, 0.0) + value for key, value in values.items()}
+                sums |= {key: sums.get(key, 0.0) + value for key, value in values.items()}
                 (received,) = largest([max(signals, default=0)])
                 if received:
                     _save(model, optimizer, history, number + 1, sums, checkpoint, fingerprint)

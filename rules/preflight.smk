@@ -1,44 +1,62 @@
 # Models, weights, FAISS's factory and the GPU against the configuration, before the first job.
 # IN   weights of CLIP and of the backbone, where they exist
-# OUT  nothing; success is remembered in .snakemake/lpovod/preflight.json
-# COST five seconds, once per configuration, to import torch; nothing is computed
+# OUT  nothing; every success is remembered, as an empty file in .snakemake/lpovod/preflight/
+# COST three seconds, once per configuration, to import torch; one second, once per machine with
+#      gpu: true; nothing is computed
 #
-# In a process of its own: the graph is built without torch. A Python without torch, as with
-# `--sdm conda`, skips it.
+# In processes of their own, since the graph is built without torch, and beside the reading of the
+# other rules. A Python without torch, as with `--sdm conda`, skips it.
 
+import atexit
 import importlib.util
 import os
 import subprocess
 import sys
 from importlib import metadata
 
-from lpovod.artifacts import fingerprint, read_json, write_json
+from lpovod.artifacts import fingerprint
 from lpovod.sources import CACHE
 
-PASSED = CACHE / "preflight.json"
+PASSED = CACHE / "preflight"
+CHECKS = {}  # running processes, by the file that will remember their success
 
 
-def check_models(gpu):
-    """Check models and weights, unless this configuration passed before.
+def start_check(script, words, content):
+    """Start a check, unless it passed before with the same content."""
+    content = [source(script), version("torch"), *map(str, content)]
+    passed = PASSED / fingerprint({"content": content})
+    if not passed.exists():
+        command = [sys.executable, "-m", f"workflow_scripts.{script}", *words]
+        CHECKS[passed] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        # If reading the other rules fails, nobody waits for it.
+        atexit.register(CHECKS[passed].kill)
 
-    gpu: whether this machine must have a GPU.
-    """
-    # Not the classes: a name that is added need not wait for five seconds of imports.
+
+def start_preflight():
+    """Check models and weights, and the GPU where the jobs run."""
+    # Not the classes: a name that is added need not wait for three seconds of imports.
     blocks = ("clip", "text_embeddings", "backbone", "proposals", "base_detector", "region_index")
-    imported = [CONFIG.pseudo_labels.file, CONFIG.linear_probe.checkpoint]
-    existing = [path.is_file() for path in CLIP_FILES + START_FILES]
-    packages = ("torch", "open_clip_torch", "timm", "faiss-cpu")
-    content = [source("preflight"), *map(block, blocks), *imported, *existing]
-    content += [*CLIP_DIGESTS, *START_DIGESTS, *map(version, packages)]
-    content += [gpu and (os.uname().nodename, os.environ.get("CUDA_VISIBLE_DEVICES"))]
-    key = fingerprint({"content": [str(value) for value in content]})
-    if PASSED.is_file() and read_json(PASSED) == {"key": key}:
-        return
-    words = ["--config", CONFIG.model_dump_json(), "--gpu" if gpu else "--no-gpu"]
-    done = subprocess.run([sys.executable, "-m", "workflow_scripts.preflight", *words])
-    if done.returncode:
+    content = [*map(block, blocks), CONFIG.pseudo_labels.file, CONFIG.linear_probe.checkpoint]
+    content += [path.is_file() for path in CLIP_FILES + START_FILES]
+    content += [*CLIP_DIGESTS, *START_DIGESTS]
+    content += map(version, ("open_clip_torch", "timm", "faiss-cpu"))
+    start_check("preflight", ["--config", CONFIG.model_dump_json()], content)
+    # A cluster's login node has no GPU, and a plan can be printed anywhere.
+    runs_here = workflow.resource_settings.nodes is None and not workflow.output_settings.dryrun
+    if CONFIG.gpu and runs_here:
+        machine = [os.uname().nodename, os.environ.get("CUDA_VISIBLE_DEVICES")]
+        start_check("gpu", [], machine)
+
+
+def finish_preflight():
+    """Wait for the checks and remember those that passed."""
+    for passed, process in CHECKS.items():
+        sys.stderr.write(process.communicate()[1])
+        if process.returncode == 0:
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
+    if any(process.returncode for process in CHECKS.values()):
         raise WorkflowError("The run would fail with these settings: see above")
-    write_json(PASSED, {"key": key})
 
 
 def version(package):
@@ -49,8 +67,6 @@ def version(package):
         return None
 
 
-# Jobs on a cluster parse this file again. A cluster's login node has no GPU, and a plan can be
-# printed anywhere.
+# Jobs on a cluster parse this file again.
 if workflow.is_main_process and importlib.util.find_spec("torch"):
-    RUNS_HERE = workflow.resource_settings.nodes is None and not workflow.output_settings.dryrun
-    check_models(gpu=CONFIG.gpu and RUNS_HERE)
+    start_preflight()

@@ -876,13 +876,13 @@ ROWS = {
             "p.pkl holds a dict, expected a list of arrays",
         ),
         (
-            "a map of image ids that lacks one",
-            proposals([np.zeros((0, 5), np.float32)] * 5, {"7": 0}),
-            "image 3 ... is not in map.json",
+            "a map of image ids of another split",
+            proposals([np.zeros((0, 5), np.float32)] * 5, {"7": 0, "8": 1}),
+            "map.json has 1 of the 5 images ... the map of another split",
         ),
         (
             "a map of image ids beyond the list",
-            proposals([np.zeros((0, 5), np.float32)], {"7": 9}),
+            proposals([np.zeros((0, 5), np.float32)], {"7": 9, "3": 0, "41": 0}),
             "image 7 has place 9 in map.json",
         ),
         (

@@ -3,6 +3,7 @@
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from project import announced, copy_project, keys_of, snakemake
@@ -196,18 +197,38 @@ def test_classes_are_checked_before_the_annotations_are_there():
 )
 def test_the_graph_resolves_without_data_and_shows_the_downloads(tmp_path, name, downloads):
     folder = copy_project(tmp_path / "project")
-    snakemake(folder, f"{name}.yaml", {}, "-n", "--quiet")  # with the preflight, once
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    jobs = announced(snakemake(folder, f"{name}.yaml", {}, "-n", "--quiet", "reason"))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    assert seconds < 6  # of CPU; 3 here beside other processes, and machines differ
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    times = [used.ru_utime + used.ru_stime]
+    for _ in range(2):
+        printed = snakemake(folder, f"{name}.yaml", {}, "-n", "--quiet", "reason")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(used.ru_utime + used.ru_stime)
+    first, second = np.diff(times)
+    # Of CPU; 5 with the preflight and 2 without here, and machines differ.
+    assert first < 9 and second < 6
+    jobs = announced(printed)
     assert {rule: n for rule, n in jobs.items() if rule.startswith(("down", "extr"))} == downloads
     trained = {"region_embeddings": 64 + 3, "pseudo_labels": 1, "retrieved_region_features": 1}
     trained |= {"model": 1, "proposal_network": 1} if name == "coco_learned" else {}
     expected = {"text_embeddings": 1, "linear_probe": 1, "evaluation": 1}
     expected |= {} if name == "coco_released" else trained
     assert expected.items() <= jobs.items()
+
+
+def test_the_earlier_release_of_the_proposals_needs_no_map(tmp_path):
+    """As docs/coco.md says: the list of the training images is in the order of COCO's."""
+    folder = copy_project(tmp_path / "project")
+    content = yaml.safe_load((folder / "configs/coco.yaml").read_text())
+    content["proposals"]["files"]["train"] = "data/lp_ovod/coco_proposals.pkl"
+    del content["proposals"]["id_maps"]["train"]
+    (folder / "configs/earlier.yaml").write_text(yaml.safe_dump(content))
+    proposals = "results/coco/proposals/train/0.h5"
+    jobs = announced(snakemake(folder, "earlier.yaml", {}, "-n", proposals))
+    assert jobs == ARCHIVES | {
+        "dataset": 1,
+        "download_data_lp_ovod_coco_proposals_pkl": 1,
+        "proposals_train": 1,
+    }
 
 
 def test_nothing_of_the_default_run_reaches_the_paper_s():

@@ -79,11 +79,13 @@ def write_files(folder: Path) -> None:
             )
     content = {"images": images, "annotations": annotations, "categories": categories}
     (coco / "annotations/instances_val2017.json").write_text(json.dumps(content))
-    # As released: the list is in another order than the images, and a json says in which.
+    # As released: the list is in another order than the images, and a json says in which, and how
+    # many boxes each array has.
     order = [3, 0, 4, 1, 2]
     with open(released / "val_coco_proposals.pkl", "wb") as file:
         pickle.dump([proposals[i] for i in order], file, protocol=2)
     id_map = {str(images[i]["id"]): place for place, i in enumerate(order)}
+    id_map["num_proposal"] = [len(proposals[i]) for i in order]
     (released / "val_coco_id_map.json").write_text(json.dumps(id_map))
     torch.save(torch.randn(65, 512), released / "ovd_coco_text_embedding.pth")
     names = tuple(c["name"] for c in categories)

@@ -112,6 +112,19 @@ def test_a_program_that_a_job_becomes_keeps_its_card(tmp_path):
         assert locked(1, 2, tmp_path) == [1 - one[0]]
 
 
+def test_every_user_can_open_a_lock_whatever_the_umask_of_its_maker(tmp_path):
+    """Otherwise another user's job would take the card as well."""
+    others = tmp_path / "lpovod-gpu-0-0.lock"
+    others.touch(0o604)
+    umask = os.umask(0o077)
+    try:
+        assert locked(2, 2, tmp_path) == [0, 1]
+    finally:
+        os.umask(umask)
+    modes = [path.stat().st_mode & 0o777 for path in sorted(tmp_path.iterdir())]
+    assert modes == [0o604, 0o644]  # and that of others is left as it is
+
+
 def test_locks_that_cannot_be_made_are_no_failure(tmp_path, logged):
     from lpovod.devices import lock_cards
 

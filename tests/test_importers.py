@@ -10,17 +10,21 @@ import torch
 import torchvision
 from recorded import original_name
 
-from lpovod.artifacts import identity, read_identity, read_json, sha256
+from lpovod.artifacts import identity, read_identity, read_json, sha256, write_tensors
 from lpovod.config import (
     BackboneSettings,
     BaseDetectorSettings,
     LinearProbeSettings,
     ProposalsSettings,
     PseudoLabelsSettings,
+    RegionEmbeddingsSettings,
+    RegionFeaturesSettings,
+    RegionIndexSettings,
+    TrainingSettings,
 )
 from lpovod.exceptions import LpovodError
 from lpovod.formats.pseudo_labels import read_pseudo_labels
-from lpovod.formats.regions import RegionStore, read_proposals
+from lpovod.formats.regions import RegionStore, open_shards, read_proposals
 from lpovod.importers.backbone import start_from
 from lpovod.importers.checkpoints import (
     export_checkpoint,
@@ -37,6 +41,10 @@ from lpovod.networks.detector import Detector
 from lpovod.networks.detector_inference import load_detector
 from lpovod.networks.proposal_network import ProposalNetwork
 from lpovod.scoring import read_class_weights
+from lpovod.stages.base_detector import train_base_detector
+from lpovod.stages.region_embeddings import embed_regions
+from lpovod.stages.region_features import extract_split
+from lpovod.stages.region_index import build_region_index
 
 SHARED = Path("../shared/data")
 SMALL = BackboneSettings(channels=8)
@@ -150,6 +158,60 @@ def test_proposals_by_the_map_of_image_ids(world, tmp_path):
     check_same(imported(world, tmp_path, content, places), world)
 
 
+def test_a_map_may_count_the_boxes_of_every_array(world, tmp_path):
+    rows = rows_of(world)
+    order = [20, 900, 3, 41, 7]
+    content = [rows[i] for i in order]
+    places = {str(i): place for place, i in enumerate(order)}
+    places["num_proposal"] = [len(boxes) for boxes in content]
+    check_same(imported(world, tmp_path, content, places), world)
+
+
+@pytest.mark.parametrize("form", ["pickle", "results"])
+def test_images_that_the_file_lacks_have_no_proposals_and_are_named(world, tmp_path, logged, form):
+    rows = rows_of(world)
+    if form == "pickle":
+        store = imported(world, tmp_path, list(rows.values()), {"7": 0, "41": 3, "20": 4})
+    else:
+        results = [{"image_id": i, "bbox": [1.0, 1.0, 9.0, 9.0], "score": 0.5} for i in (7, 41, 20)]
+        store = imported(world, tmp_path, results, name="p.json")
+    assert set(store.image_ids) == set(world.images)
+    assert [i for i in world.images if not store.count(i)] == [3, 900]
+    (warning,) = [r.getMessage() for r in logged.records if r.levelname == "WARNING"]
+    assert warning.startswith("2 of 5 images of ") and warning.endswith(": 3, 900")
+
+
+@pytest.mark.parametrize("regions", ["rpn", "proposals"])
+def test_images_without_proposals_go_through_all_stages(world, tmp_path, tiny_clip, regions):
+    """Alone in a step of the training too, which then has nothing to imitate."""
+    content = json.loads(world.dataset.read_text())
+    box = {"category_id": 1, "bbox": [4.0, 5.0, 20.0, 15.0]}
+    content["annotations"] = [box | {"id": i, "image_id": i} for i in world.images]
+    world.dataset.write_text(json.dumps(content))
+    proposals = [tmp_path / f"imported/{number}.h5" for number in range(2)]
+    imported(world, tmp_path, list(rows_of(world).values()), {"7": 0, "41": 3, "20": 4})
+    shards, features = ([tmp_path / f"{name}{n}.h5" for n in range(2)] for name in "ef")
+    for given, shard in zip(proposals, shards, strict=True):
+        settings = RegionEmbeddingsSettings(batch_size=16)
+        embed_regions(world.dataset, given, tiny_clip, settings, tmp_path / "c", "", shard)
+    build_region_index(shards, RegionIndexSettings(), tmp_path / "index")
+    network = tmp_path / "network.safetensors"
+    weights = ProposalNetwork(SMALL, 8.0).state_dict().items()
+    write_tensors(network, {k: v.numpy() for k, v in weights}, identity("proposals"))
+    schedule = TrainingSettings(epochs=1, milestones=[], images_per_step=1, short_sides=[64])
+    head = HEAD.model_copy(update={"regions": regions, "training": schedule})
+    outputs = (tmp_path / "c", "", tmp_path / "detector.safetensors", tmp_path / "history")
+    train_base_detector(world.dataset, shards, network, SMALL, head, 0, *outputs)
+    assert json.loads((tmp_path / "history").read_text())["distillation"] > 0
+    for given, output in zip(proposals, features, strict=True):
+        settings = RegionFeaturesSettings()
+        extract_split(world.dataset, given, outputs[2], SMALL, head, settings, output)
+    for paths, stage in ((shards, "region_embeddings"), (features, "region_features")):
+        store = open_shards(paths, stage)
+        counts = {i: store.count(i) for i in world.images}
+        assert counts == {7: 4, 3: 0, 900: 0, 41: 1, 20: 6}
+
+
 def test_proposals_in_coco_s_results_format(world, tmp_path):
     results = [
         {
@@ -209,7 +271,14 @@ def test_impossible_proposals_are_named(world, tmp_path, row, message):
         (lambda rows: {"a": 1}, None, "holds a dict, expected a list"),
         (lambda rows: [rows[0][:, :4], *rows[1:]], None, r"image 7\) has shape \(4, 4\)"),
         (lambda rows: [[1], *rows[1:]], None, r"entry 0 \(image 7\) is not an array of floats"),
-        (lambda rows: rows, {"7": 0, "3": 1}, "image 900 of .* is not in .*map.json"),
+        (lambda rows: rows, {"7": 0, "3": 1}, "map.json has 2 of the 5 images of .*another split"),
+        (lambda rows: rows, {}, "map.json has 0 of the 5 images of .*another split"),
+        (
+            lambda rows: rows,
+            {"7": 0, "3": 1, "900": 2, "num_proposal": [4, 9, 0, 1, 5]},
+            "map.json belongs to another file: its 'num_proposal' are not those of .*p.pkl",
+        ),
+        (lambda rows: rows, {"7": 0, "3": [1]}, "is not of the form"),
         (
             lambda rows: rows,
             {"7": 0, "3": 1, "900": 2, "41": 3, "20": 5},
@@ -306,8 +375,6 @@ def test_rows_go_to_their_classes(files, meta):
     assert ident["classes"] == IN_ORDER["base"]
     assert torch.equal(model.prototypes, state["roi_head.prototype"])
     ident = identity("text_embeddings", clip_weights="w", clip_architecture="a")
-    from lpovod.artifacts import write_tensors
-
     rows = {n: np.eye(5, dtype=np.float32)[i] for i, n in enumerate([*BASE, *NOVEL])}
     write_tensors(files / "text", rows, ident | {"logit_scale": 100.0})
     from lpovod.config import EvaluationSettings

@@ -12,6 +12,7 @@ from project import copy_project, snakemake
 from safetensors.torch import save_file
 
 from lpovod.config import Config, load_config, merge
+from lpovod.devices import check_gpu
 from lpovod.exceptions import LpovodError
 from lpovod.importers.backbone import start_from
 from lpovod.networks.proposal_network import ProposalNetwork
@@ -39,9 +40,9 @@ def config(**overlay) -> Config:
     return load_config(merge(BASE, overlay))
 
 
-def problems(configured: Config, gpu: bool = False) -> list[str]:
+def problems(configured: Config) -> list[str]:
     with pytest.raises(LpovodError) as caught:
-        preflight(configured, gpu)
+        preflight(configured)
     return str(caught.value).split("\nerror: ")
 
 
@@ -113,19 +114,20 @@ def test_a_factory_that_faiss_cannot_make_is_refused(clip, factory, words):
 
 def test_a_gpu_is_required_only_where_the_jobs_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    preflight(config(gpu=True), gpu=False)
-    (problem,) = problems(config(gpu=True), gpu=True)
-    assert "gpu: true" in problem and "set gpu: false" in problem
+    preflight(config(gpu=True))
+    with pytest.raises(LpovodError, match="gpu: true.*set gpu: false"):
+        check_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_gpu()
 
 
-def test_all_problems_are_listed_at_once(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_all_problems_are_listed_at_once():
     wrong = {
         "clip": {"architecture": "ViT-B-33", "vocabulary": None},
         "backbone": {"architecture": "timm:resnet19"},
         "region_index": {"factory": "SQfp17"},
     }
-    assert len(problems(config(gpu=True, **wrong), gpu=True)) == 4
+    assert len(problems(config(**wrong))) == 3
 
 
 def test_weights_to_be_downloaded_are_not_compared(tmp_path):
@@ -161,29 +163,36 @@ def test_what_passes_can_be_trained_from():
 @pytest.mark.slow
 def test_the_workflow_checks_once_and_refuses_before_any_job(tmp_path):
     folder = copy_project(tmp_path / "project")
-    passed = folder / ".snakemake/lpovod/preflight.json"
+    passed = folder / ".snakemake/lpovod/preflight"
     snakemake(folder, "smallest.yaml", {}, "-n")
-    first = passed.stat()
     program = folder / "lpovod/networks/meta.py"
     content = program.read_text()
-    # A second call starts no process: nothing is written again.
+    # A second call starts no process.
+    (first,) = passed.iterdir()
+    written = first.stat().st_mtime_ns
     snakemake(folder, "smallest.yaml", {"seed": 7}, "-n")
-    assert passed.stat().st_mtime_ns == first.st_mtime_ns
+    assert [path.stat().st_mtime_ns for path in passed.iterdir()] == [written]
     # Code, settings and files are looked at again once they change.
     program.write_text(content + "\nraise SystemExit(3)\n")
     done = _try(folder)
     assert done.returncode == 1
+    # What passed before stays so: neither other code in between nor another configuration counts.
     program.write_text(content)
-    snakemake(folder, "smallest.yaml", {"region_index": {"factory": "Flat"}}, "-n")
-    assert passed.stat().st_mtime_ns > first.st_mtime_ns
+    for factory in ("Flat", "SQfp16"):
+        snakemake(folder, "smallest.yaml", {"region_index": {"factory": factory}}, "-n")
+    assert len(list(passed.iterdir())) == 2 and first.stat().st_mtime_ns == written
     (folder / "overlay.yaml").write_text("{gpu: true, region_index: {factory: SQfp17}}")
     printed = _try(folder).stdout.splitlines()
     assert printed[-2].startswith("error: region_index.factory = 'SQfp17'")
-    # A plan can be printed anywhere; a run needs the GPU.
+    # A plan can be printed anywhere; a run needs the GPU, and says so beside every other problem.
+    printed = _try(folder, "--cores", "1").stdout
+    assert "error: gpu: true" in printed and "error: region_index.factory" in printed
     (folder / "overlay.yaml").write_text("gpu: true")
     assert _try(folder).returncode == 0
     done = _try(folder, "--cores", "1")
     assert done.returncode == 1 and "error: gpu: true" in done.stdout
+    # Whether there is a GPU is a question of its own: for that, nothing else was checked again.
+    assert len(list(passed.iterdir())) == 2
     assert not (folder / "results").exists()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from lpovod.artifacts import identity, read_json
 from lpovod.config import ProposalsSettings
-from lpovod.exceptions import LpovodError
+from lpovod.exceptions import LpovodError, some
 from lpovod.formats.coco import CocoDataset, corners, read_dataset, read_results
 from lpovod.formats.regions import Shard, write_regions
 from lpovod.importers.pickles import read_pickled_arrays
@@ -15,6 +15,9 @@ from lpovod.progress import log, progress
 
 TOLERANCE = 1.0
 """Pixels by which rounding may push a box over the image's edge; the box is then clipped."""
+
+COUNTS = "num_proposal"
+"""Key that LP-OVOD's maps have beside the image ids: how many boxes each array of the list has."""
 
 
 def import_proposals(
@@ -27,6 +30,7 @@ def import_proposals(
     """Write the proposals of a file as the artifacts of stage `proposals`, all shards of a split.
 
     The best `per_image` are kept, best first; boxes thinner than a pixel are dropped and counted.
+    Images without proposals are counted and named in a warning.
 
     Args:
         dataset: json of the split.
@@ -34,15 +38,20 @@ def import_proposals(
             pixels of the original image; or ``.json``, a list of image_id, bbox xywh and score.
         settings: largest number of proposals per image.
         output: the shards of a region store without vectors, in their order.
-        id_map: json {image id: position in the pickle's list}; without it, the list has the order
-            of the images in `dataset`.
+        id_map: json {image id: position in the pickle's list}, for at least half of the images;
+            it may have `COUNTS`. Without it, the list has the order of the images in `dataset`.
 
     Raises:
-        LpovodError: naming the first image whose boxes are missing, not finite, inverted or outside
-            the image, or whose objectness is outside [0, 1].
+        LpovodError: naming the first image whose boxes are not finite, inverted or outside the
+            image, or whose objectness is outside [0, 1]; and as `read_proposal_file` does.
     """
     data = read_dataset(dataset)
     rows = read_proposal_file(file, data, id_map)
+    if without := [str(image_id) for image_id, boxes in rows.items() if not len(boxes)]:
+        log.warning(
+            f"{len(without)} of {len(rows)} images of {data.path} have no proposals in {file}: "
+            f"{some(without)}"
+        )
     inputs = {"dataset": dataset, "file": file} | ({"id_map": id_map} if id_map else {})
     ident = identity("proposals", {"per_image": settings.per_image}, **inputs)
     total, thin = 0, 0
@@ -67,8 +76,10 @@ def read_proposal_file(
 ) -> dict[int, np.ndarray]:
     """Rows x1 y1 x2 y2 objectness, (n, 5) float32, by image id, for every image of `data`.
 
+    An image that is not in the file, or not in the map, has no rows.
+
     Raises:
-        LpovodError: if the file does not cover the images or has a different layout.
+        LpovodError: if file or map are those of other images, or have a different layout.
     """
     if file.suffix == ".json":
         if id_map:
@@ -77,36 +88,45 @@ def read_proposal_file(
     content = read_pickled_arrays(file)
     if not isinstance(content, list):
         raise LpovodError(f"{file} holds a {type(content).__name__}, expected a list of arrays")
-    return {i: _rows(file, content, place, i) for i, place in _places(file, content, data, id_map)}
+    places = _places(file, content, data, id_map)
+    nothing = np.empty((0, 5), np.float32)
+    return {i: _rows(file, content, places[i], i) if i in places else nothing for i in data.images}
 
 
-def _places(
-    file: Path, content: list, data: CocoDataset, id_map: Path | None
-) -> list[tuple[int, int]]:
-    """Image ids with their positions in the list."""
+def _places(file: Path, content: list, data: CocoDataset, id_map: Path | None) -> dict[int, int]:
+    """Positions in the list by image id, of the images that it has."""
     if id_map is None:
         if len(content) != len(data.images):
             raise LpovodError(
                 f"{file} has {len(content)} arrays, {data.path} {len(data.images)} images: name "
                 "the json of image ids that belongs to it (proposals.id_maps)"
             )
-        return list(zip(data.images, range(len(content)), strict=True))
-    places = read_json(id_map)
-    if not isinstance(places, dict) or not all(type(p) is int for p in places.values()):
-        raise LpovodError(f"{id_map} is not of the form {{image id: place}}")
-    pairs = []
-    for image_id in data.images:
-        place = places.get(str(image_id))
-        if place is None:
-            raise LpovodError(f"image {image_id} of {data.path} is not in {id_map}")
+        return {image_id: place for place, image_id in enumerate(data.images)}
+    known = _read_id_map(id_map, file, content)
+    places = {i: known[str(i)] for i in data.images if str(i) in known}
+    if 2 * len(places) < len(data.images):
+        raise LpovodError(
+            f"{id_map} has {len(places)} of the {len(data.images)} images of {data.path}: it is "
+            "the map of another split (proposals.id_maps)"
+        )
+    for image_id, place in places.items():
         if not 0 <= place < len(content):
             raise LpovodError(
                 f"image {image_id} has place {place} in {id_map}, {file} has {len(content)} arrays"
             )
-        pairs.append((image_id, place))
-    if len({place for _, place in pairs}) < len(pairs):
+    if len(set(places.values())) < len(places):
         raise LpovodError(f"{id_map} gives several images one place")
-    return pairs
+    return places
+
+
+def _read_id_map(path: Path, file: Path, content: list) -> dict[str, int]:
+    places = read_json(path)
+    counts = places.pop(COUNTS, None) if isinstance(places, dict) else None
+    if not isinstance(places, dict) or not all(type(p) is int for p in places.values()):
+        raise LpovodError(f"{path} is not of the form {{image id: place}}")
+    if counts is not None and counts != [len(rows) for rows in content]:
+        raise LpovodError(f"{path} belongs to another file: its {COUNTS!r} are not those of {file}")
+    return places
 
 
 def _rows(file: Path, content: list, place: int, image_id: int) -> np.ndarray:

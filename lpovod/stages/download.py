@@ -113,6 +113,24 @@ def download(remote: Remote, path: Path, pause: float = 1.0) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, version = (path.with_name(f".{path.name}.{end}") for end in ("partial", "version"))
+    try:
+        _receive_whole(remote, path, partial, version, pause)
+    except LpovodError:
+        if not _size(partial):
+            partial.unlink(missing_ok=True)
+        raise
+    try:
+        _check(remote, partial, path)
+    except LpovodError:
+        partial.unlink()
+        raise
+    finally:
+        version.unlink(missing_ok=True)
+    partial.replace(path)
+
+
+def _receive_whole(remote: Remote, path: Path, partial: Path, version: Path, pause: float) -> None:
+    """Receive the file, in as many attempts as it takes and `TRIES` allows."""
     failures = 0
     while True:
         before = _size(partial)
@@ -121,7 +139,7 @@ def download(remote: Remote, path: Path, pause: float = 1.0) -> None:
                 _receive_from_drive(remote, path, partial)
             else:
                 _receive(remote, path, partial, version)
-            break
+            return
         except urllib.error.HTTPError as error:
             reason = f"the server answers {error.code} {error.reason}"
             if error.code not in TEMPORARY:
@@ -136,14 +154,6 @@ def download(remote: Remote, path: Path, pause: float = 1.0) -> None:
         wait = min(LONGEST_PAUSE, pause * 2 ** (failures - 1))
         log.info(f"{remote.url}: {reason}; next attempt in {wait:.0f} s")
         time.sleep(wait)
-    try:
-        _check(remote, partial, path)
-    except LpovodError:
-        partial.unlink()
-        raise
-    finally:
-        version.unlink(missing_ok=True)
-    partial.replace(path)
 
 
 def _receive(remote: Remote, path: Path, partial: Path, version: Path) -> None:

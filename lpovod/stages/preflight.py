@@ -1,4 +1,4 @@
-"""Check before the first job: models, weights, index and GPU against the configuration."""
+"""Check before the first job: models, weights and index against the configuration."""
 
 import warnings
 from collections.abc import Callable
@@ -19,7 +19,7 @@ DIVISIBLE = 960
 """Dimension that most factories accept, in place of one that is unknown for another problem."""
 
 
-def preflight(config: Config, gpu: bool = False) -> None:
+def preflight(config: Config) -> None:
     """Refuse a configuration with which a job would fail as soon as it has loaded its models.
 
     Names and shapes are compared; nothing is computed. Weights that are not downloaded yet are not
@@ -27,17 +27,11 @@ def preflight(config: Config, gpu: bool = False) -> None:
 
     Args:
         config: the whole configuration.
-        gpu: whether this machine must have a GPU.
 
     Raises:
         LpovodError: naming every problem.
     """
     problems: list[str] = []
-    if gpu and not torch.cuda.is_available():
-        problems.append(
-            "gpu: true, and torch sees no GPU on this machine (nvidia-smi shows what the driver "
-            "sees): set gpu: false, or run on a machine that has one"
-        )
     dimension = None
     if config.clip.weights is not None:
         dimension = _check(lambda: check_clip(config.clip, _texts(config)), "clip", problems)
