@@ -4,6 +4,7 @@ Blocks of settings are passed as json, everything else as values or paths, so ev
 by hand: ``python -m workflow_scripts.pseudo_labels --help``.
 """
 
+import gc
 import signal
 import sys
 
@@ -12,6 +13,8 @@ import sys
 # without a traceback, even during imports.
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+gc.disable()  # until `run`
 
 from lpovod.command_line import run  # noqa: E402
 

@@ -1,5 +1,6 @@
 """The console command `lpovod`: one subcommand per program, imported only when needed."""
 
+import gc
 import sys
 from importlib import import_module
 
@@ -45,6 +46,7 @@ def main() -> None:
     Raises:
         SystemExit: 0 after help, 1 for wrong data or settings, 2 for wrong usage.
     """
+    gc.disable()  # until `run`
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
         from lpovod.command_line import run, show
