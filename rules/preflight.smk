@@ -18,6 +18,7 @@ from lpovod.artifacts import fingerprint
 from lpovod.sources import CACHE
 
 PASSED = CACHE / "preflight"
+FAILED = "The run would fail with these settings: see above"
 CHECKS = {}  # running processes, by the file that will remember their success
 
 
@@ -49,14 +50,30 @@ def start_preflight():
 
 
 def finish_preflight():
-    """Wait for the checks and remember those that passed."""
+    """End with an error if a check fails: before the first job, or after a plan is printed."""
+    if workflow.output_settings.dryrun:
+        atexit.register(end_plan)
+    elif not all_passed():
+        raise WorkflowError(FAILED)
+
+
+def end_plan():
+    """What does not pass is said below the plan, which need not wait for it."""
+    if not all_passed():
+        print(FAILED, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at its exit Python has no other way to change the code
+
+
+def all_passed():
+    """Wait for the checks, show what they say and remember those that passed."""
     for passed, process in CHECKS.items():
         sys.stderr.write(process.communicate()[1])
         if process.returncode == 0:
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
-    if any(process.returncode for process in CHECKS.values()):
-        raise WorkflowError("The run would fail with these settings: see above")
+    return not any(process.returncode for process in CHECKS.values())
 
 
 def version(package):

@@ -1,13 +1,20 @@
-"""Operators on boxes against torchvision's own functions, bit for bit."""
+"""Operators of detectors against torchvision's own functions, bit for bit."""
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torchvision import ops
 
-from lpovod.torchvision_ops import box_iou, clip_boxes_to_image, nms, roi_align
+from lpovod.torchvision_ops import (
+    box_iou,
+    clip_boxes_to_image,
+    nms,
+    roi_align,
+    sigmoid_focal_loss,
+)
 
 
 def boxes(count: int, seed: int = 0) -> torch.Tensor:
@@ -48,6 +55,19 @@ def test_pooling_and_its_gradient_are_torchvision_s(sampling_ratio):
         pooled.square().sum().backward()
         gradients.append((pooled.detach(), maps.grad))
     (ours, our_gradient), (theirs, their_gradient) = gradients
+    assert torch.equal(ours, theirs) and torch.equal(our_gradient, their_gradient)
+
+
+def test_the_focal_loss_and_its_gradient_are_torchvision_s():
+    found = []
+    for loss in (sigmoid_focal_loss, partial(ops.sigmoid_focal_loss, reduction="sum")):
+        drawn = torch.Generator().manual_seed(0)
+        logits = (4 * torch.randn(500, 9, generator=drawn)).requires_grad_()
+        target = (torch.rand(500, 9, generator=drawn) < 0.1).float()
+        value = loss(logits, target, 0.25, 2)
+        value.backward()
+        found.append((value.detach(), logits.grad))
+    (ours, our_gradient), (theirs, their_gradient) = found
     assert torch.equal(ours, theirs) and torch.equal(our_gradient, their_gradient)
 
 

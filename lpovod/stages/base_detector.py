@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import sigmoid_focal_loss
 
 from lpovod.artifacts import identity
 from lpovod.boxes import encode, match, sample
@@ -28,6 +27,7 @@ from lpovod.networks.backbone import freeze_statistics
 from lpovod.networks.detector import Detector
 from lpovod.networks.rpn import RegionProposalNetwork, make_anchors, rpn_losses, rpn_proposals
 from lpovod.precision import precise
+from lpovod.torchvision_ops import sigmoid_focal_loss
 from lpovod.training import ready, resumable, train, write_training
 from lpovod.transfers import send, send_all
 from lpovod.views import LoadedView, batch, steps_per_epoch, training_batches
@@ -89,7 +89,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (n,) class, or `classes` for background.
     """
     target = functional.one_hot(labels, logits.shape[1] + 1)[:, :-1].to(logits.dtype)
-    return sigmoid_focal_loss(logits, target, 0.25, 2, "sum") / total(target.sum()).clamp(min=1)
+    return sigmoid_focal_loss(logits, target, 0.25, 2) / total(target.sum()).clamp(min=1)
 
 
 def detector_losses(
