@@ -194,9 +194,9 @@ def test_residual_networks_as_published(architecture, channels, expected):
 
 def test_seconds_of_the_miniature_world():
     table = rows(plan(MINIATURE, gflops=50, cores=2))
-    # Three jobs start in 3.7 s; two crops of 50 regions on 1,900 images, which are decoded.
+    # Three jobs start in 2.2 s; two crops of 50 regions on 1,900 images, which are decoded.
     crop = 0.0286648
-    embedding = 3 * 3.7 + 1900 * (100 * crop / 50 + 4.6e-3 * 160 * 160 / (480 * 640))
+    embedding = 3 * 2.2 + 1900 * (100 * crop / 50 + 4.6e-3 * 160 * 160 / (480 * 640))
     assert float(table["region_embeddings"][0]) == pytest.approx(embedding, rel=0.001)
     assert float(table["region_embeddings"][1]) == pytest.approx(
         1900 * 50 * (2 * 128 + 20) / 1e6, abs=0.06

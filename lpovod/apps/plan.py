@@ -32,7 +32,7 @@ DRAWING = 4.7e-3  # an image of the miniature world
 INDEXING = 19e-9  # of a byte of the index: read, converted, written
 PROBING = 6e-5  # of a retrieved image in one epoch of the linear probe
 SCORING = 8.5e-6  # of a region and class, in all ablations
-HEAVY_START, LIGHT_START = 3.7, 0.5  # of a job with torch, and without it
+HEAVY_START, LIGHT_START = 2.2, 0.5  # of a job with torch, and without it
 
 CROPPING = 1 / 16_600  # seconds of a GPU, measured on an H100 with earlier code, for one crop
 
