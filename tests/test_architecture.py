@@ -148,7 +148,9 @@ def test_the_light_rooms_import_neither_torch_nor_faiss():
         ("workflow_scripts.check", ("torch", "faiss")),
         ("workflow_scripts.dataset", ("torch", "faiss")),
         ("workflow_scripts.report", ("torch", "faiss")),
-        pytest.param("workflow_scripts.base_detector", ("faiss", "torchvision"), marks=pytest.mark.slow),
+        pytest.param(
+            "workflow_scripts.base_detector", ("faiss", "torchvision"), marks=pytest.mark.slow
+        ),
         pytest.param("workflow_scripts.region_features", ("faiss",), marks=pytest.mark.slow),
         # What rules/common.smk imports while the graph is built.
         ("lpovod.sources, lpovod.source_digest, lpovod.measures.ablations", ("torch", "faiss")),
