@@ -276,7 +276,7 @@ def test_impossible_proposals_are_named(world, tmp_path, row, message):
         (
             lambda rows: rows,
             {"7": 0, "3": 1, "900": 2, "num_proposal": [4, 9, 0, 1, 5]},
-            "map.json belongs to another file: its 'num_proposal' are not those of .*p.pkl.* remove",
+            "map.json belongs to another file: its 'num_proposal' are not those of .*p.pkl",
         ),
         (lambda rows: rows, {"7": 0, "3": [1]}, "is not of the form"),
         (

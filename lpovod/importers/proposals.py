@@ -126,8 +126,8 @@ def _read_id_map(path: Path, file: Path, content: list) -> dict[str, int]:
         raise LpovodError(f"{path} is not of the form {{image id: place}}")
     if counts is not None and counts != [len(rows) for rows in content]:
         raise LpovodError(
-            f"{path} belongs to another file: its {COUNTS!r} are not those of {file}. If its places "
-            f"are right all the same, remove {COUNTS!r} from it"
+            f"{path} belongs to another file: its {COUNTS!r} are not those of {file}. If its "
+            f"places are right all the same, remove {COUNTS!r} from it"
         )
     return places
 
