@@ -992,7 +992,7 @@ def keep_images(content: dict, count: int) -> dict:
         ("star", lambda c: c["annotations"][0].pop("cosine") and None, ["star.json", "no cosine"]),
         ("star", lambda c: c["info"]["identity"]["inputs"].clear(), ["star.json", "--forcerun"]),
         ("truth", lambda c: keep_images(c, 1), ["train_all_classes.json has no image"]),
-        ("train", lambda c: keep_images(c, 1), ["train.json", "--forcerun pseudo_labels"]),
+        ("train", lambda c: keep_images(c, 1), ["train.json", "--forcerun", "star.json"]),
     ],
 )
 def test_contradictions_are_named(run, name, damage, words):
