@@ -617,7 +617,8 @@ class Config(Settings):
     shards: PositiveInt = key(
         2,
         "jobs that share a pass over the training images, in proposals, region_embeddings and "
-        f"region_features; other images are divided by {IMAGES_PER_SHARD:,}, into as many at most",
+        f"region_features; a pass over other images has one for every {IMAGES_PER_SHARD:,}, and no "
+        "more than that",
     )
     download: DownloadSettings = key(DownloadSettings(), "published files that are missing")
     dataset: DatasetSettings = key(DatasetSettings(), "images and annotations")

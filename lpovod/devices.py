@@ -19,6 +19,13 @@ from lpovod.progress import log
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
+def usable_cores() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux alone knows the cores of a job
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def check_gpu() -> None:
     """Refuse a machine without a GPU.
 

@@ -9,13 +9,13 @@
 # It is no rule: Snakemake has no early cut-off, so whatever depended on its output would be made
 # again with it, after a corrected box as well.
 
-import os
 import subprocess
 import sys
 
 from snakemake.logging import logger
 
 from lpovod.artifacts import fingerprint, read_json
+from lpovod.devices import usable_cores
 from lpovod.sources import Source, check_classes, read_sources
 
 CHECK = Path(RESULTS, "check", "check.json")
@@ -43,7 +43,7 @@ def check_data(digests):
     words += [] if learns else ["--no-learns"]
     words += ["--base", *CONFIG.classes.base, "--novel", *CONFIG.classes.novel]
     # It may be a cluster's login node.
-    words += ["--workers", min(4, len(os.sched_getaffinity(0)))]
+    words += ["--workers", min(4, usable_cores())]
     words += ["--key", key, "--output", CHECK, "--page", CHECK.with_suffix(".html")]
     done = subprocess.run([sys.executable, "-m", "workflow_scripts.check", *map(str, words)])
     if done.returncode:

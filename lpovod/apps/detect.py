@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lpovod.apps.export import model_path
 from lpovod.artifacts import write_json
-from lpovod.devices import own_device
+from lpovod.devices import own_device, usable_cores
 from lpovod.drawing import draw_detections
 from lpovod.exceptions import LpovodError, UsageError
 from lpovod.formats.coco import read_dataset
@@ -193,7 +193,7 @@ def _readable(images: list[Named], device: str, bar: tqdm) -> Iterator[tuple[Nam
     loader = DataLoader(
         _Reading(images),
         batch_size=None,
-        num_workers=0 if device == "cpu" else min(LOADING, _cores() - 1, len(images) - 1),
+        num_workers=0 if device == "cpu" else min(LOADING, usable_cores() - 1, len(images) - 1),
         worker_init_fn=leave_signals,
         pin_memory=torch.device(device).type == "cuda",
     )
@@ -203,12 +203,6 @@ def _readable(images: list[Named], device: str, bar: tqdm) -> Iterator[tuple[Nam
             bar.update(1)
         else:
             yield image, read.numpy()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux alone knows the cores of a job
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _detect_all(

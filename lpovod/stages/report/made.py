@@ -4,7 +4,6 @@ These facts change without the run, so they are no part of what the report is ma
 determined when the page is written, and never make it stale.
 """
 
-import os
 import platform
 import subprocess
 from collections import Counter
@@ -14,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import lpovod
+from lpovod.devices import usable_cores
 
 PACKAGES = (
     "snakemake",
@@ -80,7 +80,7 @@ def commit_of(package: Path) -> str | None:
 
 
 def _machine(gpu: bool) -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     parts = [_processor(), f"{cores} core{'' if cores == 1 else 's'}"]
     if gpu:
         names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or ""
